@@ -1,0 +1,57 @@
+"""Level 0. The delayed-eviction mask: the one place that defines who sees whom.
+
+Key `j` is visible to query `i` iff `j <= i` and (`i - j <= w` or not `alpha_j`)   (paper, section 3.2)
+
+A decision is read off the token `o` places later (`decision_offset`), so `alpha_j` is known once token
+`j + o` has been seen, and `o <= w + 1` makes sure that this is no later than when it is needed.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from dms_jax.types import NEGATIVE, Decisions, Lengths, ScoreBias, Visible
+
+
+def visible(
+    query_pos: Int[Array, "B T"], key_pos: Int[Array, "B K S"], evicted: Shaped[Array, "B K S"], window: int
+) -> Visible:
+    """`[B, K, T, S]` bool, True where the key may be read; a key with position -1 is an empty slot."""
+    i = query_pos[:, None, :, None]
+    j = key_pos[:, :, None, :]
+    return (j >= 0) & (j <= i) & ((i - j <= window) | ~evicted[:, :, None, :])
+
+
+def bias(
+    query_pos: Int[Array, "B T"], key_pos: Int[Array, "B K S"], keep_log: Float[Array, "B K S"], window: int
+) -> ScoreBias:
+    """The soft form of `visible`, `[B, K, T, S]` float: what is added to the attention scores.
+
+    0 inside the window, `keep_log = log(1 - p_j)` beyond it, NEGATIVE where `visible` is False for every p.
+    With `keep_log` in {0, NEGATIVE} it is the hard mask.
+    """
+    i = query_pos[:, None, :, None]
+    j = key_pos[:, :, None, :]
+    delayed = jnp.where(i - j <= window, 0.0, keep_log[:, :, None, :])
+    return jnp.where((j >= 0) & (j <= i), delayed, NEGATIVE)
+
+
+def shift(values: Shaped[Array, "B K T"], offset: int, lengths: Lengths, kept) -> Shaped[Array, "B K T"]:
+    """Gives token j what was predicted at token j + offset; `kept` where that token has not been seen.
+
+    With offset 1 and three real tokens of four: [a b c -] -> [b c kept kept].
+    """
+    T = values.shape[-1]
+    source = jnp.arange(T) + offset
+    shifted = jnp.take(values, jnp.minimum(source, T - 1), axis=-1)
+    return jnp.where(source[None, None, :] < lengths[:, None, None], shifted, kept)
+
+
+def live_counts(evicted: Decisions, window: int) -> Int[Array, "B K T"]:
+    """How many keys each query sees, `[B, K, T]`, in O(T): all so far, less those marked and past the window.
+
+    With w = 1 and evicted = [1 0 0 1]: seen 1 2 3 4, gone 0 0 1 1, live 1 2 2 3.
+    """
+    T = evicted.shape[-1]
+    gone = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32)
+    gone = jnp.pad(gone, ((0, 0), (0, 0), (min(window + 1, T), 0)))[..., :T]
+    return jnp.arange(1, T + 1, dtype=jnp.int32) - gone

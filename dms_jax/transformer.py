@@ -1,0 +1,149 @@
+"""Level 3. Llama, Qwen2 and Qwen3 as one linen decoder driven by ModelConfig.
+
+The decoder knows no cache, no mask and no policy. Each layer hands its queries, keys, values and eviction logits
+to an `attend` function, which returns the attention output and the next state; training, prefill, decoding and
+every eviction policy are such functions.
+"""
+
+from typing import Protocol
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dms_jax import attention, dms, layers, masks
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.types import GateLogits, Lengths, Logits, NewKV, Params, Positions, Queries, Residual, State, Tokens
+
+
+class Attend(Protocol):
+    """What a layer calls. `logit` is None where the model has no gate; `state` is any pytree."""
+
+    def __call__(
+        self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State
+    ) -> tuple[Queries, State]: ...
+
+
+class AdapterGate(nn.Module):
+    """The authors' released gate: `W rmsnorm(x)` for each KV head, W zero at the start; `[B, T, K]`."""
+
+    num_kv_heads: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Residual):
+        x = layers.RMSNorm(self.eps, name="norm")(x)
+        return layers.Linear((self.num_kv_heads,), init=nn.initializers.zeros, name="proj")(x)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dms: DMSConfig | None
+    layer: int
+
+    @nn.compact
+    def __call__(self, x: Residual, residual: Residual, positions: Positions, attend, state, neuron_scale):
+        c = self.config
+        q = layers.Linear((c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
+        k = layers.Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
+        v = layers.Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="v")(x)
+        if c.qk_norm:
+            q = layers.RMSNorm(c.norm_eps, name="q_norm")(q)
+            k = layers.RMSNorm(c.norm_eps, name="k_norm")(k)
+        logit = None
+        if self.dms and self.dms.gate == "adapter":
+            gate = AdapterGate(c.num_kv_heads, c.norm_eps, name="gate")
+            logit = dms.affine(gate(residual), self.dms)
+        if self.dms and self.dms.gate == "query":
+            logit = dms.query_gate(q, c.num_kv_heads, self.dms)
+            q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        q = layers.apply_rope(q, positions, c.rope)
+        k = layers.apply_rope(k, positions, c.rope)
+        if self.dms and self.dms.gate == "query":
+            q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        out, state = attend(self.layer, q, k, v, logit, state)
+        return layers.Linear((c.model_dim,), c.out_bias, contract=2, name="o")(out), state
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    dms: DMSConfig | None
+    layer: int
+
+    @nn.compact
+    def __call__(self, x: Residual, positions: Positions, attend, state, neuron_scale):
+        c = self.config
+        h = layers.RMSNorm(c.norm_eps, name="attn_norm")(x)
+        attn = Attention(c, self.dms, self.layer, name="attn")
+        out, state = attn(h, x, positions, attend, state, neuron_scale)
+        x = x + out
+        h = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        return x + layers.MLP(c.mlp_dim, c.mlp_bias, name="mlp")(h), state
+
+
+class Decoder(nn.Module):
+    """`[B, T]` tokens -> `[B, T, E]` hidden states; `unembed` turns those into logits.
+
+    dms: the gate that the parameters carry, or None for an original model. With the query gate the borrowed
+    neuron takes no part in attention (neuron_scale 0) whether or not anything is evicted.
+    """
+
+    config: ModelConfig
+    dms: DMSConfig | None = None
+
+    def setup(self):
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.model_dim, embedding_init=layers.normal)
+        self.layers = [Block(c, self.dms, n) for n in range(c.num_layers)]
+        self.final_norm = layers.RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.unembedding = layers.Linear((c.vocab_size,))
+
+    def __call__(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+        """Hidden states after the final norm, and the state that `attend` threaded through the layers."""
+        x = self.embed(tokens)
+        for block in self.layers:
+            x, state = block(x, positions, attend, state, neuron_scale)
+        return self.final_norm(x), state
+
+    def unembed(self, hidden: Residual) -> Logits:
+        """`[..., E]` -> `[..., V]` float32."""
+        logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.unembedding(hidden)
+        return logits.astype(jnp.float32)
+
+    def logits(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+        """`__call__` and `unembed` at once; also what `init` runs."""
+        hidden, state = self(tokens, positions, attend, state, neuron_scale)
+        return self.unembed(hidden), state
+
+
+def arange_positions(tokens: Tokens) -> Positions:
+    """0 .. T-1 for each sequence."""
+    B, T = tokens.shape
+    return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+
+
+def causal(layer, q, k, v, logit, state):
+    """An `Attend`: plain causal attention over the tokens given, nothing evicted."""
+    positions = arange_positions(q[..., 0, 0])
+    nothing = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
+    return attention.blockwise(q, k, v, positions, positions, nothing, window=0), state
+
+
+def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
+    """An `Attend`: the hard delayed-eviction mask over whole sequences; state collects alpha `[B, K, T]` a layer."""
+
+    def attend(layer, q, k, v, logit, state):
+        positions = arange_positions(q[..., 0, 0])
+        alpha = masks.shift(dms.hard_decisions(logit), config.decision_offset, lengths, False)
+        keep_log = dms.hard_keep_log(alpha)
+        out = attention.blockwise(q, k, v, positions, positions, keep_log, config.window)
+        return out, (*state, alpha)
+
+    return attend
+
+
+def init(key, config: ModelConfig, dms_config: DMSConfig | None = None) -> Params:
+    """Fresh float32 parameters (normal 0.02, norms one, gates zero)."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    model = Decoder(config, dms_config)
+    return model.init(key, tokens, tokens, causal, method="logits")["params"]

@@ -1,0 +1,42 @@
+"""Level 0. The letter table, and a name for every kind of tensor.
+
+Letters, used in annotations, einsum strings and docstrings alike:
+
+    B  batch (sequences)        H  query heads               E  model dim
+    T  query length (tokens)    K  KV heads                  F  MLP dim
+    S  key length (slots)       G  query heads per KV head   V  vocabulary
+    L  layers                   D  head dim                  N  steps of a decoded chunk
+
+Query head `h` belongs to KV head `h // G`. Positions count from 0 and are absolute.
+"""
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+Params = dict[str, Any]  # a linen parameter tree
+State = Any  # whatever pytree an attention path threads through the layers
+
+Tokens = Int[Array, "B T"]
+Positions = Int[Array, "B T"]
+Lengths = Int[Array, "B"]
+Keys = UInt32[Array, "B 2"]  # one raw random key a sequence
+
+Residual = Float[Array, "B T E"]
+Logits = Float[Array, "B T V"]
+NextLogits = Float[Array, "B V"]
+
+Queries = Float[Array, "B T H D"]
+NewKV = Float[Array, "B T K D"]  # keys or values of the tokens being processed
+StoredKV = Float[Array, "B K S D"]  # keys or values in their slots
+
+GateLogits = Float[Array, "B K T"]  # eviction logit of each token and KV head
+Decisions = Bool[Array, "B K T"]  # alpha: True means evict
+KeepLog = Float[Array, "B K S"]  # log(1 - p): 0 for a kept key, NEGATIVE for an evicted one
+ScoreBias = Float[Array, "B K T S"]
+Visible = Bool[Array, "B K T S"]
+
+PerHead = Int[Array, "B K"]  # a count or a slot for each KV head
+Slots = Int[Array, "B K S"]
+
+NEGATIVE = -1e30  # stands for -inf in scores: finite, so that gradients stay finite
