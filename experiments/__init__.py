@@ -1,0 +1,1 @@
+"""The experiments: scripts that measure, and the tasks that they measure on."""

@@ -1,0 +1,1 @@
+"""The tasks: where problems come from and how a prompt is written."""

@@ -1,0 +1,199 @@
+"""Decoding step by step equals the teacher-forced forward, and the counts equal a brute-force count."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import cache, decode, policies, sampling, transformer
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig, SamplingConfig
+
+LENGTHS = (9, 1, 5, 14)
+TOTAL = 40
+
+
+def tiny(groups: int = 3, **changes) -> ModelConfig:
+    return ModelConfig(
+        family="llama", vocab_size=53, num_layers=2, model_dim=24, num_heads=2 * groups, num_kv_heads=2,
+        head_dim=10, mlp_dim=40, **changes,
+    )  # fmt: skip
+
+
+def random_lm(config: ModelConfig, dms: DMSConfig | None, seed: int = 0):
+    """A model whose weights are large enough for decisions of both kinds and for sharp attention."""
+    params = transformer.init(jax.random.key(seed), config, dms)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [
+        0.3 * jax.random.normal(k, x.shape) if x.ndim > 1 else x for k, x in zip(keys, leaves, strict=True)
+    ]
+    return types.SimpleNamespace(
+        config=config, params=jax.tree.unflatten(tree, leaves), dms=dms, tokenizer=None
+    )
+
+
+def setup_for(lm, policy: str) -> decode.Setup:
+    return decode.Setup(
+        transformer.Decoder(lm.config, lm.dms),
+        policies.policy(policy, lm.dms),
+        cache.MASKED,
+        SamplingConfig(),
+        (),
+    )
+
+
+def forced_decode(lm, tokens, lengths, policy="dms"):
+    """Logits `[steps, B, V]` of feeding `tokens` one by one after prompts of the given lengths, and live counts."""
+    setup = setup_for(lm, policy)
+    B = len(lengths)
+    keys = sampling.sequence_keys(0, B, 1)
+    prompts = np.where(np.arange(max(lengths)) < np.array(lengths)[:, None], tokens[:, : max(lengths)], 0)
+    state, logits, seen = decode.prefill(
+        setup, lm.params, prompts, np.array(lengths), np.full(B, 99), keys, TOTAL + 8
+    )
+    step = jax.jit(decode.decode_step, static_argnames="setup")
+    all_logits, all_live = [logits], []
+    for n in range(TOTAL - max(lengths)):
+        fed = tokens[np.arange(B), np.array(lengths) + n]
+        state, logits, live = step(setup, lm.params, state._replace(token=jnp.asarray(fed)))
+        all_logits.append(logits)
+        all_live.append(live)
+    return np.stack(all_logits), np.stack(all_live), np.asarray(seen)
+
+
+def full_forward(lm, tokens):
+    """Teacher-forced logits `[B, T, V]` and alpha `[L, B, K, T]` with the hard mask."""
+    model = transformer.Decoder(lm.config, lm.dms)
+    lengths = jnp.full(len(tokens), tokens.shape[1])
+    logits, alpha = model.apply(
+        {"params": lm.params},
+        tokens,
+        transformer.arange_positions(tokens),
+        transformer.hard_eviction(lm.dms, lengths),
+        method="logits",
+    )
+    return np.asarray(logits), np.stack(alpha)
+
+
+CASES = [
+    (w, o, gate, per)
+    for w in (0, 1, 7, 16)
+    for o in sorted({0, 1, w, w + 1})
+    for gate, per in (("query", "head"), ("adapter", "head"), ("adapter", "layer"))
+    if per == "head" or (w, o) == (7, 1)
+]
+
+
+@pytest.mark.parametrize("window, offset, gate, per", CASES)
+def test_decode_equals_teacher_forced_forward(window, offset, gate, per):
+    dms = DMSConfig(window=window, decision_offset=offset, gate=gate, per=per, scale=3.0, offset=0.3)
+    lm = random_lm(tiny(), dms, seed=window * 31 + offset)
+    tokens = np.random.default_rng(window + offset).integers(0, 53, (len(LENGTHS), TOTAL + 8))
+    want, alpha = full_forward(lm, tokens[:, :TOTAL])
+    got, live, seen = forced_decode(lm, tokens, LENGTHS)
+    assert 0.2 < alpha.mean() < 0.8, "both decisions must occur"
+    for b, length in enumerate(LENGTHS):
+        steps = TOTAL - max(LENGTHS)
+        np.testing.assert_allclose(got[:, b], want[b, length - 1 : length + steps], atol=1e-4)
+        brute = brute_live(alpha[:, b], window)  # [L, K, T]
+        np.testing.assert_array_equal(live[:, b], np.moveaxis(brute[..., length : length + steps], -1, 0))
+        np.testing.assert_array_equal(seen[:length, b], brute[..., :length].sum((0, 1)))
+
+
+def brute_live(alpha, window):
+    """Live keys for each query by the definition, `[L, K, T]`, one loop an index."""
+    L, K, T = alpha.shape
+    live = np.zeros((L, K, T), int)
+    for layer in range(L):
+        for head in range(K):
+            for i in range(T):
+                for j in range(i + 1):
+                    live[layer, head, i] += i - j <= window or not alpha[layer, head, j]
+    return live
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7])
+def test_full_policy_equals_plain_causal_attention(groups):
+    lm = random_lm(tiny(groups), None)
+    tokens = np.random.default_rng(groups).integers(0, 53, (len(LENGTHS), TOTAL + 8))
+    model = transformer.Decoder(lm.config)
+    want, _ = model.apply(
+        {"params": lm.params},
+        tokens[:, :TOTAL],
+        transformer.arange_positions(tokens[:, :TOTAL]),
+        transformer.causal,
+        method="logits",
+    )
+    got, live, _ = forced_decode(lm, tokens, LENGTHS, "full")
+    for b, length in enumerate(LENGTHS):
+        steps = TOTAL - max(LENGTHS)
+        np.testing.assert_allclose(got[:, b], want[b, length - 1 : length + steps], atol=1e-4)
+        np.testing.assert_array_equal(
+            live[:, b], np.broadcast_to(np.arange(length, length + steps)[:, None, None] + 1, live[:, b].shape)
+        )
+
+
+def test_generate_counts_and_stops_as_by_hand():
+    dms = DMSConfig(window=3, scale=3.0, offset=0.3)
+    lm = random_lm(tiny(), dms)
+    prompts = [[5, 6, 7], [1], [9] * 12]
+    stop = [3, 11, 12, 30, 40]
+    out = decode.generate(lm, prompts, 30, temperature=1.0, chains=2, seed=4, stop=stop)
+    ended = 0
+    for p, prompt in enumerate(prompts):
+        for c in range(2):
+            new = out.tokens[p][c]
+            ended += len(new) < 30
+            assert len(new) == 30 or new[-1] in stop
+            assert not set(new[:-1]) & set(stop)
+            fed = np.array([prompt + new[:-1]])  # the last token never enters the cache
+            _, alpha = full_forward(lm, fed)
+            live = brute_live(alpha[:, 0], 3).mean((0, 1))
+            n = len(prompt)
+            np.testing.assert_allclose(out.prefill_reads[p, c], live[:n].sum(), rtol=1e-6)
+            np.testing.assert_allclose(out.kv_reads[p, c], live[n:].sum(), rtol=1e-6)
+            np.testing.assert_allclose(out.peak_tokens[p, c], live.max(), rtol=1e-6)
+            np.testing.assert_allclose(out.achieved_cr[p, c], fed.shape[1] / live[-1], rtol=1e-6)
+    assert 0 < ended, "some chain must have met a stop token"
+
+
+def test_chain_does_not_depend_on_its_company():
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    together = decode.generate(lm, [[5, 6, 7], [1] * 20], 20, temperature=1.0, chains=3, seed=9)
+    alone = decode.generate(lm, [[5, 6, 7]], 20, temperature=1.0, chains=3, seed=9)
+    assert together.tokens[0] == alone.tokens[0]
+    assert together.tokens[0][0] != together.tokens[0][1]
+    again = decode.generate(lm, [[5, 6, 7]], 20, temperature=1.0, chains=3, seed=10)
+    assert again.tokens != alone.tokens
+
+
+def test_greedy_is_the_argmax_of_the_forward():
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    prompt = [5, 6, 7]
+    out = decode.generate(lm, [prompt], 12, stop=[])
+    tokens = list(prompt)
+    for _ in range(12):
+        tokens.append(int(full_forward(lm, np.array([tokens]))[0][0, -1].argmax()))
+    assert out.tokens[0][0] == tokens[3:]
+
+
+def test_bad_requests_name_the_field():
+    lm = random_lm(tiny(), None)
+    with pytest.raises(ConfigError, match="policy='dms'"):
+        decode.generate(lm, [[1]], policy="dms")
+    with pytest.raises(ConfigError, match="never retrofitted"):
+        decode.generate(lm, [[1]], dms=DMSConfig())
+    with pytest.raises(ConfigError, match="policy='nope'"):
+        decode.generate(lm, [[1]], policy="nope")
+    with pytest.raises(ConfigError, match="cache='nope'"):
+        decode.generate(lm, [[1]], cache="nope")
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        decode.generate(lm, [[1]], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        decode.generate(lm, [[1], []])
+    with pytest.raises(ValueError, match=r"prompts\[0\] has token ids outside 0..52"):
+        decode.generate(lm, [[53]])
+    with pytest.raises(ValueError, match="no tokenizer"):
+        decode.generate(lm, ["text"])
