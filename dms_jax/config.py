@@ -1,6 +1,7 @@
 """Level 0. Frozen configurations, checked on creation. An error names the field and the value."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -16,6 +17,18 @@ def require(condition: bool, key: str, value, reason: str) -> None:
 
 def one_of(key: str, value, allowed: tuple) -> None:
     require(value in allowed, key, value, f"expected one of {', '.join(map(repr, allowed))}")
+
+
+def load_yaml(cls: type, path: str | Path):
+    """An instance of the config dataclass `cls` from a YAML file; an unknown or mistyped key raises ConfigError."""
+    import dacite
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text())
+    try:
+        return dacite.from_dict(cls, values, dacite.Config(strict=True, cast=[tuple], type_hooks={float: float}))
+    except (dacite.DaciteError, ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, ArrayLike, Int
 
 from dms_jax.config import SamplingConfig
 from dms_jax.types import NEGATIVE, Keys, NextLogits
 
 
-def sequence_keys(seed: int, prompts: int, chains: int) -> Keys:
-    """A raw random key for each chain, `[prompts * chains, 2]`, prompt-major.
+def chain_keys(seed: int, prompts: Int[ArrayLike, "B"], chains: Int[ArrayLike, "B"]) -> Keys:
+    """A raw random key for each pair of prompt and chain numbers, `[B, 2]`.
 
     Each depends on (seed, prompt, chain) alone, so a chain's tokens do not depend on the batch around it.
     """
@@ -18,8 +18,12 @@ def sequence_keys(seed: int, prompts: int, chains: int) -> Keys:
     def one(prompt, chain):
         return jax.random.fold_in(jax.random.fold_in(root, prompt), chain)
 
-    prompt, chain = jnp.divmod(jnp.arange(prompts * chains), chains)
-    return jax.vmap(one)(prompt, chain)
+    return jax.vmap(one)(jnp.asarray(prompts), jnp.asarray(chains))
+
+
+def sequence_keys(seed: int, prompts: int, chains: int) -> Keys:
+    """`chain_keys` of `chains` chains for each of the prompts 0, 1, ..., `[prompts * chains, 2]`, prompt-major."""
+    return chain_keys(seed, *jnp.divmod(jnp.arange(prompts * chains), chains))
 
 
 def sample(

@@ -6,12 +6,15 @@ an integer from 000 to 999 in a box, as in AIME. Prompt and chain:
     Let q = 482, m = 157, c = 309. Set d = q + m, x = d - c, f = 7 * x. Find f modulo 1000.
     d = q + m: q = 482, m = 157; 2 + 7 + 0 = 09, 8 + 5 + 0 = 13, 4 + 1 + 1 = 06; d = 639.
     x = d - c: d = 639, c = 309; 9 - 9 - 0 = 00, 3 - 0 - 0 = 03, 6 - 3 - 0 = 03; x = 330.
-    f = 7 * x: x = 330; 7 * 0 + 0 = 00, 7 * 3 + 0 = 21, 7 * 3 + 2 = 23; f = 310.
+    f = 7 * x: x = 330; 7 * 330 = 310; f = 310.
     The answer is \\boxed{310}.
 
 The scratch works from the lowest digit up, so that carries flow in reading order.
 Each digit step ends in two digits: the carry (or borrow), then the result's digit.
-`2 - 7 - 0 = 15` borrows 1 and writes 5.
+`2 - 7 - 0 = 15` borrows 1 and writes 5. A product is written at once: the hard step.
+Chains to train on may hold slips, one wrong digit in a few of their lines, as written
+reasoning does: a model trained on them errs now and then, and votes of several chains
+help. The problems that score a model have exact solutions.
 
 Why this task: the program and the values of the variables are needed much later,
 and the digit scratch, which is most of the chain, is not needed after its line.
@@ -36,7 +39,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 GIVENS = 3
-STEPS = (6, 8)
+STEPS = (7, 8)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
@@ -122,30 +125,50 @@ def write_prompt(program: Program) -> str:
     return f"Let {givens}. Set {steps}. Find {program.steps[-1].name} modulo 1000.\n"
 
 
-def digit_steps(op: str, left: int, right: int) -> tuple[str, int]:
-    """The scratch of one operation, lowest digit first, and its result modulo 1000."""
+def digit_steps(op: str, left: int, right: int, slips: tuple[int, int, int] = (0, 0, 0)) -> tuple[str, int]:
+    """The scratch of one operation, lowest digit first, and its result modulo 1000.
+
+    A product is written at once, without scratch. `slips` are added to the digits, lowest first, as they are written.
+    """
+    if op == "*":
+        exact = left * right
+        result = sum((exact // 10**n + slip) % 10 * 10**n for n, slip in enumerate(slips))
+        return f"{left} * {right:03d} = {result:03d}", result
     parts, carry, result = [], 0, 0
-    for place in (1, 10, 100):
-        x, y = (left if op == "*" else left // place % 10), right // place % 10
+    for place, slip in zip((1, 10, 100), slips, strict=True):
+        x, y = left // place % 10, right // place % 10
         if op == "-":
             total = x - y - carry
             text, carry, digit = f"{x} - {y} - {carry}", int(total < 0), total % 10
         else:
-            total = (x * y if op == "*" else x + y) + carry
-            text, (carry, digit) = f"{x} {op} {y} + {carry}", divmod(total, 10)
+            total = x + y + carry
+            text, (carry, digit) = f"{x} + {y} + {carry}", divmod(total, 10)
+        digit = (digit + slip) % 10
         parts.append(f"{text} = {carry}{digit}")
         result += digit * place
     return ", ".join(parts), result
 
 
-def write_chain(program: Program) -> tuple[str, str]:
-    """The chain of thought, a line per step, and the answer's three digits."""
+def draw_slips(rng: random.Random, rate: float) -> tuple[int, int, int]:
+    """With probability `rate` one wrong digit, else none."""
+    slips = [0, 0, 0]
+    if rng.random() < rate:
+        slips[rng.randrange(3)] = rng.randint(1, 9)
+    return tuple(slips)
+
+
+def write_chain(program: Program, rng: random.Random | None = None, slip_rate: float = 0.0) -> tuple[str, str]:
+    """The chain of thought, a line per step, and the three digits it arrives at.
+
+    With a `slip_rate` a line goes wrong in one digit with that probability, and the rest builds on it.
+    """
     values, lines = dict(program.givens), []
     for name, left, op, right in program.steps:
         copies = f"{right} = {values[right]:03d}"
         if op != "*":
             copies = f"{left} = {values[left]:03d}, {copies}"
-        scratch, result = digit_steps(op, int(left) if op == "*" else values[left], values[right])
+        slips = draw_slips(rng, slip_rate) if slip_rate else (0, 0, 0)
+        scratch, result = digit_steps(op, int(left) if op == "*" else values[left], values[right], slips)
         values[name] = result
         lines.append(f"{name} = {left} {op} {right}: {copies}; {scratch}; {name} = {result:03d}.\n")
     answer = f"{result:03d}"
@@ -163,16 +186,18 @@ def split_of(problem_text: str) -> str:
     return "test" if hashlib.sha256(problem_text.encode()).digest()[0] < 16 else "train"
 
 
-def problems(split: str, seed: int | str, steps: tuple[int, int] = STEPS) -> Iterator[Problem]:
-    """Endless problems of one split, the same for the same arguments."""
+def problems(
+    split: str, seed: int | str, steps: tuple[int, int] = STEPS, slip_rate: float = 0.0
+) -> Iterator[Problem]:
+    """Endless problems of one split, the same for the same arguments; the prompts do not depend on `slip_rate`."""
     if split not in ("train", "test"):
         raise ValueError(f"split = {split!r}: expected 'train' or 'test'")
-    rng = random.Random(str(seed))
+    rng, slip_rng = random.Random(str(seed)), random.Random(f"{seed} slips")
     while True:
         program = draw_program(rng, rng.randint(*steps))
         prompt = write_prompt(program)
         if split_of(prompt) == split:  # the chain, which costs more, only for those kept
-            yield Problem(prompt, *write_chain(program))
+            yield Problem(prompt, *write_chain(program, slip_rng, slip_rate))
 
 
 def build_tokenizer() -> Tokenizer:
@@ -235,6 +260,7 @@ def generate_pool(
     length: int,
     processes: int = 1,
     steps: tuple[int, int] = STEPS,
+    slip_rate: float = 0.0,
 ) -> Encoded:
     """`count` encoded problems of one split, no prompt twice.
 
@@ -243,7 +269,7 @@ def generate_pool(
     the beginning of a larger one.
     """
     pool = Encoded(np.zeros((count, length), np.uint8), *np.zeros((2, count), np.int32))
-    job = functools.partial(_chunk, tokenizer, split, seed, steps, length)
+    job = functools.partial(_chunk, tokenizer, split, seed, steps, slip_rate, length)
     # spawn: a forked child of a process with threads, as JAX's has, may hang
     workers = multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else None
     seen, filled, chunk = set(), 0, 0
@@ -261,8 +287,8 @@ def generate_pool(
     return pool
 
 
-def _chunk(tokenizer, split, seed, steps, length, number) -> tuple[list[bytes], Encoded]:
+def _chunk(tokenizer, split, seed, steps, slip_rate, length, number) -> tuple[list[bytes], Encoded]:
     """Chunk `number` of a pool, with a key of each prompt to find repeats by."""
-    part = list(itertools.islice(problems(split, f"{seed}/{number}", steps), CHUNK))
+    part = list(itertools.islice(problems(split, f"{seed}/{number}", steps, slip_rate), CHUNK))
     keys = [hashlib.sha256(problem.problem.encode()).digest()[:8] for problem in part]
     return keys, encode_training(tokenizer, part, length)

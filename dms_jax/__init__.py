@@ -1,0 +1,37 @@
+"""Dynamic Memory Sparsification in JAX. Names are imported on first use: `import dms_jax` is quick."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig  # noqa: F401
+    from dms_jax.decode import generate  # noqa: F401
+    from dms_jax.hub import LM, load, save, save_gate  # noqa: F401
+    from dms_jax.tensorfile import WeightError  # noqa: F401
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CacheConfig": "config",
+    "ConfigError": "config",
+    "DMSConfig": "config",
+    "ModelConfig": "config",
+    "SamplingConfig": "config",
+    "LM": "hub",
+    "load": "hub",
+    "save": "hub",
+    "save_gate": "hub",
+    "generate": "decode",
+    "WeightError": "tensorfile",
+}
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,121 @@
+"""What an experiment shows on the terminal: progress, the table, and the shipped results beside it."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments import stats
+
+CAPTION = (
+    f"Configuration: L-W-CR, L in units of 1,024 new tokens. Accuracy: majority vote of the W chains, with its "
+    f"95% interval ({stats.METHOD}); one without width says that every problem came out alike. Gain: in points "
+    f"over the first row, problem by problem. KV reads (decoding only), peak live tokens and tokens made: averaged "
+    f"over layers, KV heads and problems, summed over a problem's chains. Achieved CR: tokens seen over tokens "
+    f"live at the end, mean of chains. Rows of one model share chains: W=3 is the first three of a larger W's."
+)
+
+
+def percent(estimate: dict, sign: str = "") -> str:
+    """`62.1 [55.3, 68.9]`."""
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def print_results(console: Console, rows: list[dict], title: str) -> None:
+    """The rows of `stats.table`. A narrow terminal goes without what the L-W-CR and the title say, and the gain."""
+    wide = console.width >= WIDE
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
+    )
+    for name, justify, narrow, _ in COLUMNS:
+        if wide or narrow:
+            table.add_column(name, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) for _, _, narrow, cell in COLUMNS if wide or narrow))
+    console.print(table)
+
+
+def print_shipped(console: Console, folder: Path) -> None:
+    """The recorded runs of a folder, each labelled with its size and the command that made it."""
+    for path in sorted(folder.glob("*.json")):
+        shipped = json.loads(path.read_text())
+        title = f"shipped: {shipped['problems']} problems, made by `{shipped['command']}`"
+        print_results(console, shipped["rows"], title)
+
+
+COLUMNS = (  # name, justification, shown on a narrow terminal too, text of a row
+    ("L-W-CR", "left", True, lambda row: row["config"]),
+    ("policy", "left", True, lambda row: row["policy"]),
+    ("CR", "right", False, lambda row: "?" if row["cr"] is None else f"{row['cr']:g}"),
+    ("chains", "right", False, lambda row: str(row["chains"])),
+    ("accuracy %", "right", True, lambda row: percent(row["accuracy"])),
+    ("gain", "right", False, lambda row: percent(row["gain"], "+")),
+    ("KV reads", "right", True, lambda row: f"{row['kv_reads']:,.0f}"),
+    ("peak", "right", True, lambda row: f"{row['peak_tokens']:,.0f}"),
+    ("achieved CR", "right", True, lambda row: f"{row['achieved_cr']:.2f}"),
+    ("tokens", "right", True, lambda row: f"{row['tokens']:,.0f}"),
+    ("problems", "right", False, lambda row: str(row["problems"])),
+)
+WIDE = 122
+
+
+class ProgressBar:
+    """A bar over sequences, or over seconds where there is a time budget, with tokens per second and an ETA."""
+
+    def __init__(self, console: Console, sequences: int, seconds: float | None, start: float):
+        self.console, self.sequences, self.seconds, self.start = console, sequences, seconds, start
+        self.tokens = self.chains = self.problems = 0
+        self._lock = threading.Lock()  # workers report tokens at the same time
+        self.first_token = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0)
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def on_tokens(self, count: int) -> None:
+        """More tokens were made."""
+        with self._lock:
+            self.tokens += count
+        self._update()
+
+    def on_block(self, problems: int, chains: int) -> None:
+        """A block is done; the totals so far. A log file gets a line where a terminal has the bar."""
+        self.problems, self.chains = problems, chains
+        self._update()
+        if not self.console.is_terminal:
+            total = f"{self.seconds:.0f} s" if self.seconds else f"{self.sequences} chains"
+            done = f"{self._elapsed():.0f} s, {problems} problems, {chains} chains (of {total})"
+            self.console.print(f"{done}, {self._speed():,.0f} tokens/s", soft_wrap=True)
+
+    def describe(self, text: str) -> None:
+        """What is running now."""
+        self.bar.update(self.task, description=text)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def _speed(self) -> float:
+        return self.tokens / max(time.monotonic() - self.first_token, 1e-9)
+
+    def _update(self) -> None:
+        completed = min(self._elapsed(), self.seconds) if self.seconds else self.chains
+        self.bar.update(self.task, completed=completed, problems=self.problems, speed=self._speed())

@@ -1,0 +1,226 @@
+"""A run folder: the evidence that an experiment leaves, never overwritten by another configuration.
+
+runs/aime-20260101-120000-1a2b3c4d/
+  config.json     what identifies the run: a run continues only under an equal configuration
+  metadata.json   one entry for each time it was started: command, versions, device, commit
+  samples.jsonl   one JSON line per problem and chain, flushed after every group
+  results.json    the table; its presence means that the run is finished
+"""
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "math-verify")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used; the message says why."""
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+class Run:
+    """An open run folder. `samples` holds what was already there; `append` adds to the file and to it.
+
+    A lock on samples.jsonl keeps two processes from writing to one folder.
+    """
+
+    def __init__(self, path: Path, config: dict):
+        self.path = path
+        self.config = config
+        self.samples_path = path / "samples.jsonl"
+        self._file = self.samples_path.open("a+b")
+        if not _lock(self._file):
+            self._file.close()
+            raise RunError(f"{path}: another process is writing to this run")
+        _drop_truncated_line(self._file)
+        self.samples = read_jsonl(self.samples_path)
+
+    def append(self, rows: list[dict]) -> None:
+        """Writes samples, one line each, and makes them safe on disk."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write(lines.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.samples.extend(rows)
+
+    def started(self, **fields) -> dict:
+        """Records that the run was started (again), and returns the entry."""
+        path = self.path / "metadata.json"
+        entries = json.loads(path.read_text()) if path.exists() else []
+        entry = {"started": _now(), **environment(), **fields}
+        write_json(path, [*entries, entry])
+        return entry
+
+    def finish(self, results: dict) -> None:
+        """Writes results.json, which marks the run as finished."""
+        write_json(self.path / "results.json", results)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_run(
+    root: str | Path,
+    experiment: str,
+    config: dict,
+    run_dir: str | Path | None = None,
+    fresh: bool = False,
+    extendable: tuple[str, ...] = (),
+) -> Run:
+    """The run to write to: the named folder, else the newest unfinished one with an equal config, else a new one.
+
+    Args:
+      root: where run folders are made.
+      run_dir: a folder to use, new or to be continued.
+      fresh: begin a new folder in any case.
+      extendable: keys that may differ where `run_dir` is continued: they say how much to do, not what.
+    Raises:
+      RunError: the named folder belongs to another configuration, or is in use.
+    """
+    config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
+    if run_dir is not None:
+        path = Path(run_dir)
+        if fresh and path.exists():
+            raise RunError(f"{path}: exists already, so --fresh cannot begin there")
+        return Run(path, config) if _matches(path, config, extendable) else _create(path, config)
+    for path in [] if fresh else sorted(Path(root).glob(f"{experiment}-*"), reverse=True):
+        if not (path / "results.json").exists() and read_config(path) == config:
+            try:
+                return Run(path, config)
+            except RunError:
+                continue  # in use by another process
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(root) / f"{experiment}-{stamp}-{digest(config)}"
+    while path.exists():
+        path = path.with_name(path.name + "b")
+    return _create(path, config)
+
+
+def _create(path: Path, config: dict) -> Run:
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", config)
+    return Run(path, config)
+
+
+def _matches(path: Path, config: dict, extendable: tuple[str, ...]) -> bool:
+    """Whether a folder holds a run of this config; False where there is nothing yet."""
+    there = read_config(path)
+    if there is None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path}: exists, but is not a run folder")
+        return False
+    keys = sorted({*there, *config} - {*extendable})
+    changed = [key for key in keys if there.get(key) != config.get(key)]
+    if changed:
+        said = "; ".join(f"{key} was {there.get(key)!r}, is {config.get(key)!r}" for key in changed)
+        raise RunError(f"{path}: holds a run of another configuration ({said})")
+    return True
+
+
+def read_config(path: Path) -> dict | None:
+    """The configuration of a run folder; None where there is none that can be read."""
+    try:
+        return json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a samples file.
+
+    Raises:
+      RunError: a line that is not JSON, with the file and its number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise RunError(f"{path}:{number}: not a line of JSON") from None
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes through a temporary file, so that an interruption leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _drop_truncated_line(file) -> None:
+    """Cuts what follows the last line end: a process that was killed while writing may leave half a line."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """git's answer about the source tree; None outside a repository or without git."""
+    root = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def command_line() -> str:
+    """The command that started this process, as one would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
+    return f"python {program} {shlex.join(sys.argv[1:])}".strip()
+
+
+def environment() -> dict:
+    """Versions, device, commit and command of this process."""
+    import jax
+
+    device = jax.devices()[0]
+    status = _git("status", "--porcelain")
+    return {
+        "command": command_line(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "dms_jax": _version("dms-jax"),
+        **{package: _version(package) for package in PACKAGES},
+        "system": platform.platform(),
+        "device": f"{len(jax.devices())} x {device.platform} {device.device_kind}",
+        "cpu_count": os.cpu_count(),
+    }

@@ -1,0 +1,1 @@
+"""The figures: one script each, drawn from recorded results; none runs a model."""

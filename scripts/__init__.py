@@ -1,0 +1,1 @@
+"""Command-line programs: each runs with `python -m scripts.<name> --help`."""

@@ -1,0 +1,197 @@
+"""Continues a prompt, streaming the text, and says what the KV cache cost.
+
+examples:
+  python -m scripts.generate --demo
+  python -m scripts.generate --cr 4 --prompt "Let q = 482, m = 157. Set d = q + m, x = d - q. Find x modulo 1000."
+  python -m scripts.generate --model org/name --chat --prompt "What is 6 * 7?" --max-new-tokens 512
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+MINI = "mini"
+DEMO_SEED = "scripts.generate"
+
+
+def _metavar(name: str):
+    return tyro.conf.arg(metavar=name, help_behavior_hint="")  # the help texts name the defaults themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    prompt: Annotated[str | None, _metavar("TEXT")] = None
+    """the text to continue; - reads it from standard input"""
+    demo: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """a held-out problem for the mini model: the original and the retrofitted one (--cr, 4 by default) side by side"""
+    problem: Annotated[int, _metavar("N")] = 0
+    """which problem the demo takes; default: 0"""
+    model: Annotated[str, _metavar("MODEL")] = MINI
+    """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
+    cr: Annotated[float | None, _metavar("CR")] = None
+    """member of a retrofitted family; default: the original model"""
+    gate: Annotated[Path | None, _metavar("FILE")] = None
+    """adapter gate (safetensors) to lay over the model's weights"""
+    policy: Annotated[str | None, _metavar("NAME")] = None
+    """eviction policy; default: dms where the model was retrofitted, full otherwise"""
+    window: Annotated[int | None, _metavar("TOKENS")] = None
+    """overrides the window that the model was retrofitted with"""
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """write the prompt as a user's turn, with the tokenizer's chat template"""
+    max_new_tokens: Annotated[int, _metavar("TOKENS")] = 448
+    """default: 448"""
+    temperature: Annotated[float, _metavar("T")] = 0.0
+    """default: 0, greedy"""
+    top_p: Annotated[float, _metavar("P")] = 1.0
+    """default: 1"""
+    seed: Annotated[int, _metavar("SEED")] = 0
+    """of the sampling; default: 0"""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _metavar("DTYPE")] = None
+    """float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere"""
+
+
+class TextStream:
+    """Turns token ids into text as they come: what is passed to `write` adds up to the decoded whole."""
+
+    def __init__(self, tokenizer, write: Callable[[str], None]):
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def push(self, ids: list[int], last: bool = False) -> None:
+        """More tokens; `last` writes out even what an unfinished character may follow."""
+        self.ids += ids
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not last and text.endswith("\ufffd"):
+            return  # a character whose bytes are spread over tokens
+        self.write(text[len(self.shown) :])
+        self.shown = text
+
+
+def load(config: Config, cr: float | None):
+    """The model, and the DMSConfig with the window asked for."""
+    import jax
+
+    import dms_jax
+    from dms_jax.config import require
+
+    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    lm = dms_jax.load(config.model, dtype=dtype, gate=config.gate, cr=cr)
+    require(lm.tokenizer is not None, "model", config.model, "has no tokenizer")
+    if config.window is None or (cr is None and config.demo):
+        return lm, lm.dms
+    require(lm.dms is not None, "window", config.window, "this model was never retrofitted")
+    return lm, dataclasses.replace(lm.dms, window=config.window)
+
+
+def prompt_ids(config: Config, lm, text: str) -> list[int]:
+    """Token ids of the prompt. The mini model's problems end in a newline, which is added where it is missing."""
+    from dms_jax import decode
+    from dms_jax.config import require
+
+    if config.chat:
+        require(bool(lm.tokenizer.chat_template), "chat", True, "the tokenizer has no chat template")
+        turn = [{"role": "user", "content": text}]
+        return list(
+            lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+    if config.model == MINI and not text.endswith("\n"):
+        text += "\n"
+    return decode.encode(lm, [text])[0]
+
+
+def figures(out, prompt: int) -> str:
+    """The cache's figures of a chain, beside those of a full cache over the same tokens."""
+    made = len(out.tokens[0][0])
+    reads = sum(range(prompt + 1, prompt + made))  # the first token comes out of the prompt's own pass
+    peak = prompt + made - 1
+    return (
+        f"{prompt} prompt tokens, {made} new tokens\n"
+        f"KV reads      {out.kv_reads[0, 0]:>10,.0f}   (full cache: {reads:,})\n"
+        f"prompt reads  {out.prefill_reads[0, 0]:>10,.0f}   (full cache: {prompt * (prompt + 1) // 2:,})\n"
+        f"peak tokens   {out.peak_tokens[0, 0]:>10,.1f}   (full cache: {peak:,})\n"
+        f"achieved CR   {out.achieved_cr[0, 0]:>10.2f}"
+    )
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
+    """Generates to the terminal; returns the new text."""
+    from dms_jax import decode
+
+    ids = prompt_ids(config, lm, text)
+    shown = TextStream(lm.tokenizer, write)
+    out = decode.generate(
+        lm,
+        [ids],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        policy=policy,
+        dms=dms,
+        on_chunk=lambda tokens, active: shown.push(tokens[active[:, 0], 0].tolist()),
+    )
+    shown.push([], last=True)
+    print(f"\n\n{figures(out, len(ids))}")
+    return shown.shown
+
+
+def demo(config: Config) -> None:
+    """A held-out problem, its right answer, and the chains of the original and of a retrofitted model."""
+    from experiments.tasks import mini
+    from experiments.tasks.base import judge
+
+    drawn = mini.problems("test", DEMO_SEED)
+    problem = next(itertools.islice(drawn, config.problem, None))
+    print(f"held-out problem {config.problem}:\n{problem.problem}")
+    for cr in (None, config.cr or 4.0):
+        title = "original model, full cache" if cr is None else f"DMS, retrofitted for CR {cr:g}"
+        print(f"--- {title} ---")
+        lm, dms = load(config, cr)
+        text = stream(config, lm, dms, problem.problem, None if cr is None else config.policy)
+        verdict = judge(text, problem.answer)
+        given = (
+            "no answer"
+            if verdict.answer is None
+            else f"{verdict.answer} is {'right' if verdict.correct else 'wrong'}"
+        )
+        print(f"answer        {given}\n")
+    print(f"the right answer is {problem.answer}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = tyro.cli(Config, args=arguments, description=__doc__, prog="python -m scripts.generate")
+    from dms_jax.config import ConfigError, require
+    from dms_jax.tensorfile import WeightError
+
+    try:
+        require(
+            config.demo != (config.prompt is not None), "prompt", config.prompt, "give --prompt or --demo"
+        )
+        if config.demo:
+            require(config.model == MINI, "model", config.model, "the demo is for the mini model")
+            require(config.problem >= 0, "problem", config.problem, "must not be negative")
+            demo(config)
+        else:
+            lm, dms = load(config, config.cr)
+            text = sys.stdin.read() if config.prompt == "-" else config.prompt
+            stream(config, lm, dms, text, config.policy)
+    except (ConfigError, WeightError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

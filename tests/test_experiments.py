@@ -1,0 +1,267 @@
+"""What the main job is made of: verdicts, data, votes, intervals, run folder, figure."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from experiments import run, stats
+from experiments.tasks import aime as tasks
+from experiments.tasks import base, mini
+from paper_figures import accuracy_vs_reads
+
+# ---- verdicts
+
+
+@pytest.mark.parametrize(
+    "text, gold, answer, correct",
+    [
+        (r"so \boxed{007}", "7", "7", True),
+        (r"so \boxed{7}", "007", "7", True),
+        (r"\boxed{1}, no: \boxed{ 73 }.", "73", "73", True),
+        (r"\boxed{73}, no: \boxed{1}", "73", "1", False),
+        (r"\boxed{\frac{14}{2}}", "7", "7", True),
+        (r"\boxed{x = 73}", "73", "73", True),
+        (r"\boxed{1,000}", "1000", "1000", True),
+        (r"\boxed{\sqrt{2}}", r"\sqrt{2}", "sqrt(2)", True),
+        (r"\boxed{no idea", "73", None, False),
+        (r"\boxed{}", "73", None, False),
+        ("the answer is 73", "73", None, False),
+        (r"first \boxed{73}, then \boxed{ } and \boxed{7", "73", "73", True),
+    ],
+)
+def test_judge(text, gold, answer, correct):
+    assert base.judge(text, gold) == (answer, correct)
+
+
+def test_plain_integers_are_judged_as_math_verify_does():
+    numbers = ["0", "00", "000", "7", "007", "70", "073", "73", "100", "999", "0999", "1000"]
+    for box, gold in itertools.product(numbers, repeat=2):
+        assert base.judge(f"\\boxed{{{box}}}", gold) == base.verify_box(box, gold), (box, gold)
+
+
+def test_the_right_chain_of_the_mini_task_is_judged_right():
+    problem = next(mini.problems("test", 0))
+    assert base.judge(problem.solution, problem.answer) == (str(int(problem.answer)), True)
+
+
+# ---- data
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return str(path)
+
+
+def test_jsonl_is_read(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"id": "x-1", "problem": "One?", "expected_answer": "1", "answer": "ignored"},
+        "",
+        {"problem": "Two?", "answer": 204},
+    )
+    assert tasks.load(path) == [base.Record("x-1", "One?", "1"), base.Record("1", "Two?", "204")]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ("{not json", "not a line of JSON"),
+        ("[1]", "expected an object"),
+        ({"answer": "1"}, "'problem' must be text"),
+        ({"problem": " ", "answer": "1"}, "'problem' must be text"),
+        ({"problem": "p"}, "no answer in 'expected_answer' or 'answer'"),
+        ({"problem": "p", "answer": " "}, "no answer"),
+        ({"problem": "p", "answer": [1]}, "must be text or a number"),
+        ({"problem": "p", "answer": "1", "id": "same"}, "already used"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path, bad, message):
+    path = write_lines(tmp_path / "bad.jsonl", {"problem": "p", "answer": "1", "id": "same"}, "", bad)
+    with pytest.raises(tasks.DataError, match=message) as error:
+        tasks.load(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(tasks.DataError, match="no such file"):
+        tasks.load(str(tmp_path / "none.jsonl"))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(tasks.DataError, match="no problems"):
+        tasks.load(str(tmp_path / "empty.jsonl"))
+
+
+def test_prompt_uses_the_chat_template():
+    class Chat:
+        chat_template = "there is one"
+
+        def apply_chat_template(self, turn, add_generation_prompt, return_dict):
+            assert add_generation_prompt and return_dict
+            return {"input_ids": [len(turn[0]["content"])]}
+
+    record = base.Record("0", "How many?\n", "7")
+    plain = tasks.prompt(record, None)
+    assert "How many?" in plain and "\\boxed{}" in plain
+    assert tasks.prompt(record, Chat()) == [len(f"How many?\n{tasks.INSTRUCTION}")]
+
+
+def test_mini_problems_are_held_out_distinct_and_a_prefix_of_more():
+    few, many = tasks.mini_task(5).records, tasks.mini_task(20).records
+    assert few == many[:5]
+    assert len({r.problem for r in many}) == 20
+    assert all(mini.split_of(r.problem) == "test" for r in many)
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize(
+    "answers, winner",
+    [
+        (["7", "9", None, "9"], 1),
+        (["7", "9"], 0),
+        ([None, "9", "7", "7", "9"], 1),
+        ([None, None], None),
+        ([], None),
+        (["3", "1", "2", "2", "1"], 1),
+    ],
+)
+def test_majority(answers, winner):
+    assert stats.majority(answers) == winner
+
+
+@pytest.mark.parametrize("n, p", [(500, 0.6), (2000, 0.05), (40, 0.5)])
+def test_bootstrap_agrees_with_the_binomial(n, p):
+    values = np.arange(n) < round(n * p)
+    estimate = stats.bootstrap(values)
+    counts = np.random.default_rng(1).binomial(n, values.mean(), 400_000) / n
+    assert estimate.mean == values.mean()
+    step = 1.01 / n  # quantiles of a count may fall on either side
+    np.testing.assert_allclose(estimate[1:], np.quantile(counts, (0.025, 0.975)), atol=step)
+    assert stats.bootstrap(values) == estimate
+
+
+def test_bootstrap_of_nothing_and_of_one_value():
+    assert stats.bootstrap([1.0]) == (1, 1, 1)
+    with pytest.raises(ValueError, match="no problems"):
+        stats.bootstrap([])
+
+
+def made_up_sample(source, problem, chain, answer, correct, **changes):
+    sample = {"source": source, "id": problem, "chain": chain, "answer": answer, "correct": correct}
+    costs = {"kv_reads": 10.0, "prefill_reads": 3.0, "peak_tokens": 5.0, "tokens": 4, "achieved_cr": 2.0}
+    return {**sample, **costs, "finished": True, **changes}
+
+
+def test_table_counts_votes_costs_and_common_problems_only():
+    cells = [stats.Cell("1-1-1", "base", "full", 1, 1), stats.Cell("1-3-4", "small", "dms", 4, 3)]
+    samples = [
+        made_up_sample("small", "b", 2, "5", True, kv_reads=1.0, achieved_cr=5.0),
+        made_up_sample("small", "b", 0, "4", False),
+        made_up_sample("small", "b", 1, "5", True),
+        made_up_sample("base", "a", 0, "1", True),
+        made_up_sample("base", "b", 0, None, False),
+        made_up_sample("base", "c", 0, "1", True),
+        *(made_up_sample("small", "a", n, "2", False) for n in range(3)),
+        *(made_up_sample("small", "c", n, "1", True) for n in range(2)),  # a chain is missing
+    ]
+    base_row, small = stats.table(samples, cells)
+    assert base_row["problems"] == small["problems"] == 2
+    assert base_row["accuracy"]["mean"] == small["accuracy"]["mean"] == 0.5
+    assert small["gain"]["mean"] == 0 and (small["gain"]["low"], small["gain"]["high"]) == (-1, 1)
+    assert small["kv_reads"] == (30 + 21) / 2 and small["peak_tokens"] == 15 and small["tokens"] == 12
+    assert small["achieved_cr"] == 15 / 6
+    assert stats.table(samples[:3], cells) == []
+
+
+def test_pareto_front():
+    rows = [
+        {"kv_reads": reads, "accuracy": {"mean": mean}}
+        for reads, mean in ((5, 0.5), (1, 0.2), (2, 0.1), (3, 0.5), (9, 0.9))
+    ]
+    assert [row["kv_reads"] for row in stats.pareto(rows)] == [1, 3, 9]
+
+
+# ---- the run folder
+
+
+def test_a_run_folder_resumes_and_drops_half_a_line(tmp_path):
+    first = run.open_run(tmp_path, "x", {"a": (1, 2)})
+    first.append([{"n": 0}, {"n": 1}])
+    first.close()
+    with first.samples_path.open("ab") as file:
+        file.write(b'{"n": 2, "te')
+    again = run.open_run(tmp_path, "x", {"a": (1, 2)})
+    assert again.path == first.path and again.samples == [{"n": 0}, {"n": 1}]
+    again.append([{"n": 2}])
+    assert run.read_jsonl(again.samples_path) == [{"n": 0}, {"n": 1}, {"n": 2}] == again.samples
+    again.close()
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path):
+    opened = run.open_run(tmp_path, "x", {})
+    opened.samples_path.write_text('{"n": 0}\n{"n"\n{"n": 2}\n')
+    opened.close()
+    with pytest.raises(run.RunError, match=r"samples.jsonl:2: not a line of JSON"):
+        run.Run(opened.path, {})
+
+
+def test_which_folder_is_opened(tmp_path):
+    def opened(config, **options):
+        with_lock = run.open_run(tmp_path, "x", config, **options)
+        with_lock.close()
+        return with_lock.path
+
+    first = opened({"a": 1})
+    assert opened({"a": 1}) == first
+    assert opened({"a": 2}) != first
+    fresh = opened({"a": 1}, fresh=True)
+    assert fresh != first and opened({"a": 1}) == fresh, "the newest is resumed"
+    (fresh / "results.json").write_text("{}")
+    assert opened({"a": 1}) == first, "a finished one is not"
+    assert opened({"a": 1}, run_dir=fresh) == fresh, "unless it is named"
+    with pytest.raises(run.RunError, match="another configuration.*a was 1, is 2"):
+        opened({"a": 2}, run_dir=first)
+    assert opened({"a": 2}, run_dir=first, extendable=("a",)) == first
+    assert json.loads((first / "config.json").read_text()) == {"a": 1}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(run.RunError, match="not a run folder"):
+        opened({"a": 1}, run_dir=tmp_path / "other")
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first = run.open_run(tmp_path, "x", {})
+    with pytest.raises(run.RunError, match="another process"):
+        run.open_run(tmp_path, "x", {}, run_dir=first.path)
+    second = run.open_run(tmp_path, "x", {})
+    assert second.path != first.path
+    first.close()
+    second.close()
+
+
+# ---- figure
+
+
+def test_the_figure_script(tmp_path, capsys):
+    def row(policy, cr, width, reads, mean):
+        estimate = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+        name = f"0.5-{width}-{cr}"
+        return {
+            "config": name,
+            "policy": policy,
+            "cr": cr,
+            "kv_reads": reads,
+            "accuracy": estimate,
+            "problems": 9,
+        }
+
+    rows = [row("full", 1, 1, 9e4, 0.5), row("dms", 4, 1, 3e4, 0.5), row("dms", 4, 4, 1.2e5, 0.7)]
+    assert list(accuracy_vs_reads.series(rows)) == ["vanilla", "DMS CR4"]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    accuracy_vs_reads.main([str(tmp_path / "results.json"), str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    axes = accuracy_vs_reads.draw(rows).axes[0]
+    assert {text.get_text() for text in axes.texts} == {r["config"] for r in rows}
