@@ -116,7 +116,7 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
         store, states = carried
         last_logit = None if logit is None else logit[..., 0]
         victim, own = policy.choose(states[layer], position, k, last_logit)
-        store, slot = setup.storage.place(store, layer, k.swapaxes(1, 2), v.swapaxes(1, 2), position, victim)
+        store, slot = setup.storage.place(store, layer, k, v, position, victim)
         own = policy.record(own, position, slot, last_logit)
         out = setup.storage.attend(store, layer, q)
         return out, (store, (*states[:layer], own, *states[layer + 1 :]))

@@ -27,7 +27,7 @@ PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja
 GATE_KEY = "dms"  # metadata of an adapter file: the config.json keys of its DMSConfig, in JSON
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class LM:
     """A model ready to run.
 
@@ -37,8 +37,8 @@ class LM:
     """
 
     config: ModelConfig
-    params: Params
-    tokenizer: Any = None
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(default=None, repr=False)
     dms: DMSConfig | None = None
 
     def logits(self, tokens: Tokens, dms: DMSConfig | None = None) -> Logits:
@@ -105,7 +105,7 @@ def load(
 
 def _locate(source: str | os.PathLike, cr: float | None) -> Path:
     """The file or folder to read; downloads a hub name."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if str(source) == "mini":
         return _member(ASSETS / "mini", cr, "base")
     if path.suffix == ".gguf":
@@ -163,9 +163,10 @@ def _with_gate(lm: LM, file: Path, dtype: str) -> LM:
     if GATE_KEY not in metadata:
         raise WeightError(f"{file}: no {GATE_KEY!r} in its metadata, not a gate written by save_gate")
     dms = hf.dms_from_hf(json.loads(metadata[GATE_KEY]))
-    require(
-        dms is not None and dms.gate == "adapter", "gate", dms and dms.gate, f"{file} holds no adapter gate"
-    )
+    kind, mine = dms and dms.gate, lm.dms and lm.dms.gate
+    require(kind == "adapter", "gate", kind, f"{file} holds no adapter gate")
+    # A borrowed neuron is hidden from attention; no adapter was trained against such a model.
+    require(mine != "query", "gate", mine, "the model has a query gate, an adapter belongs on the original")
     added = read_params(gate_specs(lm.config), sources, dtype, str(file))
     flat = {**traverse_util.flatten_dict(lm.params), **traverse_util.flatten_dict(added)}
     return dataclasses.replace(lm, params=traverse_util.unflatten_dict(flat), dms=dms)
@@ -203,6 +204,8 @@ def save(lm: LM, folder: str | os.PathLike) -> None:
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(new)
         for file in sorted(new.iterdir(), key=lambda file: file.name != "model.safetensors"):
+            if (folder / file.name).is_dir():
+                shutil.rmtree(folder / file.name)
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)

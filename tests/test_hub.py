@@ -280,6 +280,9 @@ def test_gate_file_over_base_weights(folder, tmp_path):
         base.logits(ids, dms=ADAPTER)
     with pytest.raises(ConfigError, match="no adapter gate"):
         dms_jax.save_gate(base, gate)
+    dms_jax.save(random_lm(dms=DMSConfig()), tmp_path / "query")
+    with pytest.raises(ConfigError, match="gate='query'"):
+        dms_jax.load(tmp_path / "query", gate=gate)
     with pytest.raises(FileNotFoundError, match="no such gate file"):
         dms_jax.load(folder, gate=tmp_path / "none")
     with pytest.raises(WeightError, match="not a gate"):
@@ -310,6 +313,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, what):
     dms_jax.save(old, tmp_path / "model")
     dms_jax.save_gate(old, tmp_path / "model" / "gate.safetensors")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    assert {"config.json", "gate.safetensors", "model.safetensors"} <= set(before)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with EFBIG
     try:

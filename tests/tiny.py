@@ -70,14 +70,17 @@ def hf_from_gguf(file, raw: dict):
     raw: the config.json that we make of it; every value that transformers reads must agree.
     """
     import transformers
+    from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = getattr(transformers, f"{HF_CLASSES[raw['model_type']]}Config").from_dict(raw)
-    model = getattr(transformers, f"{HF_CLASSES[raw['model_type']]}ForCausalLM")(config).float().eval()
+    with no_init_weights():
+        model = getattr(transformers, f"{HF_CLASSES[raw['model_type']]}ForCausalLM")(config).float().eval()
     loaded = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)
     for key, value in loaded["config"].items():
         if raw.get(key) is not None and not (key == "head_dim" and value is None):
             assert np.isclose(raw[key], value) if isinstance(value, float) else raw[key] == value, key
     missing, unexpected = model.load_state_dict(loaded["tensors"], strict=False)
+    model.tie_weights()
     assert not unexpected and set(missing) <= {"lm_head.weight"} and config.tie_word_embeddings or not missing
     return model
