@@ -27,22 +27,28 @@ def snapshots(config: retrofit.RetrofitConfig, crs: tuple[int, ...]) -> dict[int
 def main(
     config: Path = Path("configs/mini_retrofit.yaml"),
     model: str = "mini",
-    out: Path = Path("runs/mini_retrofit"),
-    crs: tuple[int, ...] = (2, 3, 4, 6),
+    max_cr: float | None = None,
+    crs: tuple[int, ...] = (),
+    out: Path | None = None,
     pool: int = 200_000,
     slip_rate: float = 0.045,
 ) -> None:
-    """Retrofits MODEL and writes OUT/cr2, OUT/cr4 ... and OUT/log.jsonl.
+    """Retrofits MODEL and writes OUT/cr8 (for max_cr 8) and OUT/log.jsonl.
 
     Args:
       config: YAML file with the fields of RetrofitConfig.
       model: what `dms_jax.load` takes: "mini", a folder, a hub name.
+      max_cr: overrides the config.
+      crs: CRs below the highest at which the model is written as the schedule passes them.
       out: folder for checkpoints, the log and the models; a run found there is continued.
-      crs: at which CRs below the highest a model is written.
-      pool: how many training problems of the mini task are drawn; none of them was used to train the base model.
+        Default: runs/retrofit-cr8 (for max_cr 8).
+      pool: how many training problems of the mini task are used, drawn with another seed than the base model saw.
       slip_rate: the share of their lines with a wrong digit, as in pretraining.
     """
     settings = load_yaml(retrofit.RetrofitConfig, config)
+    if max_cr is not None:
+        settings = dataclasses.replace(settings, max_cr=max_cr)
+    out = out or Path(f"runs/retrofit-cr{settings.max_cr:g}")
     lm = dms_jax.load(model, dtype="float32")
     problems = training_pool(settings.seed, pool, slip_rate)
     due = snapshots(settings, crs)

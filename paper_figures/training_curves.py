@@ -1,0 +1,79 @@
+"""Curves of a training run, from its log.jsonl: the mini model's pretraining and retrofit by default.
+
+usage: python -m paper_figures.training_curves [pretrain.jsonl retrofit.jsonl] [--out base]
+
+Writes BASE.png and BASE.pdf. Never runs a model.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from paper_figures.accuracy_vs_reads import COLOURS
+
+RESULTS = Path(__file__).parent / "results" / "mini"
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def column(rows: list[dict], key: str) -> tuple[list, list]:
+    """Steps and values of the rows that have `key`."""
+    have = [row for row in rows if key in row]
+    return [row["step"] for row in have], [row[key] for row in have]
+
+
+def draw(pretrain: list[dict], retrofit: list[dict]) -> Figure:
+    """Loss and accuracy of pretraining; KL and the achieved against the target share of the retrofit."""
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False}):
+        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _twin(left, pretrain, ("loss", "loss (nats a token)"), [("chains_right", "chains right, teacher-forced")])
+        left.set_title("pretraining", loc="left", fontsize=9)
+        steps, target = column(retrofit, "target_cr")
+        shares = [{"step": s, "goal": 1 - 1 / cr} for s, cr in zip(steps, target, strict=True)]
+        _twin(
+            right,
+            retrofit + shares,
+            ("kl", "KL to the teacher (nats a token)"),
+            [("alpha", "tokens evicted"), ("goal", "target")],
+        )
+        right.set_title("retrofit", loc="left", fontsize=9)
+    return figure
+
+
+def _twin(axes, rows: list[dict], loss: tuple[str, str], shares: list[tuple[str, str]]) -> None:
+    """A loss on a log axis at the left, shares of 1 at the right."""
+    axes.semilogy(*column(rows, loss[0]), color=COLOURS[0], linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel(loss[1])
+    other = axes.twinx()
+    for (key, label), colour, line in zip(shares, COLOURS[1:], ("-", "--"), strict=False):
+        other.plot(*column(rows, key), color=colour, linestyle=line, linewidth=1.2, label=label)
+    other.set_ylim(0, 1)
+    other.set_ylabel("share")
+    other.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("logs", type=Path, nargs="*", help="pretraining log, retrofit log")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "training_curves")
+    options = parser.parse_args(arguments)
+    logs = options.logs or [RESULTS / "pretrain_log.jsonl", RESULTS / "retrofit_cr8_log.jsonl"]
+    if len(logs) != 2:
+        parser.error("give two logs, or none for the mini model's")
+    figure = draw(*map(read, logs))
+    for suffix in (".png", ".pdf"):
+        path = options.out.with_suffix(suffix)
+        figure.savefig(path, dpi=200)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Every mask function against brute-force loops over the definition."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import masks
+from dms_jax.types import NEGATIVE
+
+WINDOWS = (0, 1, 4, 8, 50)  # 50: wider than any sequence here
+
+
+def slots(seed: int, B=3, K=2, T=5, S=9):
+    """Queries anywhere, and a cache in disorder: the heads hold other tokens, some slots are empty."""
+    rng = np.random.default_rng(seed)
+    query_pos = rng.integers(0, 12, (B, T))
+    key_pos = np.stack([[rng.permutation(12)[:S] for _ in range(K)] for _ in range(B)])
+    key_pos[rng.random(key_pos.shape) < 0.25] = -1
+    p = rng.random((B, K, S))
+    p[rng.random(p.shape) < 0.5] = 0
+    return query_pos, key_pos, p
+
+
+def brute_visible(query_pos, key_pos, evicted, window):
+    B, K, S = key_pos.shape
+    out = np.zeros((B, K, query_pos.shape[1], S), bool)
+    for b, h, t, s in np.ndindex(*out.shape):
+        i, j = query_pos[b, t], key_pos[b, h, s]
+        if j == -1 or j > i:
+            continue
+        if i - j <= window or not evicted[b, h, s]:
+            out[b, h, t, s] = True
+    return out
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_visible(window):
+    query_pos, key_pos, p = slots(window)
+    want = brute_visible(query_pos, key_pos, p > 0, window)
+    got = masks.visible(*map(jnp.asarray, (query_pos, key_pos, p > 0)), window)
+    np.testing.assert_array_equal(got, want)
+    assert want.any() and not want.all()
+
+
+def test_visible_by_hand():
+    """w = 1, token 0 and token 3 marked: token 0 is last seen by query 1."""
+    pos = jnp.arange(5)[None]
+    evicted = jnp.array([[[True, False, False, True, False]]])
+    got = np.asarray(masks.visible(pos, pos[None], evicted, 1)[0, 0]).astype(int).tolist()
+    assert got == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_bias(window):
+    query_pos, key_pos, p = slots(window + 100)
+    want = np.full((3, 2, 5, 9), float(NEGATIVE))
+    for b, h, t, s in np.ndindex(*want.shape):
+        i, j = query_pos[b, t], key_pos[b, h, s]
+        if 0 <= j <= i:
+            want[b, h, t, s] = 0 if i - j <= window else np.log(1 - p[b, h, s])
+    keep_log = jnp.asarray(np.log(1 - p), jnp.float32)
+    got = masks.bias(jnp.asarray(query_pos), jnp.asarray(key_pos), keep_log, window)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_bias_of_hard_decisions_is_the_hard_mask(window):
+    query_pos, key_pos, p = map(jnp.asarray, slots(window + 200))
+    got = masks.bias(query_pos, key_pos, jnp.where(p > 0, NEGATIVE, 0.0), window)
+    visible = masks.visible(query_pos, key_pos, p > 0, window)
+    np.testing.assert_array_equal(got, np.where(visible, 0, np.float32(NEGATIVE)))
+
+
+@pytest.mark.parametrize("window", (0, 3, 20))
+@pytest.mark.parametrize("T, lengths", [(7, (7, 1, 4, 6)), (1, (1, 1))])
+def test_shift(window, T, lengths):
+    """Offsets 0, 1, w, w + 1, and decisions that no token has told yet."""
+    rng = np.random.default_rng(window)
+    values = rng.normal(size=(len(lengths), 2, T)).astype(np.float32)
+    for offset in sorted({0, 1, window, window + 1}):
+        want = np.full_like(values, NEGATIVE)
+        for b, h, j in np.ndindex(*values.shape):
+            if j + offset < lengths[b]:
+                want[b, h, j] = values[b, h, j + offset]
+        np.testing.assert_array_equal(masks.shift(values, offset, jnp.asarray(lengths), NEGATIVE), want)
+        alpha = masks.shift(values > 0, offset, jnp.asarray(lengths), False)
+        assert alpha.dtype == bool
+        np.testing.assert_array_equal(alpha, want > 0)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("T", (1, 9))
+def test_live_counts(window, T):
+    rng = np.random.default_rng(T)
+    evicted = rng.random((3, 2, T)) < 0.6
+    pos = np.broadcast_to(np.arange(T), (3, T))
+    key_pos = np.broadcast_to(pos[:, None], evicted.shape)
+    want = brute_visible(pos, key_pos, evicted, window).sum(-1)
+    np.testing.assert_array_equal(masks.live_counts(jnp.asarray(evicted), window), want)
+    if T > window + 1:
+        assert (want < np.arange(1, T + 1)).any()
