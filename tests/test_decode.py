@@ -1,5 +1,6 @@
 """Decoding step by step equals the teacher-forced forward, and the counts equal a brute-force count."""
 
+import dataclasses
 import functools
 import types
 
@@ -43,37 +44,50 @@ def setup_for(lm, policy: str) -> decode.Setup:
     )
 
 
+# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
+QUICK = {"xla_backend_optimization_level": 0}
+step = jax.jit(decode.decode_step, static_argnames="setup", compiler_options=QUICK)
+
+
+@functools.partial(jax.jit, static_argnames="setup", compiler_options=QUICK)
+def prefill(setup, params, prompts, lengths):
+    B = len(lengths)
+    keys = jnp.zeros((B, 2), jnp.uint32)  # greedy: no noise is drawn
+    return decode.prefill(setup, params, prompts, lengths, jnp.full(B, 99), keys, TOTAL + 8)
+
+
 def forced_decode(lm, tokens, lengths, policy="dms"):
     """Logits `[steps, B, V]` of feeding `tokens` one by one after prompts of the given lengths, and live counts."""
     setup = setup_for(lm, policy)
-    B = len(lengths)
-    keys = sampling.sequence_keys(0, B, 1)
-    prompts = np.where(np.arange(max(lengths)) < np.array(lengths)[:, None], tokens[:, : max(lengths)], 0)
-    state, logits, seen = decode.prefill(
-        setup, lm.params, prompts, np.array(lengths), np.full(B, 99), keys, TOTAL + 8
-    )
-    step = jax.jit(decode.decode_step, static_argnames="setup")
+    lengths = np.array(lengths)
+    prompts = np.where(np.arange(max(lengths)) < lengths[:, None], tokens[:, : max(lengths)], 0)
+    state, logits, seen = prefill(setup, lm.params, prompts, lengths)
     all_logits, all_live = [logits], []
     for n in range(TOTAL - max(lengths)):
-        fed = tokens[np.arange(B), np.array(lengths) + n]
+        fed = tokens[np.arange(len(lengths)), lengths + n]
         state, logits, live = step(setup, lm.params, state._replace(token=jnp.asarray(fed)))
         all_logits.append(logits)
         all_live.append(live)
     return np.stack(all_logits), np.stack(all_live), np.asarray(seen)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dms"))
-def _forward(params, tokens, config, dms):
+@functools.partial(jax.jit, static_argnames=("config", "gate"), compiler_options=QUICK)
+def _forward(params, tokens, window, offset, config, gate):
     attend = transformer.causal
-    if dms is not None:
-        attend = transformer.hard_eviction(dms, jnp.full(len(tokens), tokens.shape[1]))
+    if gate is not None:  # window and offset are traced, so that one program serves every case of a gate
+        rule = types.SimpleNamespace(window=window, decision_offset=offset)
+        attend = transformer.hard_eviction(rule, jnp.full(len(tokens), tokens.shape[1]))
     positions = transformer.arange_positions(tokens)
-    return transformer.Decoder(config, dms).apply({"params": params}, tokens, positions, attend, method="logits")
+    return transformer.Decoder(config, gate).apply({"params": params}, tokens, positions, attend, method="logits")
 
 
 def full_forward(lm, tokens):
     """Teacher-forced logits `[B, T, V]` and alpha `[L, B, K, T]` with the hard mask (no alpha without DMS)."""
-    logits, alpha = _forward(lm.params, jnp.asarray(tokens), lm.config, lm.dms)
+    gate, window, offset = lm.dms, 0, 0
+    if gate is not None:
+        window, offset = gate.window, gate.decision_offset
+        gate = dataclasses.replace(gate, window=0, decision_offset=0)  # the decoder itself reads neither
+    logits, alpha = _forward(lm.params, jnp.asarray(tokens), window, offset, lm.config, gate)
     return np.asarray(logits), np.stack(alpha) if alpha else None
 
 
@@ -125,19 +139,21 @@ def test_full_policy_equals_plain_causal_attention(groups):
         )
 
 
+STOP = [3, 11, 12, 30, 40]
+SAMPLED = {"max_new_tokens": 30, "temperature": 1.0, "chains": 2, "stop": STOP}
+PROMPTS = [[5, 6, 7], [1], [9] * 12]
+
+
 def test_generate_counts_and_stops_as_by_hand():
-    dms = DMSConfig(window=3, scale=3.0, offset=0.3)
-    lm = random_lm(tiny(), dms)
-    prompts = [[5, 6, 7], [1], [9] * 12]
-    stop = [3, 11, 12, 30, 40]
-    out = decode.generate(lm, prompts, 30, temperature=1.0, chains=2, seed=4, stop=stop)
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    out = decode.generate(lm, PROMPTS, seed=4, **SAMPLED)
     ended = 0
-    for p, prompt in enumerate(prompts):
+    for p, prompt in enumerate(PROMPTS):
         for c in range(2):
             new = out.tokens[p][c]
             ended += len(new) < 30
-            assert len(new) == 30 or new[-1] in stop
-            assert not set(new[:-1]) & set(stop)
+            assert len(new) == 30 or new[-1] in STOP
+            assert not set(new[:-1]) & set(STOP)
             n, seen = len(prompt), len(prompt) + len(new) - 1  # the last token never enters the cache
             # Padded to one shape: with offset 0 no decision depends on what follows.
             _, alpha = full_forward(lm, np.array([(prompt + new + [0] * 50)[:50]]))
@@ -151,12 +167,14 @@ def test_generate_counts_and_stops_as_by_hand():
 
 def test_chain_does_not_depend_on_its_company():
     lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
-    together = decode.generate(lm, [[5, 6, 7], [1] * 20], 20, temperature=1.0, chains=3, seed=9)
-    alone = decode.generate(lm, [[5, 6, 7]], 20, temperature=1.0, chains=3, seed=9)
-    assert together.tokens[0] == alone.tokens[0]
-    assert together.tokens[0][0] != together.tokens[0][1]
-    again = decode.generate(lm, [[5, 6, 7]], 20, temperature=1.0, chains=3, seed=10)
-    assert again.tokens != alone.tokens
+    together = decode.generate(lm, PROMPTS, seed=9, **SAMPLED)
+    alone = decode.generate(lm, PROMPTS[2:], seed=9, keys=sampling.chain_keys(9, [2, 2], [0, 1]), **SAMPLED)
+    assert together.tokens[2] == alone.tokens[0]
+    first = decode.generate(lm, PROMPTS[:1], seed=9, **SAMPLED)
+    assert together.tokens[0] == first.tokens[0]
+    assert first.tokens[0][0] != first.tokens[0][1]
+    again = decode.generate(lm, PROMPTS[:1], seed=10, **SAMPLED)
+    assert again.tokens != first.tokens
 
 
 def test_greedy_is_the_argmax_of_the_forward():
