@@ -21,6 +21,7 @@ lint: $(VENV)/.test
 figures: $(VENV)/.setup
 	$(run) -m paper_figures.accuracy_vs_reads paper_figures/results/mini/aime.json paper_figures/accuracy_vs_reads.png
 	$(run) -m paper_figures.training_curves
+	$(run) -m paper_figures.readme_tables
 clean:
 	rm -rf $(VENV)
 

@@ -249,8 +249,7 @@ def generate(
 
     decoded = lm.tokenizer and [lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
     counts = {
-        field: np.array([getattr(u, field) for u in uses]).reshape(-1, chains)
-        for field in metrics.CacheUse._fields
+        field: np.array([getattr(u, field) for u in uses]).reshape(-1, chains) for field in metrics.CacheUse._fields
     }
     return Output(text=decoded and grouped(decoded), tokens=grouped(tokens), **counts)
 

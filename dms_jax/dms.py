@@ -11,7 +11,9 @@ from dms_jax.types import NEGATIVE, Decisions, GateLogits, Logits, Queries
 def scale_neuron(q: Queries, factor: float | Array, neuron: int, num_kv_heads: int) -> Queries:
     """Scales the borrowed neuron of the first query head of each group; factor 0 hides it from attention.
 
-    Applied before and after RoPE: RoPE mixes the neuron with its partner, so once would leave a trace.
+    Applied before and after RoPE, which rotates the neuron with a partner dim: the first time removes the neuron's
+    own value, the second the partner's share in the neuron's place. With a q-norm the neuron still counts in the
+    norm of its head.
     """
     group = q.shape[2] // num_kv_heads
     return q.at[:, :, ::group, neuron].multiply(jnp.asarray(factor, q.dtype))

@@ -61,9 +61,7 @@ def check_gate(lm: LM, dms: DMSConfig | None) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dms", "evict"))
-def _logits(
-    params: Params, tokens: Tokens, config: ModelConfig, dms: DMSConfig | None, evict: bool
-) -> Logits:
+def _logits(params: Params, tokens: Tokens, config: ModelConfig, dms: DMSConfig | None, evict: bool) -> Logits:
     B, T = tokens.shape
     attend = hard_eviction(dms, jnp.full((B,), T)) if evict else causal
     positions = arange_positions(tokens)
@@ -93,9 +91,7 @@ def load(
     path = _locate(source, cr)
     if path.is_file():
         metadata, sources = gguf.open_gguf(path)
-        tokenizer = tokenizer or gguf_tokenizer.build_tokenizer(
-            metadata
-        )  # first: it may refuse, and is quick
+        tokenizer = tokenizer or gguf_tokenizer.build_tokenizer(metadata)  # first: it may refuse, and is quick
         lm = LM(*gguf.read_gguf(path, metadata, sources, dtype), tokenizer)
     else:
         config, params, dms = hf.read_folder(path, dtype)
@@ -116,9 +112,7 @@ def _locate(source: str | os.PathLike, cr: float | None) -> Path:
     if path.is_dir():
         return _member(path, cr, "")
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f'{source}: neither an HF folder, a .gguf file, a hub name "org/name" nor "mini"'
-        )
+        raise FileNotFoundError(f'{source}: neither an HF folder, a .gguf file, a hub name "org/name" nor "mini"')
     return _member(_download(str(source)), cr, "")
 
 
@@ -174,9 +168,7 @@ def _with_gate(lm: LM, file: Path, dtype: str) -> LM:
 
 def save_gate(lm: LM, file: str | os.PathLike) -> None:
     """Writes the adapter gate alone, with its DMSConfig: a few hundred KB to lay over base weights."""
-    require(
-        lm.dms is not None and lm.dms.gate == "adapter", "gate", lm.dms and lm.dms.gate, "no adapter gate"
-    )
+    require(lm.dms is not None and lm.dms.gate == "adapter", "gate", lm.dms and lm.dms.gate, "no adapter gate")
     metadata = {"format": "pt", GATE_KEY: json.dumps(hf.dms_to_hf(lm.dms))}
     hf.write_weights(Path(file), gate_specs(lm.config), lm.params, metadata)
 

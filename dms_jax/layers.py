@@ -112,9 +112,7 @@ def _yarn_scale(rope: RopeConfig) -> float:
     return scale(1.0)
 
 
-def apply_rope(
-    x: Float[Array, "B T H D"], positions: Positions, rope: RopeConfig
-) -> Float[Array, "B T H D"]:
+def apply_rope(x: Float[Array, "B T H D"], positions: Positions, rope: RopeConfig) -> Float[Array, "B T H D"]:
     """Rotates dim d with dim d + D / 2 (the layout of HF checkpoints); angles in float32."""
     inverse, scale = rope_frequencies(rope, x.shape[-1])
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)

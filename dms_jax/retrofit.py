@@ -51,7 +51,10 @@ class RetrofitConfig:
     def __post_init__(self):
         one_of("kl", self.kl, ("forward", "reverse"))
         require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
-        require(self.steps_per_cr > 0, "steps_per_cr", self.steps_per_cr, "must be positive")
+        for key in ("steps_per_cr", "batch_size"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
+        for key in ("retire_steps", "hold_steps", "warmup_steps"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
 
     @property
     def retirement(self) -> int:
@@ -112,6 +115,18 @@ def reset_neuron(params: Params, config: ModelConfig, dms_config: DMSConfig) -> 
     return params
 
 
+def with_gate(params: Params, config: ModelConfig, dms_config: DMSConfig) -> Params:
+    """Adds what a gate needs and an original model lacks: for the adapter W = 0, which evicts nothing."""
+    if dms_config.gate != "adapter" or "gate" in params["layers_0"]["attn"]:
+        return params
+    params = jax.tree.map(lambda x: x, params)  # a new tree: the caller's is the teacher's
+    E, K, dtype = config.model_dim, config.num_kv_heads, params["embed"]["embedding"].dtype
+    for n in range(config.num_layers):
+        gate = {"norm": {"scale": jnp.ones(E, dtype)}, "proj": {"kernel": jnp.zeros((E, K), dtype)}}
+        params[f"layers_{n}"]["attn"]["gate"] = gate
+    return params
+
+
 def distillation_loss(
     teacher: Callable[[Residual], Array],
     student: Callable[[Residual], Array],
@@ -124,22 +139,36 @@ def distillation_loss(
     """Mean KL over real tokens, in nats, computed `chunk` tokens of each sequence at a time.
 
     `teacher` and `student` unembed `[B, t, E]` into logits; they are recomputed for the gradient, so that no
-    `[B, T, V]` float32 array is ever kept.
+    `[B, T, V]` float32 array is ever kept. A scan, since XLA would hold the logits of unrolled chunks all at once.
     """
-    T = student_hidden.shape[1]
+    B, T, _ = student_hidden.shape
+    chunk = min(chunk, T)
+    pad = -T % chunk
+
+    def pieces(x):
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def add(total, piece):
+        t, s, real = piece
+        per_token = dms.kl(jax.lax.stop_gradient(teacher(t)), student(s), direction)
+        return total + jnp.sum(jnp.where(real, per_token, 0)), None
+
     real = jnp.arange(T) < lengths[:, None]
-    total = 0.0
-    piece = jax.checkpoint(
-        lambda t, s, m: jnp.sum(jnp.where(m, dms.kl(jax.lax.stop_gradient(teacher(t)), student(s), direction), 0))
-    )
-    for start in range(0, T, chunk):
-        part = slice(start, start + chunk)
-        total += piece(teacher_hidden[:, part], student_hidden[:, part], real[:, part])
+    total, _ = jax.lax.scan(add, jnp.zeros(()), (pieces(teacher_hidden), pieces(student_hidden), pieces(real)))
     return total / jnp.sum(lengths)
 
 
 def loss_fn(
-    params: Params, teacher_params: Params, model: ModelConfig, config: RetrofitConfig, batch: Batch, step, key, retiring
+    params: Params,
+    teacher_params: Params,
+    model: ModelConfig,
+    config: RetrofitConfig,
+    batch: Batch,
+    step,
+    key,
+    retiring,
 ):
     """The loss at `step` and its terms. `retiring` (static): the neuron is being given up, nothing is evicted."""
     positions = arange_positions(batch.tokens)
@@ -171,7 +200,13 @@ def loss_fn(
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "retiring"), donate_argnames=("state",))
 def train_step(
-    state: TrainState, teacher_params: Params, batch: Batch, *, model: ModelConfig, config: RetrofitConfig, retiring: bool
+    state: TrainState,
+    teacher_params: Params,
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    config: RetrofitConfig,
+    retiring: bool,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of distillation; returns every loss term and the gradient norm."""
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), state.step)
@@ -179,7 +214,7 @@ def train_step(
     grads, terms = grad_fn(state.params, teacher_params, model, config, batch, state.step, key, retiring)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), {**terms, "grad_norm": optax.global_norm(grads)}
+    return TrainState(params, opt_state, state.step + 1), {**terms, "grad_norm": optax.tree.norm(grads)}
 
 
 def fresh_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -202,11 +237,13 @@ def fit(
 
     `on_step(step, state)` is called before each step and may change the state (to snapshot or reset something).
     Every `log_every` steps the metrics are appended to `folder/log.jsonl`, and every `save_every` steps, which must
-    be a multiple of that, the state is saved: only states whose loss was seen to be finite.
+    be a multiple of that, the state is saved: only states whose loss and gradient (`metrics` "loss" and "grad_norm")
+    were seen to be finite.
 
     Raises:
-      FloatingPointError: the loss is not finite; the last checkpoint is older than that and untouched.
+      FloatingPointError: the loss or the gradient is not; the last checkpoint is older than that and untouched.
     """
+    require(save_every % log_every == 0, "save_every", save_every, f"must be a multiple of log_every={log_every}")
     folder = Path(folder)
     checkpoints = checkpoint.manager(folder / "checkpoints")
     start, state = checkpoint.restore(checkpoints, state)
@@ -219,9 +256,10 @@ def fit(
             if (step + 1) % log_every and step + 1 != steps:
                 continue
             metrics = jax.tree.map(lambda x: np.asarray(x).tolist(), metrics)
-            if not np.isfinite(metrics["loss"]):
-                last = checkpoints.latest_step()
-                raise FloatingPointError(f"loss={metrics['loss']} at step {step}; last good checkpoint: {last}")
+            for name in ("loss", "grad_norm"):  # the loss is of the state before the step, the gradient made this one
+                if not np.isfinite(metrics[name]):
+                    last = checkpoints.latest_step()
+                    raise FloatingPointError(f"{name}={metrics[name]} at step {step}; last good checkpoint: {last}")
             log.write(json.dumps({"step": step + 1, **metrics}) + "\n")
             log.flush()
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, float)})

@@ -26,9 +26,7 @@ def sequence_keys(seed: int, prompts: int, chains: int) -> Keys:
     return chain_keys(seed, *jnp.divmod(jnp.arange(prompts * chains), chains))
 
 
-def sample(
-    logits: NextLogits, keys: Keys, positions: Int[Array, "B"], config: SamplingConfig
-) -> Int[Array, "B"]:
+def sample(logits: NextLogits, keys: Keys, positions: Int[Array, "B"], config: SamplingConfig) -> Int[Array, "B"]:
     """Draws a token for each sequence, `[B]` int32; the noise depends on its key and position only."""
     logits = logits.astype(jnp.float32)
     if config.temperature == 0:

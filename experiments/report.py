@@ -30,9 +30,7 @@ def percent(estimate: dict, sign: str = "") -> str:
 def print_results(console: Console, rows: list[dict], title: str) -> None:
     """The rows of `stats.table`. A narrow terminal goes without what the L-W-CR and the title say, and the gain."""
     wide = console.width >= WIDE
-    table = Table(
-        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
     for name, justify, narrow, _ in COLUMNS:
         if wide or narrow:
             table.add_column(name, justify=justify, no_wrap=True)

@@ -192,9 +192,7 @@ def _git(*arguments: str) -> str | None:
     """git's answer about the source tree; None outside a repository or without git."""
     root = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -211,6 +209,8 @@ def environment() -> dict:
     """Versions, device, commit and command of this process."""
     import jax
 
+    import dms_jax
+
     device = jax.devices()[0]
     status = _git("status", "--porcelain")
     return {
@@ -218,7 +218,7 @@ def environment() -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "dms_jax": _version("dms-jax"),
+        "dms_jax": dms_jax.__version__,
         **{package: _version(package) for package in PACKAGES},
         "system": platform.platform(),
         "device": f"{len(jax.devices())} x {device.platform} {device.device_kind}",

@@ -78,9 +78,7 @@ def compare(settings: Settings, lm, hf_model, batch: int) -> dict:
         produced["theirs"] = out[:, settings.prompt :].numpy()
 
     ours(), theirs()
-    times = [
-        (timed(ours), timed(theirs)) for _ in track(range(settings.rounds), description=f"batch {batch}")
-    ]
+    times = [(timed(ours), timed(theirs)) for _ in track(range(settings.rounds), description=f"batch {batch}")]
     tokens = batch * settings.new_tokens
     ours_rate, theirs_rate = (tokens / statistics.median(t) for t in zip(*times, strict=True))
     return {

@@ -97,9 +97,7 @@ def prompt_ids(config: Config, lm, text: str) -> list[int]:
     if config.chat:
         require(bool(lm.tokenizer.chat_template), "chat", True, "the tokenizer has no chat template")
         turn = [{"role": "user", "content": text}]
-        return list(
-            lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        return list(lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
     if config.model == MINI and not text.endswith("\n"):
         text += "\n"
     return decode.encode(lm, [text])[0]
@@ -160,9 +158,7 @@ def demo(config: Config) -> None:
         text = stream(config, lm, dms, problem.problem, None if cr is None else config.policy)
         verdict = judge(text, problem.answer)
         given = (
-            "no answer"
-            if verdict.answer is None
-            else f"{verdict.answer} is {'right' if verdict.correct else 'wrong'}"
+            "no answer" if verdict.answer is None else f"{verdict.answer} is {'right' if verdict.correct else 'wrong'}"
         )
         print(f"answer        {given}\n")
     print(f"the right answer is {problem.answer}")
@@ -174,9 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     from dms_jax.tensorfile import WeightError
 
     try:
-        require(
-            config.demo != (config.prompt is not None), "prompt", config.prompt, "give --prompt or --demo"
-        )
+        require(config.demo != (config.prompt is not None), "prompt", config.prompt, "give --prompt or --demo")
         if config.demo:
             require(config.model == MINI, "model", config.model, "the demo is for the mini model")
             require(config.problem >= 0, "problem", config.problem, "must not be negative")

@@ -87,7 +87,7 @@ def train_step(state: retrofit.TrainState, batch: Batch, config: PretrainConfig)
     """One step of next-token training."""
     (loss, terms), grads = jax.value_and_grad(next_token_loss, has_aux=True)(state.params, batch)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
-    terms = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
+    terms = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
     return retrofit.TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), terms
 
 

@@ -18,10 +18,10 @@ from dms_jax.data import batch_at
 from scripts.pretrain_mini import training_pool
 
 
-def snapshots(config: retrofit.RetrofitConfig, crs: tuple[int, ...]) -> dict[int, int]:
+def snapshots(config: retrofit.RetrofitConfig, crs: tuple[int, ...]) -> dict[int, float]:
     """The step at which the target CR has just been reached, for each CR; the highest waits for the hold."""
     steps = {config.retirement + round((cr - 1) * config.steps_per_cr): cr for cr in crs if cr < config.max_cr}
-    return steps | {config.total_steps: round(config.max_cr)}
+    return steps | {config.total_steps: config.max_cr}
 
 
 def main(
@@ -60,7 +60,7 @@ def main(
         if step in due:
             params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), state.params)
             member = dataclasses.replace(settings.dms, cr=float(due[step]))
-            hub.save(hub.LM(lm.config, params, lm.tokenizer, member), out / f"cr{due[step]}")
+            hub.save(hub.LM(lm.config, params, lm.tokenizer, member), out / f"cr{due[step]:g}")
         return state
 
     def step_fn(state: retrofit.TrainState, batch):
@@ -69,7 +69,7 @@ def main(
 
     retrofit.fit(
         step_fn,
-        retrofit.fresh_state(lm.params, retrofit.optimizer(settings)),
+        retrofit.fresh_state(retrofit.with_gate(lm.params, lm.config, settings.dms), retrofit.optimizer(settings)),
         lambda step: batch_at(problems, step, settings.batch_size, settings.seed),
         settings.total_steps,
         out,

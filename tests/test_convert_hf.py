@@ -212,9 +212,7 @@ def test_sliding_window_that_no_layer_uses_is_fine():
 @pytest.mark.parametrize("raw", [LLAMA_32_1B, R1_QWEN_15B, QWEN3_8B, LLAMA_2_7B])
 def test_config_round_trip(raw):
     config = hf.config_from_hf(raw)
-    rope = RopeConfig(
-        "yarn", 1e6, 4.0, original_max_positions=64, mscale=1.0, mscale_all_dim=0.5, truncate=False
-    )
+    rope = RopeConfig("yarn", 1e6, 4.0, original_max_positions=64, mscale=1.0, mscale_all_dim=0.5, truncate=False)
     for one in (config, dataclasses.replace(config, rope=rope, pad_id=7, eos_ids=(), bos_id=None)):
         written = hf.config_to_hf(one)
         assert hf.config_from_hf(written) == one

@@ -11,6 +11,8 @@ from dms_jax import dms, layers, retrofit, transformer
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.types import NEGATIVE
 
+# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
+QUICK = {"xla_backend_optimization_level": 0}
 B, T, K, G, D = 2, 6, 2, 3, 10
 QUERY = DMSConfig(window=2, scale=3.0, offset=0.5)
 
@@ -132,7 +134,8 @@ def test_kl_both_directions():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("window", -1), ("gate", "none"), ("per", "token"), ("decision_offset", 4), ("tau", 0.0), ("cr", 0.5)]
+    "field, value",
+    [("window", -1), ("gate", "none"), ("per", "token"), ("decision_offset", 4), ("tau", 0.0), ("cr", 0.5)],
 )
 def test_config_names_the_field(field, value):
     assert DMSConfig(window=2, decision_offset=3).decision_offset == 3
@@ -165,7 +168,7 @@ def compiled(model, config, attend):
         decoder = transformer.Decoder(model, config)
         return decoder.apply({"params": params}, TOKENS, positions, attend, (), neuron_scale, method="logits")
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=QUICK)
 
 
 def recording(layer, q, k, v, logit, state):
@@ -183,7 +186,7 @@ def with_neuron_times(params, factor):
 
 
 def test_attention_never_sees_the_borrowed_neuron():
-    """Decisions aside (a factor keeps their sign at offset 0), the neuron's weights do not matter; a neuron in use does."""
+    """A factor keeps the decisions' sign at offset 0 and changes nothing else; unless the neuron is in use."""
     config = dataclasses.replace(QUERY, offset=0.0)
     params = random_params(MODEL, config)
     changed = with_neuron_times(params, 5.0)
@@ -198,7 +201,7 @@ def test_attention_never_sees_the_borrowed_neuron():
 
 
 def test_neuron_is_hidden_before_and_after_rope():
-    """What attention is given: the neuron is 0, its RoPE partner is turned as if the neuron were 0, all else as ever."""
+    """Attention is given: the neuron at 0, its RoPE partner turned as if it were 0, all else as ever."""
     params = random_params(MODEL, QUERY)
     _, ((original, k, none), *_) = compiled(MODEL, None, recording)(params)
     _, ((q, same_k, logit), *_) = compiled(MODEL, QUERY, recording)(params)
@@ -238,7 +241,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_evicted_at_the_start(family):
-    """With the default scale and offset: a fresh adapter, and a query gate whose neuron was reset, say -5 everywhere."""
+    """By default a fresh adapter, and a query gate whose neuron was reset, say -5 everywhere."""
     model = FAMILIES[family]
     adapter = DMSConfig(gate="adapter")
     params = random_params(model, None)

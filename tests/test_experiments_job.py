@@ -133,9 +133,7 @@ def test_the_time_budget_ends_between_blocks(job):
 def test_a_data_file_is_run_and_judged(job, tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"problem": f"{n}", "answer": n}) + "\n" for n in range(3)))
-    _, samples, results = job(
-        "file", "--model", "real", "--data", str(path), "--policy", "full", "--limit", "2"
-    )
+    _, samples, results = job("file", "--model", "real", "--data", str(path), "--policy", "full", "--limit", "2")
     assert {s["gold"] for s in samples} == {"0", "1"} and {s["policy"] for s in samples} == {"full"}
     assert results["config"]["temperature"] == 0.6
 
@@ -162,9 +160,7 @@ def test_another_training_is_another_run(tiny_family):
     one, two = tiny_family("mini", cr=4), tiny_family("mini", cr=8)
     assert chains.fingerprint(one) == chains.fingerprint(tiny_family("mini", cr=4)) != chains.fingerprint(two)
     changed = jax.tree.map(lambda x: x + 1e-6, one.params)
-    assert chains.fingerprint(dms_jax.LM(one.config, changed, one.tokenizer, one.dms)) != chains.fingerprint(
-        one
-    )
+    assert chains.fingerprint(dms_jax.LM(one.config, changed, one.tokenizer, one.dms)) != chains.fingerprint(one)
 
 
 def test_chain_keys_extend_sequence_keys():

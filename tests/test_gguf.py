@@ -62,9 +62,7 @@ def write_gguf(file, config, tensors, kind="F32", metadata=None, extra=None, dro
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
-    add_metadata(
-        writer, {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1, **(metadata or {})}
-    )
+    add_metadata(writer, {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.bos_token_id": 1, **(metadata or {})})
     for name, value in tensors.items():
         if name in drop:
             continue
@@ -88,9 +86,7 @@ def add_metadata(writer, values):
         elif isinstance(value, (list, tuple)):
             writer.add_array(key, list(value))
         else:
-            {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](
-                key, value
-            )
+            {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
 
 
 # Weights
@@ -107,9 +103,7 @@ def gguf_model(tmp_path, family, shape="G3", rope="default", **changes):
 
 
 CASES = [
-    (family, shape, (n + m) % 2 == 0)
-    for n, family in enumerate(tiny.HF_CLASSES)
-    for m, shape in enumerate(tiny.SHAPES)
+    (family, shape, (n + m) % 2 == 0) for n, family in enumerate(tiny.HF_CLASSES) for m, shape in enumerate(tiny.SHAPES)
 ]
 
 
@@ -139,9 +133,7 @@ def test_transformers_reads_the_same_from_our_test_files(tmp_path, family):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_tensors(tmp_path, kind):
-    _, config, tensors = gguf_model(
-        tmp_path, "llama", "G1", hidden_size=64, head_dim=32, intermediate_size=96
-    )
+    _, config, tensors = gguf_model(tmp_path, "llama", "G1", hidden_size=64, head_dim=32, intermediate_size=96)
     write_gguf(tmp_path / "m.gguf", config, tensors, kind=kind)
     lm = dms_jax.load(tmp_path / "m.gguf", dtype="float32")
     qtype = gguf.GGMLQuantizationType[kind]
@@ -150,12 +142,8 @@ def test_quantised_tensors(tmp_path, kind):
         return gguf.quants.dequantize(gguf.quants.quantize(tensors[name], qtype), qtype)
 
     params = lm.params["layers_1"]
-    np.testing.assert_array_equal(
-        params["mlp"]["down"]["kernel"], rounded("model.layers.1.mlp.down_proj.weight").T
-    )
-    q = rounded(
-        "model.layers.1.self_attn.q_proj.weight"
-    )  # rows are quantised one by one, so order is no matter
+    np.testing.assert_array_equal(params["mlp"]["down"]["kernel"], rounded("model.layers.1.mlp.down_proj.weight").T)
+    q = rounded("model.layers.1.self_attn.q_proj.weight")  # rows are quantised one by one, so order is no matter
     np.testing.assert_array_equal(params["attn"]["q"]["kernel"].reshape(64, -1), q.T)
     assert np.abs(q - tensors["model.layers.1.self_attn.q_proj.weight"]).max() < 0.1
     np.testing.assert_array_equal(lm.params["embed"]["embedding"], rounded("model.embed_tokens.weight"))

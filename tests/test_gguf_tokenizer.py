@@ -116,10 +116,7 @@ def test_splits_tell_the_families_apart():
     built = [gguf_tokenizer.build_tokenizer(metadata(name, vocab, merges)) for name in names]
     for n, one in enumerate(built):
         for other in built[:n]:
-            pieces = [
-                [t.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in ALL]
-                for t in (one, other)
-            ]
+            pieces = [[t.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in ALL] for t in (one, other)]
             assert pieces[0] != pieces[1]
 
 
@@ -149,9 +146,7 @@ def test_llama3(llama3, name):
     mine = gguf_tokenizer.build_tokenizer(metadata(name, vocab, merges))
     begin = [vocab["<|endoftext|>"]]  # stands in for <|begin_of_text|>
     for text in [*ALL, "xqzj", " xqzj"]:
-        assert mine(text)["input_ids"] == begin + theirs.encode(text, add_special_tokens=False).ids, repr(
-            text[:80]
-        )
+        assert mine(text)["input_ids"] == begin + theirs.encode(text, add_special_tokens=False).ids, repr(text[:80])
         assert mine.decode(mine(text)["input_ids"][1:]) == text
     assert mine("xqzj", add_special_tokens=False)["input_ids"] == [vocab["xqzj"]]
 
@@ -186,11 +181,7 @@ def test_chat_template_and_round_trip_through_a_folder(tmp_path):
     assert_same(again, mine)
     chat = [{"role": "user", "content": "hi"}]
     want = "<|im_start|>hi<|im_end|>\n"
-    assert (
-        again.apply_chat_template(chat, tokenize=False)
-        == mine.apply_chat_template(chat, tokenize=False)
-        == want
-    )
+    assert again.apply_chat_template(chat, tokenize=False) == mine.apply_chat_template(chat, tokenize=False) == want
 
 
 # SentencePiece (Llama 2)
@@ -225,9 +216,7 @@ def sentencepiece(text: str, meta) -> list[int]:
     parts = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
         pairs = [
-            (scores[vocab[a + b]], -n)
-            for n, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-            if a + b in vocab
+            (scores[vocab[a + b]], -n) for n, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in vocab
         ]
         if not pairs:
             break
@@ -242,9 +231,7 @@ def sentencepiece(text: str, meta) -> list[int]:
 def test_sentencepiece_llama(spm):
     mine = gguf_tokenizer.build_tokenizer(spm)
     vocab = {token: n for n, token in enumerate(spm["tokenizer.ggml.tokens"])}
-    theirs = LlamaTokenizer(
-        vocab=vocab, merges=gguf_tokenizer.score_merges(vocab, spm["tokenizer.ggml.scores"])
-    )
+    theirs = LlamaTokenizer(vocab=vocab, merges=gguf_tokenizer.score_merges(vocab, spm["tokenizer.ggml.scores"]))
     strings = [*texts.VARIED, *(text[n : n + 400] for text in LONG for n in range(0, 8000, 400))]
     for text in strings:
         if "<" in text:
@@ -313,7 +300,5 @@ def test_smollm2_token_for_token(smollm2, smollm2_file):
     assert all(smollm2.decode(smollm2(text)["input_ids"]) == text for text in ALL)
     assert smollm2.all_special_ids and set(smollm2.added_tokens_decoder) == set(theirs.added_tokens_decoder)
     chat = [{"role": "user", "content": "What is 12 + 30?"}]
-    mine, want = (
-        t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in (smollm2, theirs)
-    )
+    mine, want = (t.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for t in (smollm2, theirs))
     assert mine == want and "<|im_start|>assistant" in mine

@@ -32,9 +32,7 @@ def random_lm(dtype="float32", dms=None, config=CONFIG, seed=0) -> dms_jax.LM:
     params = transformer.init(jax.random.key(seed), config, dms)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [
-        (x + 0.3 * jax.random.normal(k, x.shape)).astype(dtype) for x, k in zip(leaves, keys, strict=True)
-    ]
+    leaves = [(x + 0.3 * jax.random.normal(k, x.shape)).astype(dtype) for x, k in zip(leaves, keys, strict=True)]
     return dms_jax.LM(config, jax.tree.unflatten(tree, leaves), None, dms)
 
 
@@ -269,9 +267,7 @@ def test_gate_file_over_base_weights(folder, tmp_path):
         assert_same_bits(mine["gate"], adapted.params[f"layers_{n}"]["attn"]["gate"])
         assert_same_bits(mine["q"], base.params[f"layers_{n}"]["attn"]["q"])
     names = set(load_file(gate))
-    assert names == {
-        f"model.layers.{n}.self_attn.dms_proj_alpha{s}.weight" for n in range(2) for s in ("", "_norm")
-    }
+    assert names == {f"model.layers.{n}.self_attn.dms_proj_alpha{s}.weight" for n in range(2) for s in ("", "_norm")}
 
     ids = tiny.tokens(2, 40)
     np.testing.assert_array_equal(lm.logits(ids), base.logits(ids))  # eviction off: the base model
@@ -346,9 +342,7 @@ def test_tokenizer_travels_with_the_model(folder, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     model = models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "<e>": 3}, merges=[("a", "b")])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(model), eos_token="<e>", chat_template="{{ 1 }}"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<e>", chat_template="{{ 1 }}")
     lm = dms_jax.load(folder, "float32", tokenizer=tokenizer)
     dms_jax.save(lm, tmp_path / "with")
     again = dms_jax.load(tmp_path / "with").tokenizer
@@ -399,9 +393,7 @@ def big_sources(tmp_path_factory):
     return root
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="measures resident memory through /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures resident memory through /proc")
 @pytest.mark.parametrize(
     ("end", "dtype"),
     [
@@ -425,10 +417,7 @@ def test_import_is_quick_and_light():
         "import sys, time; t = time.time(); import dms_jax; dms_jax.load; print(time.time() - t); "
         "print(*{'torch', 'jax_triton', 'transformers', 'gguf', 'huggingface_hub'} & set(sys.modules))"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        for _ in "12"
-    ]
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "12"]
     seconds = min(float(run.stdout.split()[0]) for run in runs)
     assert seconds < 2.0
     assert all(run.stdout.split()[1:] == [] for run in runs), runs[0].stdout

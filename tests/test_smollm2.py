@@ -54,9 +54,7 @@ def hf_greedy(model, prompts: list[list[int]]) -> list[list[int]]:
         rows = [n for n, prompt in enumerate(prompts) if len(prompt) == length]
         ids = torch.tensor([prompts[n] for n in rows])
         with torch.no_grad():
-            new = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-            )
+            new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
         out.update(zip(rows, new[:, length:].tolist(), strict=True))
     return [out[n] for n in range(len(prompts))]
 

@@ -53,9 +53,7 @@ def check_scratch(text, op, left, right, result):
     carry, parts = 0, text.split(", ")
     assert len(parts) == 3
     for place, part in enumerate(parts):
-        x, y, carried, out, digit = map(
-            int, re.fullmatch(rf"(\d) [{op}] (\d) [-+] (\d) = (\d)(\d)", part).groups()
-        )
+        x, y, carried, out, digit = map(int, re.fullmatch(rf"(\d) [{op}] (\d) [-+] (\d) = (\d)(\d)", part).groups())
         assert x == (left if op == "*" else left // 10**place % 10)
         assert y == right // 10**place % 10 and carried == carry
         if op == "-":
@@ -114,9 +112,7 @@ def test_other_numbers_of_steps(steps):
 def test_splits_are_disjoint_and_one_in_sixteen():
     share = np.mean([mini.split_of(problem.problem) == "test" for problem in SOME])
     assert 0.02 < share < 0.12
-    same_seed = {
-        s: {p.problem for p in itertools.islice(mini.problems(s, 5), 200)} for s in ("train", "test")
-    }
+    same_seed = {s: {p.problem for p in itertools.islice(mini.problems(s, 5), 200)} for s in ("train", "test")}
     assert not same_seed["train"] & same_seed["test"]
     assert all(mini.split_of(text) == split for split, texts in same_seed.items() for text in texts)
     with pytest.raises(ValueError, match="'dev'"):

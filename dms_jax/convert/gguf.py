@@ -184,9 +184,7 @@ def _llama3(theta: float, head_dim: int, freqs: Source) -> RopeConfig:
         return RopeConfig(theta=theta)
     plain, _ = rope_frequencies(RopeConfig(theta=theta), head_dim)
     if stored.shape != plain.shape:
-        raise WeightError(
-            f"{freqs.file}: tensor {ROPE_FREQS} has shape {stored.shape}, expected {plain.shape}"
-        )
+        raise WeightError(f"{freqs.file}: tensor {ROPE_FREQS} has shape {stored.shape}, expected {plain.shape}")
     for original in (8192, *(2**n for n in range(6, 21))):
         for factor in (_shortest(stored.max()), 8.0, 32.0):
             if factor < 1:

@@ -75,12 +75,8 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]):
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = {
         "digits": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
-        "llama3": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), bytes_only]
-        ),
-        "qwen2": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_QWEN2), "isolated"), bytes_only]
-        ),
+        "llama3": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), bytes_only]),
+        "qwen2": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2), "isolated"), bytes_only]),
         "gpt2": lambda: gpt2,
     }[split]()
     if split == "qwen2":
@@ -96,9 +92,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int]):
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = score_merges(vocab, metadata["tokenizer.ggml.scores"])
-    model = models.BPE(
-        vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
-    )
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
@@ -135,9 +129,7 @@ def _add_tokens(tokenizer, metadata: Mapping[str, Any]) -> None:
     tokenizer.add_tokens(added[USER_DEFINED])
 
 
-def _add_ends(
-    tokenizer, vocab: Mapping[str, int], names: dict[str, str], add_bos: bool, add_eos: bool
-) -> None:
+def _add_ends(tokenizer, vocab: Mapping[str, int], names: dict[str, str], add_bos: bool, add_eos: bool) -> None:
     """The post-processor that puts BOS before and EOS after a text, as far as the file asks for them."""
     from tokenizers import processors
 

@@ -169,9 +169,7 @@ def config_to_hf(config: ModelConfig, dms: DMSConfig | None = None) -> dict[str,
     require(c.qk_norm == (family == "qwen3"), "qk_norm", c.qk_norm, f"cannot be said in a {family} config")
     plain = c.qkv_bias and not c.out_bias if family == "qwen2" else c.qkv_bias == c.out_bias
     require(plain, "qkv_bias", c.qkv_bias, f"with out_bias={c.out_bias} cannot be said in a {family} config")
-    require(
-        family == "llama" or not c.mlp_bias, "mlp_bias", c.mlp_bias, f"cannot be said in a {family} config"
-    )
+    require(family == "llama" or not c.mlp_bias, "mlp_bias", c.mlp_bias, f"cannot be said in a {family} config")
     rope = _rope_to_hf(c.rope)
     out = {
         "architectures": [ARCHITECTURES[family]],
@@ -205,9 +203,7 @@ def dms_to_hf(dms: DMSConfig | None) -> dict[str, Any]:
     """The config.json keys of a retrofitted model; empty if it is not one."""
     if dms is None:
         return {}
-    return {"dms_separate_alpha": dms.gate == "adapter"} | {
-        key: getattr(dms, field) for field, key in DMS_KEYS.items()
-    }
+    return {"dms_separate_alpha": dms.gate == "adapter"} | {key: getattr(dms, field) for field, key in DMS_KEYS.items()}
 
 
 def dms_from_hf(raw: Mapping[str, Any]) -> DMSConfig | None:
@@ -274,8 +270,7 @@ def _drop_redundant(config: ModelConfig, sources: dict[str, Source]) -> dict[str
     if config.tie_embeddings and embedding and "lm_head.weight" in kept:
         head = kept.pop("lm_head.weight")
         same = head.shape == embedding.shape and all(
-            np.array_equal(a, b)
-            for (_, _, a), (_, _, b) in zip(head.pieces(), embedding.pieces(), strict=True)
+            np.array_equal(a, b) for (_, _, a), (_, _, b) in zip(head.pieces(), embedding.pieces(), strict=True)
         )
         if not same:
             raise WeightError(f"{head.file}: tensor lm_head.weight differs from the embedding it is tied to")

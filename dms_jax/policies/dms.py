@@ -40,11 +40,8 @@ def delayed_eviction(config: DMSConfig) -> Policy:
         last = lengths[:, None] - 1
         newest = last - (last - jnp.arange(width)) % width
         token = jnp.broadcast_to(jnp.maximum(newest, 0)[:, None, :], (*slots.shape[:2], width))
-        seen = (newest >= 0)[:, None, :]
-        return Ring(
-            slot=jnp.take_along_axis(slots, token, axis=-1),
-            evict=jnp.take_along_axis(alpha, token, axis=-1) & seen,
-        )
+        # An index that no token has yet holds token 0's entry; it is overwritten before it is looked at.
+        return Ring(jnp.take_along_axis(slots, token, axis=-1), jnp.take_along_axis(alpha, token, axis=-1))
 
     def choose(state: Ring, position: Int[Array, "B"], k, logit) -> tuple[PerHead, Ring]:
         if offset > 0:  # this token tells the fate of the one `offset` before it

@@ -93,9 +93,7 @@ def prompt(record: Record, tokenizer) -> str | list[int]:
     request = f"{record.problem.strip()}\n{INSTRUCTION}"
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": request}]
-        return list(
-            tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
     return f"Problem: {request}\nSolution:"
 
 

@@ -186,9 +186,7 @@ def split_of(problem_text: str) -> str:
     return "test" if hashlib.sha256(problem_text.encode()).digest()[0] < 16 else "train"
 
 
-def problems(
-    split: str, seed: int | str, steps: tuple[int, int] = STEPS, slip_rate: float = 0.0
-) -> Iterator[Problem]:
+def problems(split: str, seed: int | str, steps: tuple[int, int] = STEPS, slip_rate: float = 0.0) -> Iterator[Problem]:
     """Endless problems of one split, the same for the same arguments; the prompts do not depend on `slip_rate`."""
     if split not in ("train", "test"):
         raise ValueError(f"split = {split!r}: expected 'train' or 'test'")
