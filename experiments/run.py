@@ -32,6 +32,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
+class RunInUse(RunError):
+    """Another process is writing to the run folder."""
+
+
 class Run:
     """An open run folder. `samples` holds what was already there; `append` adds to the file and to it.
 
@@ -45,9 +49,13 @@ class Run:
         self._file = self.samples_path.open("a+b")
         if not _lock(self._file):
             self._file.close()
-            raise RunError(f"{path}: another process is writing to this run")
+            raise RunInUse(f"{path}: another process is writing to this run")
         _drop_truncated_line(self._file)
-        self.samples = read_jsonl(self.samples_path)
+        try:
+            self.samples = read_jsonl(self.samples_path)
+        except RunError:
+            self._file.close()
+            raise
 
     def append(self, rows: list[dict]) -> None:
         """Writes samples, one line each, and makes them safe on disk."""
@@ -89,7 +97,7 @@ def open_run(
       fresh: begin a new folder in any case.
       extendable: keys that may differ where `run_dir` is continued: they say how much to do, not what.
     Raises:
-      RunError: the named folder belongs to another configuration, or is in use.
+      RunError: the named folder belongs to another configuration or is in use, or a samples file is damaged.
     """
     config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
     if run_dir is not None:
@@ -101,8 +109,8 @@ def open_run(
         if not (path / "results.json").exists() and read_config(path) == config:
             try:
                 return Run(path, config)
-            except RunError:
-                continue  # in use by another process
+            except RunInUse:
+                continue
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path(root) / f"{experiment}-{stamp}-{digest(config)}"
     while path.exists():

@@ -17,7 +17,7 @@ EXAMPLE = mini.Program(
 EXAMPLE_TEXT = r"""Let q = 482, m = 157, c = 309. Set d = q + m, x = d - c, f = 7 * x. Find f modulo 1000.
 d = q + m: q = 482, m = 157; 2 + 7 + 0 = 09, 8 + 5 + 0 = 13, 4 + 1 + 1 = 06; d = 639.
 x = d - c: d = 639, c = 309; 9 - 9 - 0 = 00, 3 - 0 - 0 = 03, 6 - 3 - 0 = 03; x = 330.
-f = 7 * x: x = 330; 7 * 0 + 0 = 00, 7 * 3 + 0 = 21, 7 * 3 + 2 = 23; f = 310.
+f = 7 * x: x = 330; 7 * 330 = 310; f = 310.
 The answer is \boxed{310}."""
 
 
@@ -49,17 +49,20 @@ def evaluate(givens, steps):
 
 
 def check_scratch(text, op, left, right, result):
-    """Each digit step is right, takes the right digits, and passes its carry on."""
+    """Each digit step is right, takes the right digits, and passes its carry on; a product is written at once."""
+    if op == "*":
+        assert text == f"{left} * {right:03d} = {result:03d}" and result == left * right % 1000
+        return
     carry, parts = 0, text.split(", ")
     assert len(parts) == 3
     for place, part in enumerate(parts):
         x, y, carried, out, digit = map(int, re.fullmatch(rf"(\d) [{op}] (\d) [-+] (\d) = (\d)(\d)", part).groups())
-        assert x == (left if op == "*" else left // 10**place % 10)
+        assert x == left // 10**place % 10
         assert y == right // 10**place % 10 and carried == carry
         if op == "-":
             assert x - y - carried == digit - 10 * out and out in (0, 1)
         else:
-            assert (x * y if op == "*" else x + y) + carried == 10 * out + digit
+            assert x + y + carried == 10 * out + digit
         assert digit == result // 10**place % 10
         carry = out
 
@@ -84,6 +87,24 @@ def test_chains_evaluate_to_what_they_say():
             assert result == f"{name} = {values[name]:03d}"
         assert problem.answer == f"{values[steps[-1][0]]:03d}"
         assert last == rf"The answer is \boxed{{{problem.answer}}}."
+
+
+def test_slips_are_one_wrong_digit_that_the_chain_builds_on():
+    exact, slipped = (list(itertools.islice(mini.problems("train", 0, slip_rate=r), 400)) for r in (0.0, 0.1))
+    assert [p.problem for p in exact] == [p.problem for p in slipped]
+    wrong, total = 0, 0
+    for problem in slipped:
+        values, steps = parse_prompt(problem.problem)
+        for line, (name, left, op, right) in zip(problem.solution.split("\n"), steps, strict=False):
+            copies = [int(v) for v in re.findall(r" = (\d{3})[,;]", line.split(": ", 1)[1].split("; ")[0] + ";")]
+            assert copies == [values[v] for v in ([right] if op == "*" else [left, right])]
+            said = int(re.fullmatch(r".* = (\d{3})\.", line)[1])
+            truth = evaluate(values, [(name, left, op, right)])[name]
+            assert sum(a != b for a, b in zip(f"{said:03d}", f"{truth:03d}", strict=True)) <= 1
+            values[name] = said
+            wrong, total = wrong + (said != truth), total + 1
+        assert problem.answer == f"{said:03d}"
+    assert 0.08 < wrong / total < 0.12
 
 
 def test_every_variable_feeds_the_answer_and_many_are_read_late():
@@ -122,7 +143,7 @@ def test_splits_are_disjoint_and_one_in_sixteen():
 def test_problems_are_deterministic():
     first, again, other = (list(itertools.islice(mini.problems("test", s), 20)) for s in (3, 3, 4))
     assert first == again and not set(first) & set(other)
-    assert {p.problem.count("=") - 3 for p in itertools.islice(mini.problems("train", 0), 60)} == {6, 7, 8}
+    assert {p.problem.count("=") - 3 for p in itertools.islice(mini.problems("train", 0), 60)} == {7, 8}
 
 
 def test_tokenizer_is_lossless_and_never_unknown(tokenizer):
