@@ -2,7 +2,7 @@
 
 examples:
   python -m scripts.generate --demo
-  python -m scripts.generate --cr 4 --prompt "Let q = 482, m = 157. Set d = q + m, x = d - q. Find x modulo 1000."
+  python -m scripts.generate --demo --problem 3 --cr 8 --temperature 1
   python -m scripts.generate --model org/name --chat --prompt "What is 6 * 7?" --max-new-tokens 512
 """
 

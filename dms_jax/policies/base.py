@@ -1,7 +1,8 @@
 """Level 2. What an eviction policy is: a record of pure functions over a state kept for each layer.
 
-A policy decides which prompt tokens to mark and which slot a new token drives out. It never touches keys and
-values, so it does not know how they are stored.
+A policy decides which prompt tokens to mark and which slot a new token drives out. It never touches what is
+stored, so it does not know how; it is handed the new keys `[B, T, K, D]`, from which a method without a gate takes
+its shapes.
 """
 
 from collections.abc import Callable
