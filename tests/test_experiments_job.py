@@ -95,14 +95,14 @@ def test_the_job_from_end_to_end(job, capsys):
 
 def test_an_interrupted_job_goes_on_and_ends_with_the_same_samples(job, monkeypatch):
     _, whole, results = job("whole", "--limit", "5", "--workers", "1")
-    generate, calls = chains.decode.generate, itertools.count()
+    judge, calls = chains.judge, itertools.count()
 
-    def interrupted(*arguments, **options):
-        if next(calls) == 4:
+    def interrupted(*arguments):
+        if next(calls) == 9:
             raise KeyboardInterrupt
-        return generate(*arguments, **options)
+        return judge(*arguments)
 
-    monkeypatch.setattr(chains.decode, "generate", interrupted)
+    monkeypatch.setattr(chains, "judge", interrupted)
     folder, some, nothing = job("parts", "--limit", "5", "--workers", "1", status=130)
     assert 0 < len(some) < len(whole) and nothing is None
     path = folder / "samples.jsonl"

@@ -1,5 +1,7 @@
 """Level 2. Eviction policies, one short file each."""
 
+import math
+
 from dms_jax.config import DMSConfig, one_of, require
 from dms_jax.policies.base import Policy
 from dms_jax.policies.dms import delayed_eviction
@@ -8,13 +10,30 @@ from dms_jax.policies.full import full
 NAMES = ("full", "dms")
 
 
-def policy(name: str, dms: DMSConfig | None) -> Policy:
-    """The policy of that name.
+def tokens_of(budget: int | float | None, length: int) -> int | None:
+    """A budget in tokens a head; a float is a share of `length`, rounded up.
 
     Raises:
-      ConfigError: an unknown name, or "dms" without a DMSConfig.
+      ConfigError: not positive, or a share above 1.
+    """
+    if isinstance(budget, float):
+        require(0 < budget <= 1, "budget", budget, "a share of the maximum length lies in (0, 1]")
+        return math.ceil(budget * length)
+    require(budget is None or budget > 0, "budget", budget, "must be positive")
+    return budget
+
+
+def policy(
+    name: str, dms: DMSConfig | None, budget: int | float | None = None, length: int = 0, page_size: int = 64
+) -> Policy:
+    """The policy of that name, for sequences of up to `length` tokens.
+
+    Raises:
+      ConfigError: an unknown name, "dms" without a DMSConfig, or a budget where there is none, or none where needed.
     """
     one_of("policy", name, NAMES)
+    if name in ("full", "dms"):
+        require(budget is None, "budget", budget, f"policy {name!r} takes none")
     if name == "full":
         return full()
     require(dms is not None, "policy", name, "this model was never retrofitted (no DMSConfig)")
