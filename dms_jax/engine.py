@@ -20,7 +20,7 @@ from jaxtyping import Array, UInt32
 from dms_jax import decode, metrics
 from dms_jax.cache import paged
 from dms_jax.config import CacheConfig, require
-from dms_jax.decode import DecodeState, Setup
+from dms_jax.decode import Setup
 from dms_jax.types import Params
 
 BUCKET = 64  # prompt lengths and capacities are rounded up to this, so that few shapes are compiled
@@ -195,14 +195,12 @@ class Engine:
         return True
 
     def _too_small(self, tokens: int) -> PoolError:
-        model, page = self.setup.model.config, self.cache.page_size
-        dtype = self.params["embed"]["embedding"].dtype
-        pages = paged.worst_case_pages(model, tokens, page)
-        size = paged.bytes_per_page(model, self.cache, dtype)
+        model, most = self.setup.model.config, self.config.max_pages
+        pages = paged.worst_case_pages(model, tokens, self.cache.page_size)
+        size = paged.bytes_per_page(model, self.cache, self.params["embed"]["embedding"].dtype)
         return PoolError(
-            f"max_pages={self.config.max_pages}: one sequence of {tokens} tokens needs up to {pages} pages "
-            f"({pages * size:,} bytes), and the pool may hold {self.config.max_pages} ({self.config.max_pages * size:,} "
-            "bytes)"
+            f"max_pages={most}: one sequence of {tokens} tokens needs up to {pages} pages ({pages * size:,} bytes), "
+            f"and the pool may hold {most} ({most * size:,} bytes)"
         )
 
     # Prompts come in

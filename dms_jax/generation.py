@@ -71,12 +71,12 @@ def build(
     policy: str | None = None,
     dms: DMSConfig | None = None,
     budget: int | float | None = None,
-    sampling: SamplingConfig = SamplingConfig(),
+    sampling: SamplingConfig | None = None,
     stop: Sequence[int] | None = None,
     cache: str = "paged",
     page_size: int = 64,
     quant: str = "none",
-    engine: EngineConfig = EngineConfig(),
+    engine: EngineConfig | None = None,
     **callbacks,
 ) -> Engine:
     """An engine for sequences of up to `length` tokens, prompt included.
@@ -92,16 +92,16 @@ def build(
     """
     name, dms = resolve_dms(lm, policy, dms)
     cache_config = CacheConfig(cache, round_up(length), page_size, quant)
-    chosen = policies.policy(name, dms, budget, length, page_size)
+    chosen = policies.policy(name, dms, budget, length, page_size, lm.config.head_dim)
     setup = Setup(
         model=Decoder(lm.config, dms),
         policy=chosen,
         storage=storage(cache_config),
-        sampling=sampling,
+        sampling=sampling or SamplingConfig(),
         stop=tuple(lm.config.eos_ids if stop is None else stop),
     )
     expected_cr = (dms.cr or 1.0) if name == "dms" else 1.0
-    return Engine(setup, lm.params, cache_config, engine, expected_cr, **callbacks)
+    return Engine(setup, lm.params, cache_config, engine or EngineConfig(), expected_cr, **callbacks)
 
 
 def generate(

@@ -149,7 +149,9 @@ def load_models(config: Config) -> tuple[list, list[stats.Cell]]:
             require(dms is not None or cr == 1, "window", config.window, "the model was never retrofitted")
             dms = dms and dataclasses.replace(dms, window=config.window)
         policy, dms = resolve_dms(lm, config.policy, dms)
-        policies.policy(policy, dms, config.budget, config.max_length)  # an error now, before there is a run folder
+        policies.policy(
+            policy, dms, config.budget, config.max_length, config.page_size
+        )  # an error now, before there is a run folder
         ratio = 1.0 if policy == "full" else (cr or (dms and dms.cr))
         source = f"{'base' if weights is None else f'cr{cr:g}'}/{policy}"
         shown = "?" if ratio is None else f"{ratio:g}"

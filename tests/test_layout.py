@@ -25,7 +25,7 @@ LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 
 # Order inside a level or a package: what may be imported by the others there.
 FIRST = {"types"}  # the vocabulary: imports nothing of ours
-FIRST_IN_PACKAGE = {"policies.base", "cache.base"}
+FIRST_IN_PACKAGE = {"policies.base", "policies.budgeted", "cache.base"}
 
 NEVER_AT_MODULE_LEVEL = {"torch", "jax_triton", "triton", "transformers", "datasets"}
 
@@ -64,7 +64,11 @@ def allowed(importer: str, imported: str) -> bool:
     if imported == "":  # the package itself, whose names lie on every level
         return False
     if home == other:  # within a package: its __init__ gathers its files, and they share what is marked first
-        return importer == home or imported in FIRST_IN_PACKAGE and importer not in FIRST_IN_PACKAGE
+        return (
+            importer == home
+            or imported in FIRST_IN_PACKAGE
+            and (importer not in FIRST_IN_PACKAGE or imported == f"{home}.base")
+        )
     if LEVEL[home] == LEVEL[other]:
         return imported in FIRST
     return LEVEL[other] < LEVEL[home]

@@ -15,7 +15,6 @@ beforehand which sequences surely have room for a step, and a caller of `extend`
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -205,7 +204,7 @@ def _new_slots(stay: SlotFlags, width: int) -> tuple[Slots, SlotFlags]:
 
 
 def _extend(cache: PagedCache, layer: int, k, v, position, stay, old: View | None, kind: str):
-    page, (_, B, K, P) = page_size(cache), cache.table.shape
+    page, P = page_size(cache), cache.table.shape[-1]
     width = stay.shape[-1] - position.shape[1]
     before, after = cache.length[layer], stay.sum(axis=-1, dtype=jnp.int32)
     slots, written = _new_slots(stay, width)

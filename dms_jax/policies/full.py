@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from dms_jax.policies.base import Policy, Span, nothing_marked, present
+from dms_jax.policies.base import Policy, nothing_marked, present
 
 
 @functools.cache
