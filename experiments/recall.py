@@ -7,7 +7,7 @@ again.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from experiments.command import metavar
 from experiments.run import Run, digest, open_run
 from experiments.tasks import mini_recall, ruler
 from experiments.tasks.ruler import Encode, Form, Sample
-from experiments.variants import Loaded
+from experiments.variants import Loaded, batches
 
 MINI = "mini"
 COUNTS = ("kv_reads", "prefill_reads", "peak_tokens", "achieved_cr")
@@ -131,20 +131,13 @@ def questions(experiment: Experiment, config: Config, encode: Encode) -> dict[tu
     if config.model == MINI:
         name = experiment.mini_task
         return {(name, None): (mini_recall.samples(name, config.limit, encode), mini_recall.NEW_TOKENS[name])}
-    essay = ruler.read_essay(config.data) if config.data else ()
+    essay = ruler.read_text(config.data).split() if config.data else ()
     out = {}
     for length in config.length:
         for name in config.task:
             form = experiment.form(name, length, encode, essay)
             out[name, length] = (ruler.samples(form, config.limit, length, config.seed, encode), form.new_tokens)
     return out
-
-
-def batches(samples: Sequence, size: int) -> Iterator[tuple[list, list]]:
-    """Groups of `size`, each beside itself filled up with copies: one batch size compiles once."""
-    for start in range(0, len(samples), size):
-        group = list(samples[start : start + size])
-        yield group, group + [group[-1]] * (size - len(group))
 
 
 def answer(cell: Cell, group: list[Sample], padded: list[Sample], new_tokens: int, encode: Encode, bar) -> list[dict]:
@@ -251,7 +244,7 @@ def execute(experiment: Experiment, config: Config, console: Console, start: flo
         rows = table(run.samples, cells, config.limit)
         outcome = {"experiment": experiment.name, "command": entry["command"], "problems": config.limit}
         run.finish({**outcome, "caption": CAPTION, "config": run.config, "environment": entry, "rows": rows})
-        title = f"{config.model}: {config.limit} questions a row, seed {config.seed}"
+        title = f"{Path(config.model).name}: {config.limit} questions a row, seed {config.seed}"
         report.print_results(console, rows, title, COLUMNS)
         console.print(CAPTION, style="dim")
         console.print(f"run folder: {run.path}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """What an experiment compares: a model under several policies, at several compression ratios and budgets."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,3 +89,10 @@ def load(
             dms = lm.dms if window is None else dataclasses.replace(lm.dms, window=window)
         loaded.append(Loaded(variant, lm, dms))
     return loaded
+
+
+def batches(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
+    """Groups of `size`, each beside itself filled up with copies: one batch size compiles once."""
+    for start in range(0, len(items), size):
+        group = list(items[start : start + size])
+        yield group, group + [group[-1]] * (size - len(group))

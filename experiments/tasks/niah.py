@@ -1,7 +1,7 @@
 """RULER's needles in a haystack: `One of the special magic numbers for KEY is: VALUE.` stands in a long text.
 
-The text is asked for the value. The eight variants differ in the haystack (a noise line, other needles, an essay), in what keys and values are, and
-in how many there are of each.
+The text is asked for the value. The eight variants differ in the haystack (a noise line, other needles, an essay),
+in what keys and values are, and in how many there are of each.
 """
 
 import functools

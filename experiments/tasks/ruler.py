@@ -5,14 +5,13 @@ are its own; where it draws all samples from one stream of random numbers, each 
 (task, seed, number), so that sample 7 is the same whether or not samples 0 to 6 were made.
 """
 
-import functools
 import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dms_jax.config import require
+from dms_jax.config import ConfigError, require
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -60,22 +59,19 @@ class Form(NamedTuple):
     new_tokens: int  # that the model may generate
 
 
-@functools.lru_cache(maxsize=4)
-def read_essay(path: str | Path) -> tuple[str, ...]:
-    """The words of a text file, which every essay haystack is cut from.
+def read_text(path: Path) -> str:
+    """The text of a file.
 
     Raises:
       ConfigError: no such file, not text, or nothing in it.
     """
-    file = Path(path)
-    require(file.is_file(), "data", str(path), "no such file")
+    require(path.is_file(), "data", str(path), "no such file")
     try:
-        words = tuple(file.read_text(encoding="utf-8").split())
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        words = ()
-        require(False, "data", str(path), f"not a text in UTF-8 ({error})")
-    require(len(words) > 0, "data", str(path), "the file has no words")
-    return words
+        raise ConfigError(f"data={str(path)!r}: not a text in UTF-8 ({error})") from error
+    require(bool(text.strip()), "data", str(path), "the file is empty")
+    return text
 
 
 def essay_sentences(words: Sequence[str], count: int) -> list[str]:
