@@ -270,9 +270,7 @@ def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
             return state
 
         begin_cell(settings, cell, lm, out / "start", run.path)
-        train(
-            settings, lm, cell.dms, run.path, read_pool(out / "start" / "pool.npz"), config.total_steps, on_step=on_step
-        )
+        train(settings, lm, cell.dms, run.path, out / "start" / "pool.npz", retiring=False, on_step=on_step)
         trained = time.monotonic()
         rows = []
         for cr in sorted(settings.crs):
