@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -13,6 +13,7 @@ from experiments import report
 from experiments.run import RunError
 from experiments.tasks.aime import DataError
 
+MINI = "mini"
 NOT_IDENTITY = ("run_dir", "runs", "fresh", "limit", "batch_size")  # they change no sample
 
 
@@ -21,7 +22,26 @@ def metavar(name: str):
     return tyro.conf.arg(metavar=name, help_behavior_hint="")
 
 
-FLAG = (tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint=""))
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Options of every experiment that compares policies on one model."""
+
+    model: Annotated[str, metavar("MODEL")] = MINI
+    """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
+    budget: Annotated[tuple[int | float, ...], metavar("TOKENS|SHARE ...")] = ()
+    """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
+    window: Annotated[int | None, metavar("TOKENS")] = None
+    """overrides the window that the model was retrofitted with"""
+    gate: Annotated[Path | None, metavar("FILE")] = None
+    """adapter gate (safetensors) to lay over the model's weights"""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, metavar("DTYPE")] = None
+    """float32, bfloat16 or float16, of parameters and cache; default: float32 on a CPU, bfloat16 elsewhere"""
+    runs: Annotated[Path, metavar("FOLDER")] = Path("runs")
+    """where run folders are made; default: runs"""
+    run_dir: Annotated[Path | None, metavar("FOLDER")] = None
+    """the run folder to use, new or to be continued (also with another --limit)"""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """start a new run folder even where an interrupted run could go on"""
 
 
 def identity(config: Any) -> dict:

@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,12 @@ from dms_jax.config import require
 from dms_jax.transformer import Decoder, arange_positions, causal
 from experiments import command, report, stats
 from experiments import variants as variants_module
-from experiments.command import metavar
+from experiments.command import MINI, metavar
 from experiments.forced import forced_logits
 from experiments.run import Run, digest, open_run
 from experiments.tasks import aime, ruler
 from experiments.variants import Loaded, batches
 
-MINI = "mini"
 FIELDS = ("kl", "agreement", "nll", "nll_reference")  # of a window, means over its tokens after the prompt
 CAPTION = (
     f"KL to the uncompressed model in nats a token, share of tokens whose most likely continuation is the same, and "
@@ -50,9 +49,7 @@ CAPTION = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    model: Annotated[str, metavar("MODEL")] = MINI
-    """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
+class Config(command.ModelOptions):
     data: Annotated[Path | None, metavar("FILE")] = None
     """text file; mini has its own problems"""
     reference: Annotated[str | None, metavar("MODEL")] = None
@@ -61,12 +58,6 @@ class Config:
     """eviction policies; default: dms where the model was retrofitted and for mini, full otherwise"""
     cr: Annotated[tuple[float, ...], metavar("CR ...")] = ()
     """members of a retrofitted family, for policy dms; default: the model as it is; for mini, 2 4 8"""
-    budget: Annotated[tuple[int | float, ...], metavar("TOKENS|SHARE ...")] = ()
-    """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
-    window: Annotated[int | None, metavar("TOKENS")] = None
-    """overrides the window that the model was retrofitted with"""
-    gate: Annotated[Path | None, metavar("FILE")] = None
-    """adapter gate (safetensors) to lay over the model's weights"""
     cache: Annotated[str | None, metavar("NAME")] = None
     """storage of keys and values; default: the one that generation uses"""
     length: Annotated[int, metavar("TOKENS")] = 1024
@@ -77,14 +68,6 @@ class Config:
     """windows, from the beginning of the text; default: 32"""
     batch_size: Annotated[int, metavar("N")] = 8
     """windows at once; default: 8"""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, metavar("DTYPE")] = None
-    """float32, bfloat16 or float16, of parameters and cache; default: float32 on a CPU, bfloat16 elsewhere"""
-    runs: Annotated[Path, metavar("FOLDER")] = Path("runs")
-    """where run folders are made; default: runs"""
-    run_dir: Annotated[Path | None, metavar("FOLDER")] = None
-    """the run folder to use, new or to be continued (also with another --limit)"""
-    fresh: Annotated[bool, *command.FLAG] = False
-    """start a new run folder even where an interrupted run could go on"""
 
 
 class Window(NamedTuple):

@@ -60,9 +60,9 @@ def forced_logits(
     require(longest < T, "prompt", longest, f"leaves nothing of {T} tokens to predict")
     steps = T - int(prompt_lengths.min()) - 1
     steps += -steps % chunk  # whole chunks: one shape compiles once
-    capacity = decode._round_up(longest + steps)
-    start = np.asarray(tokens[:, : decode._round_up(longest)], np.int32)
-    start = np.pad(start, ((0, 0), (0, decode._round_up(longest) - start.shape[1])))
+    padded, capacity = (-(-n // decode.BUCKET) * decode.BUCKET for n in (longest, longest + steps))
+    start = np.zeros((B, padded), np.int32)
+    start[:, :longest] = tokens[:, :longest]
     room = np.full(B, steps + 2, np.int32)  # so that no sequence ever counts as finished
     keys = np.zeros((B, 2), np.uint32)
     state, logits, seen = decode.prefill(setup, lm.params, start, prompt_lengths, room, keys, capacity)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -17,13 +17,12 @@ from rich.console import Console
 from dms_jax.config import one_of, require
 from experiments import command, report, stats
 from experiments import variants as variants_module
-from experiments.command import metavar
+from experiments.command import MINI, metavar
 from experiments.run import Run, digest, open_run
 from experiments.tasks import mini_recall, ruler
 from experiments.tasks.ruler import Encode, Form, Sample
 from experiments.variants import Loaded, batches
 
-MINI = "mini"
 COUNTS = ("kv_reads", "prefill_reads", "peak_tokens", "achieved_cr")
 CAPTION = (
     f"Score: share of the references that occur in the answer, whatever their case, with its 95% interval "
@@ -33,9 +32,7 @@ CAPTION = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    model: Annotated[str, metavar("MODEL")] = MINI
-    """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
+class Config(command.ModelOptions):
     task: Annotated[tuple[str, ...], metavar("NAME ...")] = ()
     """tasks of the table; default: all that need no text, with --data all; mini has its own"""
     length: Annotated[tuple[int, ...], metavar("TOKENS ...")] = ()
@@ -46,26 +43,12 @@ class Config:
     """eviction policies; default: full; for mini, full and dms"""
     cr: Annotated[tuple[float, ...], metavar("CR ...")] = ()
     """members of a retrofitted family, for policy dms; default: the model as it is; for mini, 4 8"""
-    budget: Annotated[tuple[int | float, ...], metavar("TOKENS|SHARE ...")] = ()
-    """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
-    window: Annotated[int | None, metavar("TOKENS")] = None
-    """overrides the window that the model was retrofitted with"""
-    gate: Annotated[Path | None, metavar("FILE")] = None
-    """adapter gate (safetensors) to lay over the model's weights"""
     limit: Annotated[int, metavar("N")] = 50
     """questions of each task and length; default: 50"""
     batch_size: Annotated[int, metavar("N")] = 10
     """sequences in one call; default: 10"""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, metavar("DTYPE")] = None
-    """float32, bfloat16 or float16, of parameters and cache; default: float32 on a CPU, bfloat16 elsewhere"""
     seed: Annotated[int, metavar("SEED")] = 42
     """of the questions; default: 42, as in RULER"""
-    runs: Annotated[Path, metavar("FOLDER")] = Path("runs")
-    """where run folders are made; default: runs"""
-    run_dir: Annotated[Path | None, metavar("FOLDER")] = None
-    """the run folder to use, new or to be continued (also with another --limit)"""
-    fresh: Annotated[bool, *command.FLAG] = False
-    """start a new run folder even where an interrupted run could go on"""
 
 
 class Experiment(NamedTuple):
