@@ -70,6 +70,19 @@ def test_a_sample_that_comes_out_longer_shrinks():
     assert sample.length in range(100 - 8 + 1, 101) and sample.length == len(sample.prompt.split()) + 10
 
 
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_an_essay_fills_its_length_also_where_samples_differ_in_tokens(length):
+    """Needles of unequal length: with a token for every four characters no two samples are alike."""
+
+    def fourths(prompt, prefix):
+        return range(len(prompt + prefix) // 4)
+
+    made = ruler.samples(niah.form("niah_multiquery", length, ESSAY), 12, length, 42, fourths)
+    lengths = [sample.length for sample in made]
+    assert len(set(lengths)) > 1 and max(lengths) <= length
+    assert min(lengths) > length - (60 if length < ruler.SHORT else 900), "25 words, or 500"
+
+
 @pytest.mark.parametrize("best", [3, 4, 7, 100, 1000])
 def test_largest(best):
     assert ruler.largest(lambda n: n <= best, 3) == best

@@ -146,5 +146,5 @@ def form(name: str, length: int, essay: Sequence[str] = ()) -> Form:
     task = TASKS[name]
     in_essay = task.haystack == "essay"
     require(not in_essay or len(essay) > 0, "task", name, "needs a text to hide the needles in: --data FILE")
-    step = 500 if in_essay else 5 if length < ruler.SHORT else 25
+    step = ruler.essay_step(length) if in_essay else 5 if length < ruler.SHORT else 25
     return Form(name, functools.partial(question, task, essay), 1 if in_essay else task.needles, step, NEW_TOKENS)

@@ -16,7 +16,7 @@ from dms_jax.config import ConfigError, require
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 DEPTHS = tuple(round(100 * n / 39) for n in range(40))  # percent of a text, where essays take a needle each
-SHORT = 4096  # below this length a sample that is too long shrinks in steps of 5 lines
+SHORT = 4096  # below this length a sample that is too long shrinks in small steps
 
 Encode = Callable[[str, str], Sequence[int]]  # (prompt, answer prefix) -> the token ids that a model is given
 
@@ -138,6 +138,14 @@ def samples(form: Form, count: int, length: int, seed: int, encode: Encode) -> l
         position = len(encode(drawn.prompt[: drawn.prompt.index(drawn.first)], ""))
         made.append(Sample(f"{form.name}-{number}", drawn.prompt, drawn.prefix, drawn.answers, position, tokens))
     return made
+
+
+def essay_step(length: int) -> int:
+    """Words by which an essay that is too long shrinks: 500, as in RULER, but 25 below SHORT tokens.
+
+    RULER takes 500 words off a text of 1,000 tokens too, and what is left has little of the length asked for.
+    """
+    return 25 if length < SHORT else 500
 
 
 def share_found(output: str, answers: Sequence[str]) -> float:

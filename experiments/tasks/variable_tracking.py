@@ -130,5 +130,5 @@ def form(name: str, length: int, encode: Encode, essay: Sequence[str] = ()) -> F
         draft = write(task, essay, draw_chains(task, 5, rng), rng, units)
         return draft._replace(prompt=example + draft.prompt)
 
-    step = 500 if in_essay else 5 if length < ruler.SHORT else 10
+    step = ruler.essay_step(length) if in_essay else 5 if length < ruler.SHORT else 10
     return Form(name, draw, least, step, NEW_TOKENS)
