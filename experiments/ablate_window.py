@@ -353,7 +353,7 @@ def run_cells(settings: Ablation, cells: Sequence[Cell], out: Path, jobs: int) -
     """Runs the cells, `jobs` at a time; a bar shows training steps. The first failure ends it, naming the cell."""
     from tqdm import tqdm
 
-    if jobs == 1 or len(cells) == 1:
+    if jobs == 1 or len(cells) <= 1:
         for cell in cells:
             print(f"cell {cell.name}")
             run_cell(settings, cell, out)

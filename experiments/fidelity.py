@@ -198,12 +198,11 @@ def load_models(config: Config) -> tuple[list[Loaded], list[Any]]:
     return loaded, [reference] * len(loaded)
 
 
-def load_windows(config: Config, tokenizer) -> list[Window]:
-    """The text, cut; see `text_windows`."""
+def load_windows(config: Any, tokenizer, prompt: int) -> list[Window]:
+    """The windows that `data`, `length` and `limit` of a config ask for, the mini model's own without `data`."""
     if config.model == MINI:
         return mini_windows(tokenizer, config.limit)
-    text = ruler.read_text(config.data)
-    return text_windows(text, tokenizer, config.length, config.prompt, config.limit)
+    return text_windows(ruler.read_text(config.data), tokenizer, config.length, prompt, config.limit)
 
 
 def measure_all(config: Config, run: Run, models: list, windows: list[Window], bar) -> None:
@@ -269,7 +268,7 @@ def execute(config: Config, console: Console, start: float) -> int:
 
     config = resolve(config)
     loaded, references = load_models(config)
-    windows = load_windows(config, loaded[0].lm.tokenizer)
+    windows = load_windows(config, loaded[0].lm.tokenizer, config.prompt)
     models = list(zip(loaded, references, strict=True))
     weights = {one.variant.name: [fingerprint(one.lm), fingerprint(reference)] for one, reference in models}
     saved = {**command.identity(config), "weights": weights, "text": digest(windows[0])}

@@ -117,6 +117,10 @@ def test_every_cell_begins_with_the_shared_start(job, tiny_family, tmp_path, mon
     assert any(moved), "the shared steps train"
 
 
+def test_nothing_to_run_is_no_mistake(tmp_path):
+    ablate_window.run_cells(Ablation(), [], tmp_path, jobs=2)
+
+
 def test_cells_made_with_other_settings_are_not_merged(tmp_path):
     row = {"window": 4, "mode": "delayed", "cr": 2.0}
     for name, pool in (("w1-delayed", 8), ("w4-delayed", 9)):
