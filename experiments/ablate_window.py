@@ -6,7 +6,7 @@ at temperature 1). The query neuron is given up once, before any cell: that depe
 With window 0 the two modes are the same model, which is trained once and reported under both.
 
 examples:
-  python -m experiments.ablate_window --jobs 10
+  python -m experiments.ablate_window --jobs 9
   python -m experiments.ablate_window --windows 16 --modes immediate --out runs/ablate_window
 
 OUT holds a folder for the shared start and one for each cell; what is finished there is not run again, and

@@ -25,6 +25,8 @@ def smollm2_file() -> Path:
 @pytest.fixture(scope="session")
 def tiny_family(tmp_path_factory):
     """cr -> a model with random weights and the mini tokenizer, which ends chains early and at random."""
+    import functools
+
     import jax
     from transformers import AutoTokenizer
 
@@ -41,9 +43,13 @@ def tiny_family(tmp_path_factory):
         head_dim=8, mlp_dim=16, tie_embeddings=True, bos_id=mini.BOS, eos_ids=(mini.EOS,),
     )  # fmt: skip
 
-    def load(source, dtype="float32", gate=None, cr=None):
+    @functools.cache
+    def member(cr):
         dms = None if cr is None else DMSConfig(window=4, cr=cr, scale=1.0, offset=0.0)
-        params = transformer.init(jax.random.key(int(cr or 1)), config, dms)
+        return transformer.init(jax.random.key(int(cr or 1)), config, dms), dms
+
+    def load(source, dtype="float32", gate=None, cr=None):
+        params, dms = member(cr)
         return dms_jax.LM(config, params, tokenizer, dms)
 
     return load

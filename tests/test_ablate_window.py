@@ -64,16 +64,11 @@ def job(tiny_family, tmp_path, monkeypatch):
 
 
 def test_the_ablation_from_end_to_end(job, monkeypatch, capsys):
-    folder, results = job("--windows", "0", "--modes", "delayed")
-    assert [(r["window"], r["mode"], r["cr"]) for r in results["rows"]] == [
-        (0, "delayed", 2), (0, "immediate", 2), (0, "delayed", 3), (0, "immediate", 3),
-    ]  # fmt: skip
-    folder, results = job("--windows", "0", "3", "--modes", "immediate")
-    assert {(r["window"], r["mode"]) for r in results["rows"]} == {(0, "delayed"), (0, "immediate"), (3, "immediate")}
+    folder, results = job("--windows", "3", "--modes", "immediate")
+    rows = [(r["window"], r["mode"], r["cr"]) for r in results["rows"]]
+    assert rows == [(3, "immediate", 2), (3, "immediate", 3)]
+    samples = run.read_jsonl(folder / "w3-immediate" / "samples.jsonl")
     for row in results["rows"]:
-        samples = run.read_jsonl(
-            folder / f"w{row['window']}-{row['mode'] if row['window'] else 'delayed'}/samples.jsonl"
-        )
         own = [s for s in samples if s["source"] == f"cr{row['cr']:g}"]
         assert row["problems"] == len(own) == 3
         assert row["accuracy"]["mean"] == np.mean([s["correct"] for s in own])
@@ -91,9 +86,9 @@ def test_the_ablation_from_end_to_end(job, monkeypatch, capsys):
     with pytest.raises(AssertionError, match="trained again"):
         job("--windows", "1", "--modes", "delayed")
     monkeypatch.setattr(ablate_window, "train", lambda *a, retiring, **o: None if retiring else fit())
-    _, again = job("--windows", "0", "3", "--modes", "immediate")
+    _, again = job("--windows", "3", "--modes", "immediate")
     assert again["rows"] == results["rows"], "finished cells are only read"
-    job("--windows", "0", "--pool", "16", status=2)
+    job("--windows", "3", "--pool", "16", status=2)
     assert "pool was 8, is 16" in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -115,6 +110,14 @@ def test_every_cell_begins_with_the_shared_start(job, tiny_family, tmp_path, mon
     jax.tree.map(np.testing.assert_array_equal, own[1].params, want)
     moved = [bool(np.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (shared[1].params, lm.params)), strict=True)]
     assert any(moved), "the shared steps train"
+
+
+def test_window_0_stands_for_both_modes(tmp_path):
+    (tmp_path / "w0-delayed").mkdir()
+    run.write_json(tmp_path / "w0-delayed" / "config.json", {"window": 0, "mode": "delayed", "crs": [2.0]})
+    run.write_json(tmp_path / "w0-delayed" / "results.json", {"rows": [{"window": 0, "mode": "delayed", "cr": 2.0}]})
+    rows = list(ablate_window.merged(tmp_path, {"accuracy": {"mean": 0.5}}))
+    assert [row["mode"] for row in rows] == ["delayed", "immediate"] and rows[0]["base_accuracy"] == {"mean": 0.5}
 
 
 def test_nothing_to_run_is_no_mistake(tmp_path):
