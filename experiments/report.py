@@ -28,15 +28,15 @@ def percent(estimate: dict, sign: str = "") -> str:
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def print_results(console: Console, rows: list[dict], title: str) -> None:
-    """The rows of `stats.table`. A narrow terminal goes without what the L-W-CR and the title say, and the gain."""
-    wide = console.width >= WIDE
+def print_results(console: Console, rows: list[dict], title: str, columns: tuple | None = None) -> None:
+    """Rows under `columns`, those of `stats.table` by default; a narrow terminal goes without some of them."""
+    columns, wide = columns or COLUMNS, console.width >= WIDE
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
-    for name, justify, narrow, _ in COLUMNS:
+    for name, justify, narrow, _ in columns:
         if wide or narrow:
             table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*(cell(row) for _, _, narrow, cell in COLUMNS if wide or narrow))
+        table.add_row(*(cell(row) for _, _, narrow, cell in columns if wide or narrow))
     console.print(table)
 
 
@@ -48,7 +48,9 @@ def print_shipped(console: Console, folder: Path) -> None:
         print_results(console, shipped["rows"], title)
 
 
-COLUMNS = (  # name, justification, shown on a narrow terminal too, text of a row
+# Name, justification, shown on a narrow terminal too, text of a row. A narrow one goes without what the L-W-CR
+# and the title say, and the gain.
+COLUMNS = (
     ("L-W-CR", "left", True, lambda row: row["config"]),
     ("policy", "left", True, lambda row: row["policy"]),
     ("CR", "right", False, lambda row: "?" if row["cr"] is None else f"{row['cr']:g}"),
