@@ -1,0 +1,84 @@
+"""A stand-in for jax_triton that runs kernels in Triton's interpreter, so that the whole launch is tested on a CPU.
+
+It takes what jax-triton's `triton_call` takes, of version 0.3 (`out_shape`) or 0.4 (`out_type`), and is as strict:
+arrays only, each output after the inputs, constexpr parameters by name. Outputs start as garbage (NaN, or a large
+number), as device memory does; an aliased output shares its input's buffer.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+TORCH_ONLY = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.int8, torch.float8_e4m3fn)}
+
+
+def dot_with_bfloat16(self, a, b, *rest, interpreter_dot=InterpreterBuilder.create_dot):
+    """The interpreter keeps bfloat16 as its bits, and its dot multiplies those as integers: widen them first."""
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    return interpreter_dot(self, widen(a), widen(b), *rest)
+
+
+InterpreterBuilder.create_dot = dot_with_bfloat16
+
+
+def to_torch(array) -> torch.Tensor:
+    array = np.array(array)  # a copy: the kernel may write
+    if array.dtype.name in TORCH_ONLY:
+        raw, dtype = TORCH_ONLY[array.dtype.name]
+        return torch.from_numpy(array.view(raw)).view(dtype)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor, dtype) -> np.ndarray:
+    if np.dtype(dtype).name in TORCH_ONLY:
+        return tensor.view({1: torch.int8, 2: torch.int16}[tensor.element_size()]).numpy().view(dtype)
+    return tensor.numpy()
+
+
+def garbage(shape, dtype) -> torch.Tensor:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return to_torch(np.full(shape, np.nan, dtype))
+    return to_torch(np.full(shape, np.iinfo(dtype).max, dtype))
+
+
+def run(kernel, grid, aliases, out, options, arrays) -> list[np.ndarray]:
+    tensors = [to_torch(x) for x in arrays]
+    reverse = {output: source for source, output in aliases.items()}
+    outputs = [tensors[reverse[i]] if i in reverse else garbage(spec.shape, spec.dtype) for i, spec in enumerate(out)]
+    kernel[grid](*tensors, *outputs, **options)
+    return [to_numpy(tensor, spec.dtype) for tensor, spec in zip(outputs, out, strict=True)]
+
+
+def call(arrays, kernel, grid, aliases, out, options):
+    assert all(isinstance(x, jax.Array) for x in arrays)
+    for source, output in aliases.items():
+        assert (arrays[source].shape, arrays[source].dtype) == (out[output].shape, out[output].dtype)
+    names = kernel.arg_names[len(arrays) + len(out) :]
+    assert set(options) == {*names, "num_warps", "num_stages"}, set(options) ^ {*names}
+    result = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out)
+    return list(jax.pure_callback(lambda *x: run(kernel, grid, aliases, out, options, x), result, *arrays))
+
+
+def triton_call_03(*arrays, kernel, out_shape, grid, input_output_aliases=None, **options):
+    return call(arrays, kernel, grid, input_output_aliases or {}, out_shape, options)
+
+
+def triton_call_04(*arrays, kernel, out_type, grid, input_output_aliases=None, **options):
+    return call(arrays, kernel, grid, input_output_aliases or {}, out_type, options)
+
+
+def module(version: str = "0.3") -> types.ModuleType:
+    """To be put into sys.modules under the name jax_triton."""
+    fake = types.ModuleType("jax_triton")
+    fake.triton_call = {"0.3": triton_call_03, "0.4": triton_call_04}[version]
+    return fake
