@@ -48,12 +48,12 @@ class Tiling(NamedTuple):
 def tiling(head_dim: int, itemsize: int) -> Tiling:
     """What keeps accumulators in registers and two or three tiles in shared memory."""
     if itemsize == 4:  # exact float32 products run on the plain cores
-        return Tiling(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+        return Tiling(Tile(32, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))
     if head_dim <= 64:
-        return Tiling(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))
+        return Tiling(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3))
     if head_dim <= 128:
         return Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3))
-    return Tiling(Tile(64, 32, 4, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
+    return Tiling(Tile(64, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
 
 
 def tile_bounds(position, segment, size, keep_log=None):

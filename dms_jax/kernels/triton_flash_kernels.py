@@ -55,16 +55,10 @@ def load_rows(base, rows, dims, limit, STRIDE: tl.constexpr, D: tl.constexpr, MA
 
 
 @triton.jit
-def masked_scores(
-    scores, distance, bias, key_pos, same, transposed: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
-    """Base-2 scores with the delayed bias, DEAD where the key is not seen, and where the bias was added."""
+def masked_scores(scores, distance, bias, there, WINDOW: tl.constexpr):
+    """Base-2 scores with the delayed bias, DEAD where the key is not seen; and where the bias was added."""
     far = distance > WINDOW
-    if transposed:
-        seen = (key_pos >= 0)[:, None] & (distance >= 0) & same
-        return tl.where(seen, scores + tl.where(far, bias[:, None], 0.0), DEAD), far
-    seen = (key_pos >= 0)[None, :] & (distance >= 0) & same
-    return tl.where(seen, scores + tl.where(far, bias[None, :], 0.0), DEAD), far
+    return tl.where(there & (distance >= 0), scores + tl.where(far, bias, 0.0), DEAD), far
 
 
 @triton.jit
@@ -86,10 +80,10 @@ def forward_tiles(
             k_pos = tl.load(key_pos + cols, mask=cols < S, other=-1)
             bias = tl.load(keep_log + cols, mask=cols < S, other=0.0) * LOG2E
             distance = q_pos[:, None] - k_pos[None, :]
-            same = tl.full([1, 1], 1, tl.int1)
+            there = (k_pos >= 0)[None, :]
             if SEGMENTS:
-                same = q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :]
-            scores, _far = masked_scores(scores, distance, bias, k_pos, same, False, WINDOW)
+                there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
+            scores, _far = masked_scores(scores, distance, bias[None, :], there, WINDOW)
         else:
             scores += (tl.load(keep_log + cols) * (LOG2E * ((fars >> lane) & 1).to(tl.float32)))[None, :]
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -183,10 +177,10 @@ def key_gradient_tiles(
         far = tl.full([1, 1], 1, tl.int1)
         if MASKED:
             distance = tl.load(query_pos + rows, mask=inside, other=-1)[None, :] - k_pos[:, None]
-            same = tl.full([1, 1], 1, tl.int1)
+            there = (k_pos >= 0)[:, None]
             if SEGMENTS:
-                same = tl.load(query_seg + rows, mask=inside, other=0)[None, :] == k_seg[:, None]
-            scores, far = masked_scores(scores, distance, bias, k_pos, same, True, WINDOW)
+                there = there & (tl.load(query_seg + rows, mask=inside, other=0)[None, :] == k_seg[:, None])
+            scores, far = masked_scores(scores, distance, bias[:, None], there, WINDOW)
         else:
             scores += (bias * far_share)[:, None]
         weights = tl.exp2(scores - tl.load(lse + g * T + rows, mask=inside, other=NOTHING_SEEN)[None, :])
@@ -283,10 +277,10 @@ def query_gradient_tiles(
             k_pos = tl.load(key_pos + cols, mask=cols < S, other=-1)
             bias = tl.load(keep_log + cols, mask=cols < S, other=0.0) * LOG2E
             distance = q_pos[:, None] - k_pos[None, :]
-            same = tl.full([1, 1], 1, tl.int1)
+            there = (k_pos >= 0)[None, :]
             if SEGMENTS:
-                same = q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :]
-            scores, _far = masked_scores(scores, distance, bias, k_pos, same, False, WINDOW)
+                there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
+            scores, _far = masked_scores(scores, distance, bias[None, :], there, WINDOW)
         else:
             scores += (tl.load(keep_log + cols) * (LOG2E * ((fars >> lane) & 1).to(tl.float32)))[None, :]
         weights = tl.exp2(scores - lse[:, None])
