@@ -25,10 +25,10 @@ def jax_triton():
         raise ConfigError(f"implementation='triton': jax-triton and a GPU build of jax are needed ({error})") from error
     finally:
         # jax-triton 0.3 empties this variable on import, which breaks the disk cache of Triton's other users (torch).
-        if cache_dir is not None:
-            os.environ["TRITON_CACHE_DIR"] = cache_dir
-        elif os.environ.get("TRITON_CACHE_DIR") == "":
+        if os.environ.get("TRITON_CACHE_DIR") == "":
             del os.environ["TRITON_CACHE_DIR"]
+        if cache_dir:
+            os.environ["TRITON_CACHE_DIR"] = cache_dir
     return jax_triton
 
 
