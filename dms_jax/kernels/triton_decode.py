@@ -36,12 +36,14 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_dim: int, itemsize: int) -> Tiling:
-    """Tiles of 16 KB of keys (8 KB of quantized ones, whose conversion takes registers), two of them in flight.
+    """Tiles of 16 KB of keys, two of them in flight; of quantized keys 8 KB, three in flight.
 
-    With as many values that is 128 KB for the two programs of a multiprocessor: several times what covers the latency
-    of memory, and within the shared memory of an A100.
+    With as many values that is 96 KB or more for the two programs of a multiprocessor: several times what covers the
+    latency of memory, and within the registers and the shared memory of an A100.
     """
-    return Tiling(min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128))
+    quantized = itemsize == 1
+    block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
+    return Tiling(block, num_warps=8 if quantized else 4, num_stages=4 if quantized else 3)
 
 
 @triton.jit
@@ -117,7 +119,9 @@ def partials(
                 live = live & (slot != new_slot)
             mask = live[:, None] & (dims < D)[None, :]
             keys = tl.load((k_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
-            keys = (keys.to(tl.float32) if QUANTIZED else keys).to(queries.dtype)  # int8 to bfloat16 is exact
+            keys = (keys.to(tl.float32) if keys.dtype == tl.int8 else keys).to(
+                queries.dtype
+            )  # int8 to bfloat16 is exact
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
             if QUANTIZED:
                 scores *= tl.load(k_scale + row, mask=live, other=0.0)[None, :]
@@ -130,7 +134,7 @@ def partials(
             shrink = tl.exp2(top - higher)
             denominator = denominator * shrink + tl.sum(weights, 1)
             values = tl.load((v_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
-            values = (values.to(tl.float32) if QUANTIZED else values).to(queries.dtype)
+            values = (values.to(tl.float32) if values.dtype == tl.int8 else values).to(queries.dtype)
             if QUANTIZED:
                 weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
             acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
