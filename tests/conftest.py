@@ -27,9 +27,9 @@ def rng():
 @pytest.fixture
 def interpreted(monkeypatch):
     """implementation="triton" runs in Triton's interpreter."""
-    import fake_jax_triton
+    from scripts import interpreted_jax_triton
 
-    monkeypatch.setitem(sys.modules, "jax_triton", fake_jax_triton.module())
+    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module())
 
 
 @pytest.fixture(scope="session")

@@ -174,10 +174,10 @@ def test_update_writes_the_new_token(rng, few_programs):
 def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
     import sys
 
-    import fake_jax_triton
+    from scripts import interpreted_jax_triton
     from jax.sharding import AxisType, PartitionSpec
 
-    monkeypatch.setitem(sys.modules, "jax_triton", fake_jax_triton.module(version))
+    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     (q, *pages, table, lengths), _ = inputs(rng, [[20, 7]], G=2)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     rows, whole = PartitionSpec("x"), PartitionSpec()

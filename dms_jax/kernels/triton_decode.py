@@ -36,14 +36,13 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_dim: int, itemsize: int) -> Tiling:
-    """Tiles of 16 KB of keys, two of them in flight; of quantized keys 8 KB, three in flight.
+    """Tiles of 16 KB of keys, two of them in flight; of quantized keys 8 KB, converted by twice the warps.
 
-    With as many values that is 96 KB or more for the two programs of a multiprocessor: several times what covers the
-    latency of memory, and within the registers and the shared memory of an A100.
+    With as many values that is 64 KB or more for the two programs of a multiprocessor, about three times what covers
+    the latency of memory, and within the registers and the shared memory of an A100.
     """
-    quantized = itemsize == 1
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
-    return Tiling(block, num_warps=8 if quantized else 4, num_stages=4 if quantized else 3)
+    return Tiling(block, num_warps=8 if itemsize == 1 else 4)
 
 
 @triton.jit

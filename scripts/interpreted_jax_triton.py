@@ -1,4 +1,4 @@
-"""A stand-in for jax_triton that runs kernels in Triton's interpreter, so that the whole launch is tested on a CPU.
+"""A stand-in for jax_triton that runs kernels in Triton's interpreter, so that the whole launch is checked on a CPU.
 
 It takes what jax-triton's `triton_call` takes, of version 0.3 (`out_shape`) or 0.4 (`out_type`), and is as strict:
 arrays only, each output after the inputs, constexpr parameters by name. Outputs start as garbage (NaN, or a large
@@ -79,6 +79,6 @@ def triton_call_04(*arrays, kernel, out_type, grid, input_output_aliases=None, *
 
 def module(version: str = "0.3") -> types.ModuleType:
     """To be put into sys.modules under the name jax_triton."""
-    fake = types.ModuleType("jax_triton")
-    fake.triton_call = {"0.3": triton_call_03, "0.4": triton_call_04}[version]
-    return fake
+    stand_in = types.ModuleType("jax_triton")
+    stand_in.triton_call = {"0.3": triton_call_03, "0.4": triton_call_04}[version]
+    return stand_in
