@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+DEVICE = "cuda"
+
 
 def event_time(call: Callable[[], object], repeats: int, calls: int = 10) -> float:
     """Median seconds of one call between CUDA events, `calls` of them between each pair, after two to warm up."""
@@ -32,21 +34,21 @@ def copy_rate(repeats: int, size: int = 2**30) -> float:
     """Bytes per second, read and written, of a device-to-device copy of `size` bytes."""
     import torch
 
-    source = torch.randint(0, 127, (size,), dtype=torch.int8, device="cuda")
+    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * size / event_time(lambda: target.copy_(source), repeats)
 
 
-def to_cuda(x: np.ndarray, dtype=None):
+def to_device(x: np.ndarray, dtype=None):
     import torch
 
-    tensor = torch.from_numpy(np.ascontiguousarray(x)).cuda()
+    tensor = torch.from_numpy(np.array(x)).to(DEVICE)
     return tensor if dtype is None else tensor.to(getattr(torch, dtype))
 
 
 def heads_first(x: np.ndarray, dtype: str):
-    """`[B, T, H, D]` float32 -> a CUDA leaf `[B, H, T, D]` that takes gradients."""
-    return to_cuda(x, dtype).transpose(1, 2).contiguous().requires_grad_(True)
+    """`[B, T, H, D]` float32 -> `[B, H, T, D]` on the GPU."""
+    return to_device(x, dtype).transpose(1, 2).contiguous()
 
 
 def forward_and_both(attend: Callable, q, k, v, dout) -> tuple[Callable, Callable]:
@@ -57,7 +59,8 @@ def forward_and_both(attend: Callable, q, k, v, dout) -> tuple[Callable, Callabl
             return attend(q, k, v)
 
     def both():
-        return torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+        leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
+        return torch.autograd.grad(attend(*leaves), leaves, dout)
 
     return forward, both
 
@@ -72,7 +75,7 @@ def flex(q, k, v, dout, keep_log, window: int, hard: bool, dtype: str) -> tuple[
 
     B, T, H, _ = q.shape
     group = H // k.shape[2]
-    logs = to_cuda(keep_log)
+    logs = to_device(keep_log)
     kept = logs > -1e29
 
     def causal(b, h, i, j):
@@ -85,13 +88,13 @@ def flex(q, k, v, dout, keep_log, window: int, hard: bool, dtype: str) -> tuple[
         return torch.where(i - j > window, score + logs[b, h // group, j], score)
 
     per_head = (B, H) if hard else (None, None)
-    mask = create_block_mask(delayed if hard else causal, *per_head, T, T, device="cuda", _compile=True)
+    mask = create_block_mask(delayed if hard else causal, *per_head, T, T, device=DEVICE, _compile=DEVICE != "cpu")
     compiled = torch.compile(flex_attention)
 
     def attend(q, k, v):
         return compiled(q, k, v, score_mod=None if hard else bias, block_mask=mask, enable_gqa=True)
 
-    return forward_and_both(attend, *(heads_first(x, dtype) for x in (q, k, v)), heads_first(dout, dtype).detach())
+    return forward_and_both(attend, *(heads_first(x, dtype) for x in (q, k, v, dout)))
 
 
 def causal_sdpa(q, k, v, dout, dtype: str) -> tuple[Callable, Callable]:
@@ -101,7 +104,7 @@ def causal_sdpa(q, k, v, dout, dtype: str) -> tuple[Callable, Callable]:
     def attend(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return forward_and_both(attend, *(heads_first(x, dtype) for x in (q, k, v)), heads_first(dout, dtype).detach())
+    return forward_and_both(attend, *(heads_first(x, dtype) for x in (q, k, v, dout)))
 
 
 def decode_sdpa(q, keys: int, kv_heads: int, dtype: str) -> Callable:
@@ -109,8 +112,8 @@ def decode_sdpa(q, keys: int, kv_heads: int, dtype: str) -> Callable:
     import torch
 
     B, H, D = q.shape
-    queries = to_cuda(q, dtype)[:, :, None]
-    k, v = (torch.randn(B, kv_heads, keys, D, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+    queries = to_device(q, dtype)[:, :, None]
+    k, v = (torch.randn(B, kv_heads, keys, D, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
 
     def call():
         with torch.no_grad():

@@ -174,8 +174,9 @@ def test_update_writes_the_new_token(rng, few_programs):
 def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
     import sys
 
-    from scripts import interpreted_jax_triton
     from jax.sharding import AxisType, PartitionSpec
+
+    from scripts import interpreted_jax_triton
 
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     (q, *pages, table, lengths), _ = inputs(rng, [[20, 7]], G=2)
