@@ -15,9 +15,11 @@ from scripts import bench_kernels, kernel_cases, kernel_peers
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_flex_attention_has_our_mask(monkeypatch, hard):
     import torch
+    import torch.nn.attention.flex_attention
 
     monkeypatch.setattr(kernel_peers, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", lambda fn: fn)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     case = kernel_cases.Flash(T=50, H=4, K=2, D=16, window=5, hard=hard, dtype="float32")
     (q, k, v, keep_log), weights = case.inputs()
     want = case.attend(q, k, v, keep_log, implementation="reference")
