@@ -45,7 +45,7 @@ def close(got, want, tolerance, name=""):
 
 
 def with_gradients(arrays, window, weights, implementation, **options):
-    """Output, and the gradients for q, k, v and keep_log of a sum that tells the elements of the output apart."""
+    """A function of no arguments: the output, and the gradients of a sum that tells the elements of it apart."""
     q, k, v, query_pos, key_pos, keep_log = arrays
 
     def loss(q, k, v, keep_log):
@@ -54,15 +54,21 @@ def with_gradients(arrays, window, weights, implementation, **options):
         )
         return (out.astype(jnp.float32) * weights).sum(), out
 
-    grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=QUICK)(q, k, v, keep_log)
-    return dict(zip(("out", "q", "k", "v", "keep_log"), (out, *grads), strict=True))
+    run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=QUICK)
+
+    def results():
+        grads, out = run(q, k, v, keep_log)
+        return dict(zip(("out", "q", "k", "v", "keep_log"), (out, *grads), strict=True))
+
+    return results
 
 
 def compare(rng, arrays, window, **options):
     """Runs both; returns the kernel's results. A second run agrees bit for bit."""
     weights = jnp.asarray(rng.normal(size=arrays[0].shape), jnp.float32)
-    got, again = (with_gradients(arrays, window, weights, "triton", **options) for _ in range(2))
-    want = with_gradients(arrays, window, weights, "reference", **options)
+    run = with_gradients(arrays, window, weights, "triton", **options)
+    got, again = run(), run()
+    want = with_gradients(arrays, window, weights, "reference", **options)()
     for name in want:
         assert got[name].dtype == want[name].dtype, name
         np.testing.assert_array_equal(*(np.asarray(x[name], np.float32) for x in (got, again)), err_msg=name)
@@ -80,7 +86,7 @@ def test_training_batch(rng, small_tiles, G, D, window, hard):
 
 def test_random_shapes(rng, small_tiles):
     for _ in range(2):
-        shape = dict(zip("BTKGD", rng.integers(1, (3, 60, 3, 5, 40)).tolist(), strict=True))
+        shape = dict(zip("BTKGD", rng.integers(1, (3, 50, 3, 4, 40)).tolist(), strict=True))
         window, hard = int(rng.integers(0, 20)), bool(rng.random() < 0.5)
         print(shape, window, hard)
         compare(rng, inputs(rng, **shape, hard=hard), window, hard=hard)
