@@ -167,10 +167,8 @@ def check(record: Record, name: str, dtype: str, got: dict, want: dict, **row) -
 
 def check_decode(record: Record, case: cases.Decode) -> None:
     arrays, scales = case.inputs()
-    call = kernels.paged_decode_attention
-    got, want = (
-        jax.jit(lambda *x, how=how: call(*x, **scales, implementation=how))(*arrays) for how in ("triton", "reference")
-    )
+    call = jax.jit(kernels.paged_decode_attention, static_argnames="implementation")
+    got, want = (call(*arrays, **scales, implementation=how) for how in ("triton", "reference"))
     got, want = ({"out": x.out, "lse": x.lse} for x in (got, want))
     check(record, "check decode", case.dtype, got, want, case=case.name)
 
@@ -180,12 +178,12 @@ def check_flash(record: Record, case: cases.Flash) -> None:
     arrays, weights = case.inputs()
 
     def run(how):
-        def loss(q, k, v, keep_log):
+        def loss(q, k, v, keep_log, weights):
             out = case.attend(q, k, v, keep_log, implementation=how)
             return (out.astype(jnp.float32) * weights).sum(), out
 
         with jax.default_matmul_precision("highest"):
-            grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)
+            grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays, weights)
         return dict(zip(("out", "q", "k", "v", "keep_log"), (out, *grads), strict=True))
 
     check(record, "check flash", case.dtype, run("triton"), run("reference"), case=case.name)
@@ -194,8 +192,8 @@ def check_flash(record: Record, case: cases.Flash) -> None:
 def decode_calls(case: cases.Decode, cut=None) -> tuple[list[tuple], Callable]:
     """Inputs that differ in their queries, and the call."""
     (q, *arrays), scales = case.inputs()
-    inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), *arrays) for i in range(12)]
-    return inputs, lambda *x: case.attend(*x, **scales, cut=cut)
+    inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), arrays, scales) for i in range(12)]
+    return inputs, lambda q, arrays, scales: case.attend(q, *arrays, **scales, cut=cut)
 
 
 def bench_decode(record: Record, case: cases.Decode, settings: Settings, copy: float) -> None:
@@ -232,14 +230,15 @@ def decode_peers(record: Record, case: cases.Decode, settings: Settings, copy: f
 def flash_calls(case: cases.Flash, cut=None) -> tuple[list[tuple], Callable, Callable]:
     """Inputs, the forward pass, and the gradients (which take a forward pass)."""
     (q, *arrays), weights = case.inputs()
-    inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), *arrays) for i in range(6)]
+    weights = weights.astype(q.dtype)
+    inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), *arrays, weights) for i in range(6)]
     options = {"cut": cut} if cut else {"implementation": "triton"}
 
-    def forward(*x):
-        return case.attend(*x, **options)
+    def forward(q, k, v, keep_log, weights):
+        return case.attend(q, k, v, keep_log, **options)
 
-    def loss(*x):
-        return (forward(*x) * weights.astype(q.dtype)).sum(dtype=jnp.float32)
+    def loss(q, k, v, keep_log, weights):
+        return (forward(q, k, v, keep_log, weights) * weights).sum(dtype=jnp.float32)
 
     return inputs, forward, jax.grad(loss, (0, 1, 2, 3))
 
@@ -278,11 +277,11 @@ def flash_peers(record: Record, case: cases.Flash, settings: Settings, matmul: f
         return peers.flex(*arrays, np.asarray(keep_log), case.window, case.hard, case.dtype)
 
     def cudnn():
-        def attend(q, k, v):
+        def attend(q, k, v, weights):
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-        gradient = jax.grad(lambda *x: (attend(*x) * weights.astype(q.dtype)).sum(dtype=jnp.float32), (0, 1, 2))
-        inputs = [(q + i, k, v) for i in range(6)]
+        gradient = jax.grad(lambda *x: (attend(*x) * x[-1]).sum(dtype=jnp.float32), (0, 1, 2))
+        inputs = [(q + i, k, v, weights.astype(q.dtype)) for i in range(6)]
         return flash_rates(case, *(median_time(f, inputs, settings.repeats) for f in (attend, gradient)), matmul)
 
     record.attempt(lambda: torch_peer(flex, True), name="flash", peer="torch FlexAttention", case=case.name)

@@ -39,6 +39,28 @@ def bits_of(which, lanes):
 
 
 @triton.jit
+def classify_keys(
+    q_bounds, k_bounds, q_tile, first,
+    Q_TILES: tl.constexpr, K_TILES: tl.constexpr, WINDOW: tl.constexpr, HARD: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """The classes of 64 tiles of keys from `first` on for a tile of queries.
+
+    Returns the bits of those that need no masks, of those that do, and of those that are far; and the number of each
+    of the first two.
+    """
+    lanes = tl.arange(0, 64)
+    queries, keys = q_bounds + q_tile, k_bounds + first + lanes
+    matters, plain, far = classify(
+        tl.load(queries), tl.load(queries + Q_TILES), tl.load(queries + 2 * Q_TILES), tl.load(queries + 3 * Q_TILES),
+        tl.load(keys), tl.load(keys + K_TILES), tl.load(keys + 2 * K_TILES), tl.load(keys + 3 * K_TILES),
+        tl.load(keys + 4 * K_TILES), tl.load(keys + 5 * K_TILES), WINDOW, HARD, SEGMENTS,
+    )  # fmt: skip
+    mixed = matters & ~plain
+    counts = tl.sum(plain.to(tl.int32), 0), tl.sum(mixed.to(tl.int32), 0)
+    return bits_of(plain, lanes), bits_of(mixed, lanes), bits_of(far, lanes), counts[0], counts[1]
+
+
+@triton.jit
 def lowest(bits):
     """Index of the lowest bit that is set, read off the exponent of that power of two as a float."""
     power = (bits & -bits).to(tl.float32)
@@ -62,6 +84,24 @@ def masked_scores(scores, distance, bias, there, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def biased(
+    scores, cols, far_share, q_pos, q_seg, key_pos, keep_log, key_seg,
+    S: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Scores `[BM, BN]` of the keys `cols` with what the mask adds; where plain, keep_log times far_share (0 or 1)."""
+    if MASKED:
+        k_pos = tl.load(key_pos + cols, mask=cols < S, other=-1)
+        bias = tl.load(keep_log + cols, mask=cols < S, other=0.0) * LOG2E
+        there = (k_pos >= 0)[None, :]
+        if SEGMENTS:
+            there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
+        scores, _far = masked_scores(scores, q_pos[:, None] - k_pos[None, :], bias[None, :], there, WINDOW)
+    else:
+        scores += (tl.load(keep_log + cols) * (LOG2E * far_share))[None, :]
+    return scores
+
+
+@triton.jit
 def forward_tiles(
     bits, fars, count, first_tile, acc, top, denominator, queries, q_pos, q_seg,
     k, v, key_pos, keep_log, key_seg,
@@ -75,17 +115,9 @@ def forward_tiles(
         bits = bits & (bits - 1)
         cols = (first_tile + lane) * BN + tl.arange(0, BN)
         keys = load_rows(k, cols, dims, S, STRIDE, D, MASKED)
+        far_share = ((fars >> lane) & 1).to(tl.float32)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
-        if MASKED:
-            k_pos = tl.load(key_pos + cols, mask=cols < S, other=-1)
-            bias = tl.load(keep_log + cols, mask=cols < S, other=0.0) * LOG2E
-            distance = q_pos[:, None] - k_pos[None, :]
-            there = (k_pos >= 0)[None, :]
-            if SEGMENTS:
-                there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
-            scores, _far = masked_scores(scores, distance, bias[None, :], there, WINDOW)
-        else:
-            scores += (tl.load(keep_log + cols) * (LOG2E * ((fars >> lane) & 1).to(tl.float32)))[None, :]
+        scores = biased(scores, cols, far_share, q_pos, q_seg, key_pos, keep_log, key_seg, S, WINDOW, SEGMENTS, MASKED)
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -119,28 +151,21 @@ def forward(
     key_pos += kv_head.to(tl.int64) * S
     keep_log += kv_head.to(tl.int64) * S
     key_seg += kv_head.to(tl.int64) * S if SEGMENTS else 0
-    q_bounds += b * 4 * Q_TILES + tile
-    q_low, q_high = tl.load(q_bounds), tl.load(q_bounds + Q_TILES)
-    q_seg_low, q_seg_high = tl.load(q_bounds + 2 * Q_TILES), tl.load(q_bounds + 3 * Q_TILES)
+    q_bounds += b * 4 * Q_TILES
+    k_bounds += kv_head * 6 * K_TILES
     top = tl.full([BM], FLOOR, tl.float32)
     denominator = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D_PAD], tl.float32)
-    lanes = tl.arange(0, 64)
     for first in range(0, K_TILES, 64):
-        bounds = k_bounds + kv_head * 6 * K_TILES + first + lanes
-        matters, plain, far = classify(
-            q_low, q_high, q_seg_low, q_seg_high, tl.load(bounds), tl.load(bounds + K_TILES),
-            tl.load(bounds + 2 * K_TILES), tl.load(bounds + 3 * K_TILES), tl.load(bounds + 4 * K_TILES),
-            tl.load(bounds + 5 * K_TILES), WINDOW, HARD, SEGMENTS,
-        )  # fmt: skip
-        plain_bits, mixed_bits, fars = bits_of(plain, lanes), bits_of(matters & ~plain, lanes), bits_of(far, lanes)
-        plains, all_tiles = tl.sum(plain.to(tl.int32), 0), tl.sum(matters.to(tl.int32), 0)
+        plain_bits, mixed_bits, fars, plains, mixed = classify_keys(
+            q_bounds, k_bounds, tile, first, Q_TILES, K_TILES, WINDOW, HARD, SEGMENTS
+        )
         acc, top, denominator = forward_tiles(
             plain_bits, fars, plains, first, acc, top, denominator, queries, q_pos, q_seg,
             k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, False,
         )  # fmt: skip
         acc, top, denominator = forward_tiles(
-            mixed_bits, fars, all_tiles - plains, first, acc, top, denominator, queries, q_pos, q_seg,
+            mixed_bits, fars, mixed, first, acc, top, denominator, queries, q_pos, q_seg,
             k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, True,
         )  # fmt: skip
     empty = denominator == 0
@@ -272,17 +297,9 @@ def query_gradient_tiles(
         bits = bits & (bits - 1)
         cols = (first_tile + lane) * BN + tl.arange(0, BN)
         keys = load_rows(k, cols, dims, S, STRIDE, D, MASKED)
+        far_share = ((fars >> lane) & 1).to(tl.float32)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
-        if MASKED:
-            k_pos = tl.load(key_pos + cols, mask=cols < S, other=-1)
-            bias = tl.load(keep_log + cols, mask=cols < S, other=0.0) * LOG2E
-            distance = q_pos[:, None] - k_pos[None, :]
-            there = (k_pos >= 0)[None, :]
-            if SEGMENTS:
-                there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
-            scores, _far = masked_scores(scores, distance, bias[None, :], there, WINDOW)
-        else:
-            scores += (tl.load(keep_log + cols) * (LOG2E * ((fars >> lane) & 1).to(tl.float32)))[None, :]
+        scores = biased(scores, cols, far_share, q_pos, q_seg, key_pos, keep_log, key_seg, S, WINDOW, SEGMENTS, MASKED)
         weights = tl.exp2(scores - lse[:, None])
         values = load_rows(v, cols, dims, S, STRIDE, D, MASKED)
         dscores = weights * (tl.dot(douts, tl.trans(values), input_precision="ieee") - delta[:, None])
@@ -317,26 +334,19 @@ def query_gradients(
     key_pos += kv_head.to(tl.int64) * S
     keep_log += kv_head.to(tl.int64) * S
     key_seg += kv_head.to(tl.int64) * S if SEGMENTS else 0
-    q_bounds += b * 4 * Q_TILES + tile
-    q_low, q_high = tl.load(q_bounds), tl.load(q_bounds + Q_TILES)
-    q_seg_low, q_seg_high = tl.load(q_bounds + 2 * Q_TILES), tl.load(q_bounds + 3 * Q_TILES)
+    q_bounds += b * 4 * Q_TILES
+    k_bounds += kv_head * 6 * K_TILES
     dq = tl.zeros([BM, D_PAD], tl.float32)
-    lanes = tl.arange(0, 64)
     for first in range(0, K_TILES, 64):
-        bounds = k_bounds + kv_head * 6 * K_TILES + first + lanes
-        matters, plain, far = classify(
-            q_low, q_high, q_seg_low, q_seg_high, tl.load(bounds), tl.load(bounds + K_TILES),
-            tl.load(bounds + 2 * K_TILES), tl.load(bounds + 3 * K_TILES), tl.load(bounds + 4 * K_TILES),
-            tl.load(bounds + 5 * K_TILES), WINDOW, HARD, SEGMENTS,
-        )  # fmt: skip
-        plain_bits, mixed_bits, fars = bits_of(plain, lanes), bits_of(matters & ~plain, lanes), bits_of(far, lanes)
-        plains, all_tiles = tl.sum(plain.to(tl.int32), 0), tl.sum(matters.to(tl.int32), 0)
+        plain_bits, mixed_bits, fars, plains, mixed = classify_keys(
+            q_bounds, k_bounds, tile, first, Q_TILES, K_TILES, WINDOW, HARD, SEGMENTS
+        )
         dq = query_gradient_tiles(
             plain_bits, fars, plains, first, dq, queries, douts, logs, deltas, q_pos, q_seg,
             k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, False,
         )  # fmt: skip
         dq = query_gradient_tiles(
-            mixed_bits, fars, all_tiles - plains, first, dq, queries, douts, logs, deltas, q_pos, q_seg,
+            mixed_bits, fars, mixed, first, dq, queries, douts, logs, deltas, q_pos, q_seg,
             k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, True,
         )  # fmt: skip
     mask = (rows < T)[:, None] & (dims < D)[None, :]
