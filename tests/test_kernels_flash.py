@@ -179,6 +179,30 @@ def test_reference_is_dense_attention(rng):
     close(got, attention.dense(q, k, v, position, position, keep_log, 3), 1e-6)
 
 
+def traced_bytes(fn, T):
+    """Size of everything that the output and its gradients make on the way, results included; nothing is run."""
+    spec = jax.ShapeDtypeStruct
+    q, k = spec((1, T, 4, 8), jnp.float32), spec((1, T, 2, 8), jnp.float32)
+    position = jnp.arange(T, dtype=jnp.int32)[None]
+    gradient = jax.grad(lambda *x: fn(*x[:3], position, *x[3:]).sum(), (0, 1, 2, 3))
+    made = [x.aval for eqn in jax.make_jaxpr(gradient)(q, k, k, spec((1, 2, T), jnp.float32)).eqns for x in eqn.outvars]
+    return sum(x.size * x.dtype.itemsize for x in made)
+
+
+def test_memory_grows_linearly(interpreted):
+    """Doubling T doubles it (tile sizes are the real ones) and quadruples it for dense attention."""
+
+    def ours(q, k, v, position, keep_log):
+        key_pos = jnp.broadcast_to(position[:, None], keep_log.shape)
+        return kernels.flash_attention(q, k, v, position, key_pos, keep_log, 16, implementation="triton")
+
+    def dense(q, k, v, position, keep_log):
+        return attention.dense(q, k, v, position, position, keep_log, 16)
+
+    assert traced_bytes(ours, 16384) < 2.1 * traced_bytes(ours, 8192)
+    assert traced_bytes(dense, 16384) > 3.9 * traced_bytes(dense, 8192)
+
+
 def test_under_shard_map_with_gradients(rng, small_tiles):
     from jax.sharding import AxisType, PartitionSpec
 

@@ -122,6 +122,8 @@ def test_the_rules_can_fail():
     assert not allowed("policies.dms", "policies.full") and not allowed("policies.base", "policies.dms")
     assert allowed("masks", "types") and allowed("policies", "policies.dms") and allowed("hub", "convert.hf")
     assert ours("dms_jax.policies.base.Policy") == "policies.base" and ours("dms_jax.LM") == "" and ours("jax") is None
+    assert allowed("kernels.triton_decode", "kernels.launch") and not allowed("kernels.launch", "kernels.triton_decode")
+    assert "kernels.triton_decode" in KERNELS and "kernels.launch" not in KERNELS
     tree = ast.parse("try:\n import torch\nexcept ImportError:\n import jax_triton\nif TYPE_CHECKING:\n import x")
     assert {name for node in module_level(tree) for name in imports(node)} == {"torch", "jax_triton"}
 
