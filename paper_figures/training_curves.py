@@ -12,9 +12,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from paper_figures.accuracy_vs_reads import COLOURS
+from paper_figures import style
 
-RESULTS = Path(__file__).parent / "results" / "mini"
+RESULTS = style.RESULTS / "mini"
 
 
 def read(path: Path) -> list[dict]:
@@ -49,11 +49,11 @@ def draw(pretrain: list[dict], retrofit: list[dict]) -> Figure:
 
 def _twin(axes, rows: list[dict], loss: tuple[str, str], shares: list[tuple[str, str]]) -> None:
     """A loss on a log axis at the left, shares of 1 at the right."""
-    axes.semilogy(*column(rows, loss[0]), color=COLOURS[0], linewidth=0.8)
+    axes.semilogy(*column(rows, loss[0]), color=style.COLOURS[0], linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_ylabel(loss[1])
     other = axes.twinx()
-    for (key, label), colour, line in zip(shares, COLOURS[1:], ("-", "--"), strict=False):
+    for (key, label), colour, line in zip(shares, style.COLOURS[1:], ("-", "--"), strict=False):
         other.plot(*column(rows, key), color=colour, linestyle=line, linewidth=1.2, label=label)
     other.set_ylim(0, 1)
     other.set_ylabel("share")
@@ -69,9 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(logs) != 2:
         parser.error("give two logs, or none for the mini model's")
     figure = draw(*map(read, logs))
-    for suffix in (".png", ".pdf"):
-        path = options.out.with_suffix(suffix)
-        figure.savefig(path, dpi=200)
+    for path in style.save(figure, options.out):
         print(path)
 
 

