@@ -2,7 +2,7 @@
 
 It takes what jax-triton's `triton_call` takes, of version 0.3 (`out_shape`) or 0.4 (`out_type`), and is as strict:
 arrays only, each output after the inputs, constexpr parameters by name. Outputs start as garbage (NaN, or a large
-number), as device memory does; an aliased output shares its input's buffer.
+number), as device memory does; an aliased output shares its input's buffer, in the way of each version.
 """
 
 import types
@@ -51,30 +51,43 @@ def garbage(shape, dtype) -> torch.Tensor:
     return to_torch(np.full(shape, np.iinfo(dtype).max, dtype))
 
 
-def run(kernel, grid, aliases, out, options, arrays) -> list[np.ndarray]:
+def run(kernel, grid, out, options, arrays, shared) -> list[np.ndarray]:
+    """Runs it on copies; `shared`: output index -> index of the array whose buffer it is."""
     tensors = [to_torch(x) for x in arrays]
-    reverse = {output: source for source, output in aliases.items()}
-    outputs = [tensors[reverse[i]] if i in reverse else garbage(spec.shape, spec.dtype) for i, spec in enumerate(out)]
-    kernel[grid](*tensors, *outputs, **options)
+    outputs = [tensors[shared[i]] if i in shared else garbage(x.shape, x.dtype) for i, x in enumerate(out)]
+    inputs = tensors[: kernel.arg_names.index(next(iter(options))) - len(out)]
+    kernel[grid](*inputs, *outputs, **options)
     return [to_numpy(tensor, spec.dtype) for tensor, spec in zip(outputs, out, strict=True)]
 
 
-def call(arrays, kernel, grid, aliases, out, options):
+def call(arrays, inputs: int, kernel, grid, out, options, shared):
+    """`arrays`: the inputs that the kernel gets under their own names, then buffers that it gets as outputs."""
     assert all(isinstance(x, jax.Array) for x in arrays)
-    for source, output in aliases.items():
+    for output, source in shared.items():
         assert (arrays[source].shape, arrays[source].dtype) == (out[output].shape, out[output].dtype)
-    names = kernel.arg_names[len(arrays) + len(out) :]
+    names = kernel.arg_names[inputs + len(out) :]
     assert set(options) == {*names, "num_warps", "num_stages"}, set(options) ^ {*names}
+    options = {name: options[name] for name in (*names, "num_warps", "num_stages")}
     result = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out)
-    return list(jax.pure_callback(lambda *x: run(kernel, grid, aliases, out, options, x), result, *arrays))
+    return list(jax.pure_callback(lambda *x: run(kernel, grid, out, options, x, shared), result, *arrays))
 
 
 def triton_call_03(*arrays, kernel, out_shape, grid, input_output_aliases=None, **options):
-    return call(arrays, kernel, grid, input_output_aliases or {}, out_shape, options)
+    """An aliased output is an argument like every output."""
+    shared = {output: source for source, output in (input_output_aliases or {}).items()}
+    return call(arrays, len(arrays), kernel, grid, out_shape, options, shared)
 
 
 def triton_call_04(*arrays, kernel, out_type, grid, input_output_aliases=None, **options):
-    return call(arrays, kernel, grid, input_output_aliases or {}, out_type, options)
+    """An aliased output is an input: it is given by keyword in the output's place, and counted after the others."""
+    inputs = len(arrays)
+    outputs = kernel.arg_names[inputs : inputs + len(out_type)]
+    given = [name for name in outputs if name in options]
+    arrays += tuple(options.pop(name) for name in given)
+    shared = {output: source for source, output in (input_output_aliases or {}).items()}
+    assert [outputs[output] for output in sorted(shared)] == given
+    assert sorted(shared.values()) == list(range(inputs, len(arrays)))
+    return call(arrays, inputs, kernel, grid, out_type, options, shared)
 
 
 def module(version: str = "0.3") -> types.ModuleType:

@@ -1,5 +1,7 @@
 """Paged decode attention: the Triton kernel, in the interpreter, against the jnp reference, and that against loops."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from dms_jax import kernels
 from dms_jax.config import ConfigError
 from dms_jax.kernels import reference
+from scripts import interpreted_jax_triton
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}  # relative to the largest value
@@ -154,8 +157,10 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
         close(out, want.out, 1e-5), close(lse, want.lse, 1e-5)
 
 
-def test_update_writes_the_new_token(rng, few_programs):
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version):
     """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written."""
+    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[1, 40, 17], [48, 3, 0]])
     new = jnp.asarray(rng.normal(size=(2, 2, 3, 10)), jnp.float32)
     slots = jnp.asarray([[0, 5, 16], [47, -1, 0]], jnp.int32)
@@ -175,11 +180,7 @@ def test_update_writes_the_new_token(rng, few_programs):
 
 @pytest.mark.parametrize("version", ["0.3", "0.4"])
 def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
-    import sys
-
     from jax.sharding import AxisType, PartitionSpec
-
-    from scripts import interpreted_jax_triton
 
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     (q, *pages, table, lengths), _ = inputs(rng, [[20, 7]], G=2)
@@ -211,8 +212,6 @@ def test_choice_of_implementation(rng, monkeypatch):
     assert launch.choose(None) == "reference"
     with pytest.raises(ConfigError, match="implementation='fast'"):
         kernels.paged_decode_attention(*arrays, implementation="fast")
-    import sys
-
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with pytest.raises(ConfigError, match="implementation='triton'"):
         kernels.paged_decode_attention(*arrays, implementation="triton")

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from typing import Any
 
 import jax
@@ -56,18 +57,36 @@ def launch(kernel, *arrays, out: tuple, grid: tuple, aliases: dict[int, int] | N
 
     Args:
       kernel: a `triton.jit` function: pointers of inputs, pointers of outputs, then constexpr parameters.
-      out: `jax.ShapeDtypeStruct` of each output. aliases: input index -> output index that shares its buffer.
+      out: `jax.ShapeDtypeStruct` of each output.
+      aliases: input index -> output index that shares its buffer. The kernel must read and write such a buffer
+        through the pointer of the output: the other one may point nowhere.
       options: `num_warps`, `num_stages`, and the kernel's constexpr parameters.
     """
     call = jax_triton().triton_call
-    # jax-triton 0.4 renamed the argument.
-    shapes = "out_type" if "out_type" in inspect.signature(call).parameters else "out_shape"
-    outputs = call(*arrays, kernel=kernel, grid=grid, input_output_aliases=aliases or {}, **{shapes: out}, **options)
+    arguments = {"kernel": kernel, "grid": grid, **options}
+    if "out_type" in inspect.signature(call).parameters:
+        outputs = _launch_04(call, arrays, out, aliases or {}, arguments)
+    else:
+        outputs = call(*arrays, out_shape=out, input_output_aliases=aliases or {}, **arguments)
     # Under shard_map the call does not say over which mesh axes its results vary: over all that its inputs vary over.
     axes = tuple(sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))))
     if axes:
         outputs = [jax.lax.pcast(x, axes, to="varying") for x in outputs]
     return tuple(outputs)
+
+
+def _launch_04(call, arrays: tuple, out: tuple, aliases: dict[int, int], arguments: dict[str, Any]):
+    """jax-triton 0.4, where an aliased output is no argument of its own: its input takes the place of the output."""
+    inputs, moved = list(arrays), {}
+    places = sorted(aliases, key=aliases.get)
+    for source in places:
+        moved[arguments["kernel"].arg_names[len(arrays) + aliases[source]]] = arrays[source]
+        inputs[source] = unused(arrays[source].dtype)
+    renumbered = {len(arrays) + n: aliases[source] for n, source in enumerate(places)}
+    with warnings.catch_warnings():
+        # It would rather have mutable references, which 0.3 does not know.
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
+        return call(*inputs, out_type=out, input_output_aliases=renumbered, **moved, **arguments)
 
 
 def power_of_two(n: int, least: int = 1) -> int:

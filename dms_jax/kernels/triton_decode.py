@@ -89,6 +89,9 @@ def partials(
     head = tl.sum((upto <= start).to(tl.int32), 0)  # the head that tile `start` lies in
     tile = start - tl.sum(tl.where(upto <= start, tiles, 0), 0)
 
+    if WRITE:  # an aliased pool is at hand as the output
+        k_pages = k_out
+        v_pages = v_out
     rows = tl.arange(0, G_PAD)
     dims = tl.arange(0, D_PAD)
     q_mask = (rows < G)[:, None] & (dims < D)[None, :]
