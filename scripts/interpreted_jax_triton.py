@@ -51,12 +51,11 @@ def garbage(shape, dtype) -> torch.Tensor:
     return to_torch(np.full(shape, np.iinfo(dtype).max, dtype))
 
 
-def run(kernel, grid, out, options, arrays, shared) -> list[np.ndarray]:
+def run(kernel, inputs: int, grid, out, options, arrays, shared) -> list[np.ndarray]:
     """Runs it on copies; `shared`: output index -> index of the array whose buffer it is."""
     tensors = [to_torch(x) for x in arrays]
     outputs = [tensors[shared[i]] if i in shared else garbage(x.shape, x.dtype) for i, x in enumerate(out)]
-    inputs = tensors[: kernel.arg_names.index(next(iter(options))) - len(out)]
-    kernel[grid](*inputs, *outputs, **options)
+    kernel[grid](*tensors[:inputs], *outputs, **options)
     return [to_numpy(tensor, spec.dtype) for tensor, spec in zip(outputs, out, strict=True)]
 
 
@@ -67,9 +66,8 @@ def call(arrays, inputs: int, kernel, grid, out, options, shared):
         assert (arrays[source].shape, arrays[source].dtype) == (out[output].shape, out[output].dtype)
     names = kernel.arg_names[inputs + len(out) :]
     assert set(options) == {*names, "num_warps", "num_stages"}, set(options) ^ {*names}
-    options = {name: options[name] for name in (*names, "num_warps", "num_stages")}
     result = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out)
-    return list(jax.pure_callback(lambda *x: run(kernel, grid, out, options, x, shared), result, *arrays))
+    return list(jax.pure_callback(lambda *x: run(kernel, inputs, grid, out, options, x, shared), result, *arrays))
 
 
 def triton_call_03(*arrays, kernel, out_shape, grid, input_output_aliases=None, **options):
