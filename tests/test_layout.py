@@ -19,7 +19,7 @@ LEVELS = {
     3: {"cache", "checkpoint", "convert", "data", "metrics", "transformer"},
     4: {"decode", "hub", "retrofit"},
     5: {"engine"},
-    6: {"generation"},
+    6: {"generation", "parallel"},
 }  # a package's files share its level
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 
