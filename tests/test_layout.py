@@ -14,10 +14,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = {
     0: {"types", "config", "masks"},
-    1: {"attention", "dms", "layers", "sampling", "tensorfile"},
-    2: {"cache", "policies", "weights"},
-    3: {"checkpoint", "convert", "data", "metrics", "transformer"},
-    4: {"decode", "hub", "retrofit"},
+    1: {"attention", "dms", "layers", "recipe", "sampling", "sharding", "tensorfile"},
+    2: {"cache", "distill", "documents", "flops", "policies", "watch", "weights"},
+    3: {"checkpoint", "convert", "data", "metrics", "trainable", "transformer"},
+    4: {"decode", "hub", "loop", "retrofit"},
 }  # a package's files share its level
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -1,0 +1,92 @@
+"""Level 2. The distillation loss, computed from hidden states a few tokens at a time.
+
+No `[B, T, V]` array is ever made: each piece of the sequence is unembedded, compared and differentiated at once, so
+the backward pass has nothing to recompute. That is what the custom gradient is for.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dms_jax import dms
+from dms_jax.types import Residual
+
+
+def distillation_loss(
+    teacher_hidden: Residual,
+    student_hidden: Residual,
+    teacher_kernel: Float[Array, "E V"],
+    student_kernel: Float[Array, "E V"],
+    real: Bool[Array, "B T"],
+    direction: str,
+    chunk: int = 256,
+    train_kernel: bool = True,
+) -> Float[Array, ""]:
+    """The sum over real tokens of the KL between teacher and student, in nats; no gradient reaches the teacher.
+
+    Args:
+      teacher_kernel, student_kernel: unembeddings; logits are float32 whatever the dtype of these.
+      direction: "forward" is KL(teacher, student), "reverse" KL(student, teacher).
+      chunk: tokens a row whose logits exist at once.
+      train_kernel: whether `student_kernel` gets a gradient; False saves the memory and the product for it.
+    """
+    return _kl_sum(student_hidden, student_kernel, teacher_hidden, teacher_kernel, real, direction, chunk, train_kernel)
+
+
+def _pieces(x: Array, chunk: int) -> Array:
+    """`[B, T, ...]` -> `[pieces, B, chunk, ...]`, padded with zeros."""
+    B, T = x.shape[:2]
+    x = jnp.pad(x, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _piece_loss(sh, sk, th, tk, real, direction: str):
+    def logits(h, kernel):
+        return jnp.einsum("BTE,EV->BTV", h, kernel, preferred_element_type=jnp.float32)
+
+    return jnp.sum(jnp.where(real, dms.kl(logits(th, tk), logits(sh, sk), direction), 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _kl_sum(sh, sk, th, tk, real, direction, chunk, train_kernel):
+    chunk = min(chunk, sh.shape[1])
+
+    def add(total, piece):
+        s, t, r = piece
+        return total + _piece_loss(s, sk, t, tk, r, direction), None
+
+    # A scan, since XLA would hold the logits of unrolled pieces all at once.
+    return jax.lax.scan(add, jnp.zeros(()), tuple(_pieces(x, chunk) for x in (sh, th, real)))[0]
+
+
+def _forward(sh, sk, th, tk, real, direction, chunk, train_kernel):
+    chunk = min(chunk, sh.shape[1])
+    B, T, E = sh.shape
+    wrt = (0, 1) if train_kernel else (0,)
+    grad_fn = jax.value_and_grad(_piece_loss, wrt)
+
+    def add(carry, piece):
+        total, kernel_grad = carry
+        s, t, r = piece
+        value, grads = grad_fn(s, sk, t, tk, r, direction)
+        if train_kernel:
+            kernel_grad += grads[1]
+        return (total + value, kernel_grad), grads[0]
+
+    kernel_grad = jnp.zeros(sk.shape if train_kernel else (), jnp.float32)
+    start = (jnp.zeros(()), kernel_grad)
+    (total, kernel_grad), pieces = jax.lax.scan(add, start, tuple(_pieces(x, chunk) for x in (sh, th, real)))
+    hidden_grad = pieces.swapaxes(0, 1).reshape(B, -1, E)[:, :T]
+    return total, (hidden_grad, kernel_grad, sk, th, tk)
+
+
+def _backward(direction, chunk, train_kernel, saved, cotangent):
+    hidden_grad, kernel_grad, sk, th, tk = saved
+    kernel_grad = (kernel_grad * cotangent).astype(sk.dtype) if train_kernel else jnp.zeros_like(sk)
+    hidden_grad = (hidden_grad * cotangent).astype(hidden_grad.dtype)
+    return hidden_grad, kernel_grad, jnp.zeros_like(th), jnp.zeros_like(tk), None
+
+
+_kl_sum.defvjp(_forward, _backward)
