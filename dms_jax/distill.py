@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dms_jax import dms
+from dms_jax import dms, sharding
 from dms_jax.types import Residual
 
 
@@ -32,7 +32,13 @@ def distillation_loss(
       chunk: tokens a row whose logits exist at once.
       train_kernel: whether `student_kernel` gets a gradient; False saves the memory and the product for it.
     """
-    return _kl_sum(student_hidden, student_kernel, teacher_hidden, teacher_kernel, real, direction, chunk, train_kernel)
+
+    def summed(rows, kernels):
+        (sh, th, r), (sk, tk) = rows, kernels
+        return _kl_sum(sh, sk, th, tk, r, direction, chunk, train_kernel)
+
+    run = sharding.by_rows(summed, ". V")
+    return run((student_hidden, teacher_hidden, real), [student_kernel, teacher_kernel])
 
 
 def _pieces(x: Array, chunk: int) -> Array:
@@ -40,6 +46,11 @@ def _pieces(x: Array, chunk: int) -> Array:
     B, T = x.shape[:2]
     x = jnp.pad(x, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2))
     return x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _zeros(shape, rows: Array) -> Array:
+    """float32 zeros that differ from device to device as far as `rows` does: what a scan there starts from."""
+    return jnp.zeros(shape, jnp.float32) + jnp.sum(rows[:0])
 
 
 def _piece_loss(sh, sk, th, tk, real, direction: str):
@@ -58,7 +69,7 @@ def _kl_sum(sh, sk, th, tk, real, direction, chunk, train_kernel):
         return total + _piece_loss(s, sk, t, tk, r, direction), None
 
     # A scan, since XLA would hold the logits of unrolled pieces all at once.
-    return jax.lax.scan(add, jnp.zeros(()), tuple(_pieces(x, chunk) for x in (sh, th, real)))[0]
+    return jax.lax.scan(add, _zeros((), real), tuple(_pieces(x, chunk) for x in (sh, th, real)))[0]
 
 
 def _forward(sh, sk, th, tk, real, direction, chunk, train_kernel):
@@ -75,8 +86,7 @@ def _forward(sh, sk, th, tk, real, direction, chunk, train_kernel):
             kernel_grad += grads[1]
         return (total + value, kernel_grad), grads[0]
 
-    kernel_grad = jnp.zeros(sk.shape if train_kernel else (), jnp.float32)
-    start = (jnp.zeros(()), kernel_grad)
+    start = (_zeros((), real), _zeros(sk.shape if train_kernel else (), real))
     (total, kernel_grad), pieces = jax.lax.scan(add, start, tuple(_pieces(x, chunk) for x in (sh, th, real)))
     hidden_grad = pieces.swapaxes(0, 1).reshape(B, -1, E)[:, :T]
     return total, (hidden_grad, kernel_grad, sk, th, tk)

@@ -77,7 +77,7 @@ def loss_fn(
     attend = causal if retiring else soft_eviction(config.dms, batch, keys)
     hidden, evicted = student.apply({"params": params}, batch.tokens, batch.positions, attend, (), scale)
     real = batch.segments > 0
-    kernels = [sharding.constrain(unembedding(tree, model), ". V") for tree in (base, params)]
+    kernels = [unembedding(tree, model) for tree in (base, params)]
     trains_kernel = config.mode == "full"
     distance = (
         distillation_loss(teacher_hidden, hidden, *kernels, real, config.kl, config.loss_chunk, trains_kernel) / total
@@ -102,7 +102,7 @@ def gradients(
     """float32 gradients and terms of a batch `[B, T]`, summed over `config.accumulate` micro-batches in a scan."""
     dtype = jnp.dtype(config.compute)
     # Cast once a step: the micro-batches share the copy.
-    compute = trainable.scaled(trained, config, dtype)
+    compute = trainable.constrained(trainable.scaled(trained, config, dtype), model, config)
     B = batch.tokens.shape[0]
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
@@ -110,8 +110,11 @@ def gradients(
     grad_fn = jax.grad(functools.partial(loss_fn, model=model, config=config, retiring=retiring), has_aux=True)
 
     def one(piece):
-        grads, terms = grad_fn(compute, base, *piece, step, total)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), grads), terms
+        # Tied to the micro-batch, or else the compiler may gather every layer's weights before the scan, and keep them.
+        weights, piece = jax.lax.optimization_barrier(((compute, base), piece))
+        grads, terms = grad_fn(*weights, *piece, step, total)
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        return trainable.constrained(grads, model, config), terms
 
     if config.accumulate == 1:
         grads, terms = one((batch, keys))
@@ -124,7 +127,9 @@ def gradients(
             return jax.tree.map(jnp.add, sums, one(piece)), None
 
         split = jax.tree.map(pieces, (batch, keys))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(_first, split)))
+        shapes = jax.eval_shape(one, jax.tree.map(_first, split))
+        grads, terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = trainable.constrained(grads, model, config), terms
         (grads, terms), _ = jax.lax.scan(add, zeros, split)
     return trainable.scaled(grads, config, jnp.float32), terms  # by the chain rule, the factor in b is in its gradient
 

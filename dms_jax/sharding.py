@@ -67,12 +67,38 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["B"])
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
+def constrain(x: jax.Array, letters: str, table: dict = ACTIVATIONS) -> jax.Array:
     """Lays an activation (or a gathered weight) out over the mesh in force; the array itself where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(letters, x.shape, dict(mesh.shape), ACTIVATIONS))
+    return jax.lax.with_sharding_constraint(x, partition(letters, x.shape, dict(mesh.shape), table))
+
+
+def by_rows(function, letters: str):
+    """`function(rows, whole)` run by each device on its own rows of the arrays `rows` `[B, ...]`, its results summed.
+
+    `whole`, a list, is gathered once along the axes that split a batch, and its gradient summed over them once, however often
+    the function reads it. Along tensor, arrays are split as the compiler sees fit, `whole` by `letters`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ACTIVATIONS["B"] if not mesh.empty and mesh.shape[axis] > 1)
+    if not axes:
+        return function
+
+    def run(rows, whole):
+        dtypes = [x.dtype for x in whole]
+
+        def local(rows, whole):
+            whole = [jax.lax.pcast(x, axes, to="varying").astype(t) for x, t in zip(whole, dtypes, strict=True)]
+            return jax.lax.psum(function(rows, whole), axes)
+
+        # In float32, so that their gradients are summed in it (and XLA for CPU cannot sum others here).
+        whole = [constrain(x.astype("float32"), letters) for x in whole]
+        specs = (PartitionSpec(axes), PartitionSpec())
+        return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))(rows, whole)
+
+    return run
 
 
 def on_host():

@@ -154,6 +154,14 @@ def letters(config: ModelConfig, recipe: RetrofitConfig | None) -> dict[tuple[st
     return out
 
 
+def constrained(params: Params, config: ModelConfig, recipe: RetrofitConfig) -> Params:
+    """A tree of trained parameters or their gradients, laid out as parameters inside a step: each device its part."""
+    names = letters(config, recipe)
+    flat = traverse_util.flatten_dict(params)
+    table = sharding.PARAMETERS
+    return traverse_util.unflatten_dict({p: sharding.constrain(x, names[p], table) for p, x in flat.items()})
+
+
 def shardings(params: Params, config: ModelConfig, recipe: RetrofitConfig | None, mesh) -> Params:
     """Where each leaf of a tree (of base, or of what is trained) lies on the mesh."""
     names = letters(config, recipe)

@@ -25,7 +25,7 @@ from dms_jax import checkpoint, data, retrofit, sharding, transformer  # noqa: E
 from dms_jax.config import DMSConfig, ModelConfig  # noqa: E402
 from dms_jax.recipe import RetrofitConfig  # noqa: E402
 
-MODEL = ModelConfig("qwen3", 40, 2, 16, 8, 8, 4, 24, qk_norm=True)
+MODEL = ModelConfig("qwen3", 40, 1, 16, 8, 8, 4, 24, qk_norm=True)
 CONFIG = RetrofitConfig(
     # A soft gate: with the default scale and tau, rounding errors grow a hundredfold in ten steps of any run.
     dms=DMSConfig(window=2, gate="adapter", decision_offset=1, scale=10.0, offset=1.0, tau=0.5),
