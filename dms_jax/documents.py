@@ -1,7 +1,7 @@
 """Level 2. Documents to train on: JSONL and parquet files, or a data set of the Hugging Face hub, as token ids.
 
 Only what a batch needs is read: of a JSONL file the offsets of its lines are kept, parquet and hub data sets are
-memory-mapped by `datasets`.
+memory-mapped.
 """
 
 import json
@@ -61,22 +61,27 @@ def _open_rows(source: SourceConfig) -> tuple[int, Callable[[int], Mapping[str, 
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return _open_jsonl(path)
     if path.suffix == ".parquet" and path.is_file():
-        rows = _datasets().load_dataset("parquet", data_files=str(path), split="train")
-    elif path.suffix or path.exists() or source.path.count("/") != 1:
+        return _open_parquet(path)
+    if path.suffix or path.exists() or source.path.count("/") != 1:
         raise ConfigError(f"data.path={source.path!r}: neither a .jsonl or .parquet file, nor a hub name")
-    else:
-        try:
-            rows = _datasets().load_dataset(source.path, source.subset, split=source.split)
-        except Exception as error:  # offline, gated, misspelt: the library raises many kinds
-            reason = f"not to be had from the Hugging Face hub ({type(error).__name__}: {error})"
-            raise ConfigError(f"data.path={source.path!r}: {reason}") from error
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:  # offline, gated, misspelt: the library raises many kinds
+        reason = f"not to be had from the Hugging Face hub ({type(error).__name__}: {error})"
+        raise ConfigError(f"data.path={source.path!r}: {reason}") from error
     return len(rows), rows.__getitem__
 
 
-def _datasets():
-    import datasets
+def _open_parquet(path: Path) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
+    from pyarrow import parquet
 
-    return datasets
+    try:
+        table = parquet.read_table(path, memory_map=True)
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
+    return table.num_rows, lambda row: table.slice(row, 1).to_pylist()[0]
 
 
 def _open_jsonl(path: Path) -> tuple[int, Callable[[int], Mapping[str, Any]]]:

@@ -78,8 +78,8 @@ def constrain(x: jax.Array, letters: str, table: dict = ACTIVATIONS) -> jax.Arra
 def by_rows(function, letters: str):
     """`function(rows, whole)` run by each device on its own rows of the arrays `rows` `[B, ...]`, its results summed.
 
-    `whole`, a list, is gathered once along the axes that split a batch, and its gradient summed over them once, however often
-    the function reads it. Along tensor, arrays are split as the compiler sees fit, `whole` by `letters`.
+    `whole`, a list, is gathered once along the axes that split a batch, and its gradient summed over them once,
+    however often the function reads it. Along tensor, arrays are split as the compiler sees fit, `whole` by `letters`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in ACTIVATIONS["B"] if not mesh.empty and mesh.shape[axis] > 1)

@@ -6,8 +6,10 @@ shapes in place of arrays: nothing of the model's size is allocated. Since the l
 are compiled, and what grows with depth is extrapolated linearly, which the output says.
 
 What is exact: parameters, and the bytes of weights, moments, teacher and batch on a device, from their shardings.
-What is XLA's for a CPU: scratch memory, and the bytes of collectives. That compiler computes bfloat16 products in
-float32 and keeps float32 copies, and does not have the GPU's fused attention: both are upper bounds.
+What is counted: the scratch memory of the step, item by item, see `scratch`. XLA's own figure is given beside it: it
+is that of a CPU, whose compiler emulates bfloat16 with float32 copies (so the step is compiled in float32), schedules
+for speed and gathers early, and it is far above what a GPU needs. Bytes of collectives are XLA's for the float32 step,
+half of them counted where the step moves bfloat16; gradients are all-reduced there where a GPU reduce-scatters them.
 The time is a roofline: see `estimate`.
 
 examples:
@@ -140,14 +142,24 @@ def measure(model: ModelConfig, config: RetrofitConfig, layers: int | None) -> d
         }
         if layers is None:
             return out | {"trained_parameters": sum(x.size for x in jax.tree.leaves(state.params))}
-        step = retrofit.compiled_step(model, config, False, places, {"xla_backend_optimization_level": 0})
+        wide = dataclasses.replace(config, compute="float32")
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), base)
+        step = retrofit.compiled_step(model, wide, False, places, {"xla_backend_optimization_level": 0})
         compiled = step.lower(state, base, batch).compile()
-    out["scratch"] = compiled.memory_analysis().temp_size_in_bytes
-    return out | collectives(compiled.as_text(), math.prod(config.mesh))
+    out["xla_cpu"] = compiled.memory_analysis().temp_size_in_bytes
+    moved = collectives(compiled.as_text(), math.prod(config.mesh))
+    if config.compute == "bfloat16":  # weights and activations are gathered in it, gradients summed in float32
+        moved = {kind: size if kind in ("all-reduce", "reduce-scatter") else size / 2 for kind, size in moved.items()}
+    return out | moved
 
 
 def _prepare(devices: int) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # it trades memory for threads
+        "--xla_disable_hlo_passes=cse",  # it would undo the recomputation in the backward pass
+    )
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -159,7 +171,40 @@ def measured(model: ModelConfig, config: RetrofitConfig, depths: tuple[int, int]
         exact, low, high = (pool.submit(measure, model, config, n).result() for n in (None, *depths))
     slope = {key: (high[key] - low[key]) / (depths[1] - depths[0]) for key in low}
     line = {key: max(0.0, low[key] + slope[key] * (model.num_layers - depths[0])) for key in low}
-    return line | exact | {"scratch_per_layer": slope["scratch"]}
+    return line | exact
+
+
+def scratch(model: ModelConfig, config: RetrofitConfig, found: dict[str, float]) -> dict[str, float]:
+    """Bytes on a device that live during a step only, at the moment when they are most: a block's backward pass.
+
+    gradients: float32, split as what is trained, twice where micro-batches are summed.
+    copy: of what is trained, in the dtype of the computation.
+    kept: what the forward pass leaves for the backward pass. Per token and block: its input, where blocks are
+      recomputed; with it the outputs of all products with weights ("dots"); or about twice those.
+    block: a block's gathered weights, their gradient, and its activations, counted as float32.
+    loss: both unembeddings in float32, where rows are split over devices, with the gradient of the student's in full
+      mode; four arrays of a piece's logits; hidden states and their gradient.
+    """
+    c, (data_axis, fsdp, tensor) = model, config.mesh
+    size = jnp.dtype(config.compute).itemsize
+    rows = config.batch_size // config.accumulate // (data_axis * fsdp)
+    tokens = rows * config.context
+    heads, mlp = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) / tensor, c.mlp_dim / tensor
+    dots = c.model_dim * 3 + heads + 2 * mlp
+    kept = {"none": c.model_dim + 2 * dots, "dots": c.model_dim + dots, "block": c.model_dim}[config.remat]
+    weights = (c.model_dim * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.model_dim * c.mlp_dim) / tensor
+    kernel = c.model_dim * c.vocab_size / tensor
+    full, split = config.mode == "full", data_axis * fsdp > 1
+    return {
+        "gradients": found["trained"] * (2 if config.accumulate > 1 else 1),
+        "copy": found["trained"] * size / 4 if size < 4 else 0,
+        "kept": c.num_layers * tokens * kept * size,
+        "block": weights * (2 * size + 4 * full) + tokens * (6 * c.model_dim + 3 * heads + 5 * mlp) * 4,
+        "loss": kernel * (4 if split else size) * 2
+        + kernel * 4 * full
+        + 4 * rows * config.loss_chunk * c.vocab_size / tensor * 4
+        + 3 * tokens * c.model_dim * size,
+    }
 
 
 def estimate(
@@ -211,6 +256,8 @@ def main(
     settings = dataclasses.replace(settings, **{key: value for key, value in changes.items() if value})
     shape = load_yaml(ModelConfig, model or Path("configs/models") / config.name)
     found = measured(shape, settings, depths)
+    items = scratch(shape, settings, found)
+    found["scratch"] = sum(items.values())
     kinds = ("trained", "moments", "base", "batch", "scratch")
     memory = {kind: found[kind] for kind in kinds}
     tokens = settings.batch_size * settings.context
@@ -226,7 +273,8 @@ def main(
         "parameters": flops.num_params(shape),
         "trained_parameters": found["trained_parameters"],
         "memory_bytes_per_device": memory | {"all": sum(memory.values())},
-        "scratch_bytes_per_layer": found["scratch_per_layer"],
+        "scratch_bytes_per_device": items,
+        "xla_cpu_scratch_bytes_per_device": found["xla_cpu"],
         "device": device,
         "fits": sum(memory.values()) < gpu.memory,
         "model_flops_per_step": flops.step_flops(shape, settings, tokens, settings.context / 2),
@@ -234,7 +282,7 @@ def main(
         "collective_bytes_per_device": {kind: found[kind] for kind in COLLECTIVES},
         "seconds": estimate(shape, settings, found, gpu, efficiency),
         "efficiency": efficiency,
-        "method": f"scratch and collectives: a line through compiled models of {depths[0]} and {depths[1]} layers, "
+        "method": f"xla_cpu_scratch and collectives: a line through compiled models of {depths[0]} and {depths[1]} layers, "
         f"evaluated at {shape.num_layers}; XLA for CPU, jax {jax.__version__}",
     }
     _show(plan)
