@@ -282,8 +282,8 @@ def main(
         "collective_bytes_per_device": {kind: found[kind] for kind in COLLECTIVES},
         "seconds": estimate(shape, settings, found, gpu, efficiency),
         "efficiency": efficiency,
-        "method": f"xla_cpu_scratch and collectives: a line through compiled models of {depths[0]} and {depths[1]} layers, "
-        f"evaluated at {shape.num_layers}; XLA for CPU, jax {jax.__version__}",
+        "method": "xla_cpu_scratch and collectives: a line through compiled models of "
+        f"{depths[0]} and {depths[1]} layers, evaluated at {shape.num_layers}; XLA for CPU, jax {jax.__version__}",
     }
     _show(plan)
     if out is not None:
