@@ -167,6 +167,16 @@ class Checkpoints:
             self.manager.close()
 
 
+def read(folder: Path, step: int, state: State) -> State:
+    """The state of one checkpoint, laid out like `state`; nothing in `folder` is moved or removed."""
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    with ocp.CheckpointManager(
+        Path(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        return manager.restore(step, args=args)["state"]
+
+
 def _agreed(find) -> int | None:
     """What process 0 finds, on every process; what it raises, too."""
     if jax.process_count() == 1:

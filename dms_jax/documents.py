@@ -17,6 +17,7 @@ from dms_jax.recipe import SourceConfig
 # Fields by which a data set is understood if the config names none; the first that are there count.
 FIELDS = (("messages",), ("conversations",), ("problem", "solution"), ("question", "answer"))
 FIELDS += (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("text",))
+PROMPTS = ("problem", "question", "prompt", "instruction")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
@@ -38,7 +39,7 @@ def open_documents(source: SourceConfig, tokenizer: Any) -> Documents:
       ConfigError: no such data, no field that is understood, or a row that cannot be rendered; names file and row.
     """
     require(tokenizer is not None, "tokenizer", None, f"{source.path} is text, and this model has no tokenizer")
-    count, read = _open_rows(source)
+    count, read = open_rows(source)
     require(count > 0, "data.path", source.path, "holds no documents")
     fields = _fields(source, read(0))
 
@@ -55,8 +56,12 @@ def open_documents(source: SourceConfig, tokenizer: Any) -> Documents:
     return Documents(source.path, count, encode)
 
 
-def _open_rows(source: SourceConfig) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
-    """How many rows there are, and a function that reads one."""
+def open_rows(source: SourceConfig) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
+    """How many rows a source has, and a function that reads one.
+
+    Raises:
+      ConfigError: no such data.
+    """
     path = Path(source.path).expanduser()
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return _open_jsonl(path)
@@ -105,6 +110,15 @@ def _open_jsonl(path: Path) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
         return value
 
     return len(starts), read
+
+
+def prompt_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    """A row's prompt: the text of `field`, or of the first usual field where that is empty."""
+    names = (field,) if field else PROMPTS
+    found = next((row[name] for name in names if isinstance(row.get(name), str) and row[name]), None)
+    if found is None:
+        raise ConfigError(f"{where}: no text in {' or '.join(names)} (it has {', '.join(row)})")
+    return found
 
 
 def _fields(source: SourceConfig, row: Mapping[str, Any]) -> tuple[str, ...]:

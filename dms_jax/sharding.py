@@ -6,6 +6,7 @@ and by heads, and carry the whole model dim, so a layer's weights are gathered a
 An axis that does not divide a dim leaves it whole.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -102,8 +103,14 @@ def by_rows(function, letters: str):
 
 
 def on_host():
-    """A context in which new arrays are made in host memory, so that a whole model need not fit one device."""
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
+    """A context in which new arrays are made in host memory, so that a whole model need not fit one device.
+
+    Where jax was told to leave the CPU out (JAX_PLATFORMS), they are made where they always are.
+    """
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def place(tree, shardings):

@@ -25,7 +25,7 @@ from dms_jax.documents import open_documents
 from dms_jax.recipe import RetrofitConfig, SourceConfig
 from scripts import pretrain_mini
 
-RUN = "run.json"
+RUN, FINISHED = "run.json", "finished"
 MAY_CHANGE = ("mesh", "save_every", "log_every", "remat", "loss_chunk")  # when a run is continued
 
 
@@ -195,6 +195,8 @@ def main(
         watch.watcher(name, out, dataclasses.asdict(settings)) for name in watch_with if jax.process_index() == 0
     ]
     run(settings, lm, stream, out, crs, watchers)
+    if jax.process_index() == 0:
+        (out / FINISHED).touch()
 
 
 if __name__ == "__main__":
