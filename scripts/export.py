@@ -59,11 +59,10 @@ def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: hub.LM) -
 
 
 def measured(run: Path, step: int, last: int = 10) -> dict[str, float]:
-    """Means of the last lines of the log up to a step."""
+    """Means of the last lines of the log up to a step, of those with eviction."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["step"] <= step][-last:]
-    keys = ("kl", "achieved_cr", "target_cr", "alpha")
-    return {key: float(np.mean([line[key] for line in lines])) for key in keys if all(key in line for line in lines)}
+    lines = [line for line in lines if line["step"] <= step and "alpha" in line][-last:]
+    return {key: float(np.mean([line[key] for line in lines])) for key in ("kl", "achieved_cr") if lines}
 
 
 def card(settings: RetrofitConfig, cr: float, figures: dict[str, float], form: str) -> str:
