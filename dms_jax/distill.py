@@ -53,11 +53,13 @@ def _zeros(shape, rows: Array) -> Array:
     return jnp.zeros(shape, jnp.float32) + jnp.sum(rows[:0])
 
 
-def _piece_loss(sh, sk, th, tk, real, direction: str):
-    def logits(h, kernel):
-        return jnp.einsum("BTE,EV->BTV", h, kernel, preferred_element_type=jnp.float32)
+def _logits(hidden: Array, kernel: Array) -> Array:
+    return jnp.einsum("BTE,EV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 
-    return jnp.sum(jnp.where(real, dms.kl(logits(th, tk), logits(sh, sk), direction), 0))
+
+def _piece_loss(student: Array, teacher: Array, real: Array, direction: str) -> Array:
+    """Of a piece's logits, the sum of the KL over real tokens."""
+    return jnp.sum(jnp.where(real, dms.kl(teacher, student, direction), 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -66,7 +68,7 @@ def _kl_sum(sh, sk, th, tk, real, direction, chunk, train_kernel):
 
     def add(total, piece):
         s, t, r = piece
-        return total + _piece_loss(s, sk, t, tk, r, direction), None
+        return total + _piece_loss(_logits(s, sk), _logits(t, tk), r, direction), None
 
     # A scan, since XLA would hold the logits of unrolled pieces all at once.
     return jax.lax.scan(add, _zeros((), real), tuple(_pieces(x, chunk) for x in (sh, th, real)))[0]
@@ -75,16 +77,16 @@ def _kl_sum(sh, sk, th, tk, real, direction, chunk, train_kernel):
 def _forward(sh, sk, th, tk, real, direction, chunk, train_kernel):
     chunk = min(chunk, sh.shape[1])
     B, T, E = sh.shape
-    wrt = (0, 1) if train_kernel else (0,)
-    grad_fn = jax.value_and_grad(_piece_loss, wrt)
 
     def add(carry, piece):
         total, kernel_grad = carry
         s, t, r = piece
-        value, grads = grad_fn(s, sk, t, tk, r, direction)
+        value, grad = jax.value_and_grad(_piece_loss)(_logits(s, sk), _logits(t, tk), r, direction)
+        grad = grad.astype(s.dtype)  # products in float32 would cost a GPU ten times those in bfloat16
+        hidden_grad = jnp.einsum("BTV,EV->BTE", grad, sk, preferred_element_type=jnp.float32).astype(s.dtype)
         if train_kernel:
-            kernel_grad += grads[1]
-        return (total + value, kernel_grad), grads[0]
+            kernel_grad += jnp.einsum("BTE,BTV->EV", s, grad, preferred_element_type=jnp.float32)
+        return (total + value, kernel_grad), hidden_grad
 
     start = (_zeros((), real), _zeros(sk.shape if train_kernel else (), real))
     (total, kernel_grad), pieces = jax.lax.scan(add, start, tuple(_pieces(x, chunk) for x in (sh, th, real)))

@@ -225,8 +225,17 @@ def start(params: Params, model: ModelConfig, config: RetrofitConfig, mesh) -> t
     return TrainState(trained, opt_state, step), sharding.place(base, places.base), places
 
 
-def member(state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig, dtype="bfloat16") -> Params:
+def member(
+    state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig, dtype: str = "bfloat16"
+) -> Params:
     """The retrofitted model's parameters, whole and on the host, on every process."""
+    if config.mode == "full":
+        base = {}  # all of it was trained
     trained, base = sharding.gather((state.params, base))
-    tree = trainable.merged(base, trained, model, config, dtype)
-    return jax.tree.map(np.asarray, tree)
+    with sharding.on_host():
+        return jax.tree.map(np.asarray, trainable.merged(base, trained, model, config, dtype))
+
+
+def gate_alone(state: TrainState, dtype: str = "bfloat16") -> Params:
+    """What `hub.save_gate` needs of a run in adapter mode."""
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), sharding.gather(state.params))

@@ -104,11 +104,12 @@ def check_continued(out: Path, settings: RetrofitConfig) -> None:
 
 def write_member(state, base, cr: float, settings: RetrofitConfig, lm: hub.LM, out: Path) -> Path:
     """A member of the family: a model folder, or for an adapter over a frozen base the gate's file alone."""
-    params = retrofit.member(state, base, lm.config, settings)
-    path = out / (f"gate_cr{cr:g}.safetensors" if settings.mode == "adapter" else f"cr{cr:g}")
+    alone = settings.mode == "adapter"
+    params = retrofit.gate_alone(state) if alone else retrofit.member(state, base, lm.config, settings)
+    path = out / (f"gate_cr{cr:g}.safetensors" if alone else f"cr{cr:g}")
     if jax.process_index() == 0:
         member = hub.LM(lm.config, params, lm.tokenizer, dataclasses.replace(settings.dms, cr=float(cr)))
-        (hub.save_gate if settings.mode == "adapter" else hub.save)(member, path)
+        (hub.save_gate if alone else hub.save)(member, path)
     return path
 
 
