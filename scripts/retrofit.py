@@ -168,6 +168,9 @@ def main(
     out: Path | None = None,
     watch_with: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(name="watch")] = (),
     distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
     pool: int = 200_000,
     slip_rate: float = 0.045,
 ) -> None:
@@ -179,12 +182,15 @@ def main(
       out: folder for checkpoints, the log and the models; a run found there is continued.
         Default: runs/retrofit-cr8 (for max_cr 8).
       watch_with: where the log goes besides OUT/log.jsonl.
-      distributed: one of several processes of this run, as started by Slurm or with jax's environment variables.
+      distributed: one of several processes of this run; Slurm or a cloud says which, or the next three do.
+      coordinator: host:port of the first process.
+      processes: how many there are.
+      process: the number of this one, from 0.
       pool: how many training problems of the mini task are used, drawn with another seed than the base model saw.
       slip_rate: the share of their lines with a wrong digit, as in pretraining.
     """
     if distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(coordinator, processes, process)
     settings = settings_of(config, overrides)
     out = out or Path(f"runs/retrofit-cr{settings.max_cr:g}")
     with sharding.on_host():
