@@ -19,9 +19,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(run) -m ruff check . && $(run) -m ruff format --check .
 figures: $(VENV)/.setup
-	$(run) -m paper_figures.accuracy_vs_reads paper_figures/results/mini/aime.json paper_figures/accuracy_vs_reads.png
-	$(run) -m paper_figures.training_curves
-	$(run) -m paper_figures.readme_tables
+	$(run) -m paper_figures
 clean:
 	rm -rf $(VENV)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dms_jax import masks
-from dms_jax.types import KeepLog, NewKV, Positions, Queries, ScoreBias
+from dms_jax.types import KeepLog, NewKV, Positions, Queries, ScoreBias, Slots
 
 
 def attend(q: Queries, k: NewKV, v: NewKV, bias: ScoreBias) -> Queries:
@@ -29,7 +29,7 @@ def dense(
     k: NewKV,
     v: NewKV,
     query_pos: Positions,
-    key_pos: Int[Array, "B S"],
+    key_pos: Int[Array, "B *K S"],
     keep_log: KeepLog,
     window: int,
     query_segments: Int[Array, "B T"] | None = None,
@@ -39,13 +39,20 @@ def dense(
 
     Args:
       q: `[B, T, H, D]` after RoPE; k, v: `[B, S, K, D]`.
-      query_pos: `[B, T]`; key_pos: `[B, S]`, -1 for padding.
+      query_pos: `[B, T]`; key_pos: `[B, S]`, or `[B, K, S]` where heads hold different tokens; -1 for padding.
       keep_log: `[B, K, S]`, log(1 - p) of each key; 0 keeps, NEGATIVE evicts beyond the window.
       query_segments, key_segments: which of the documents packed into a row a token is of; None if a row is one.
     """
-    K = k.shape[2]
-    key_pos = jnp.broadcast_to(key_pos[:, None], (key_pos.shape[0], K, key_pos.shape[1]))
-    return attend(q, k, v, masks.bias(query_pos, key_pos, keep_log, window, query_segments, key_segments))
+    return attend(
+        q, k, v, masks.bias(query_pos, per_head(key_pos, k.shape[2]), keep_log, window, query_segments, key_segments)
+    )
+
+
+def per_head(key_pos: Int[Array, "B *K S"], heads: int) -> Slots:
+    """`[B, S]` positions for every head, `[B, K, S]`; what has that shape already stays as it is."""
+    if key_pos.ndim == 3:
+        return key_pos
+    return jnp.broadcast_to(key_pos[:, None], (key_pos.shape[0], heads, key_pos.shape[1]))
 
 
 def blockwise(
@@ -53,7 +60,7 @@ def blockwise(
     k: NewKV,
     v: NewKV,
     query_pos: Positions,
-    key_pos: Int[Array, "B S"],
+    key_pos: Int[Array, "B *K S"],
     keep_log: Float[Array, "B K S"],
     window: int,
     query_segments: Int[Array, "B T"] | None = None,
@@ -83,3 +90,33 @@ def blockwise(
 
     out = jax.lax.map(lambda x: one(*x), (q.swapaxes(0, 1), split(query_pos), segments))
     return out.swapaxes(0, 1).reshape(B, T + pad, H, D)[:, :T]
+
+
+def key_weights(
+    q: Queries,
+    k: NewKV,
+    query_pos: Positions,
+    key_pos: Slots,
+    counted: Float[Array, "B T"],
+    block: int = 128,
+) -> Float[Array, "B K S"]:
+    """Causal attention weight that each key gets, summed over the G query heads and over the queries counted.
+
+    What H2O and TOVA see of a prompt. One block of queries at a time, as in `blockwise`.
+    """
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    pad = -T % block
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(B, -1, block, K, H // K, D)
+    query_pos = jnp.pad(query_pos, ((0, 0), (0, pad)), mode="edge").reshape(B, -1, block)
+    counted = jnp.pad(counted, ((0, 0), (0, pad))).reshape(B, -1, block)
+    keep = jnp.zeros(key_pos.shape)
+
+    def add(total, piece):
+        q_block, pos_block, counted_block = piece
+        scores = jnp.einsum("BTKGD,BSKD->BKGTS", q_block, k, preferred_element_type=jnp.float32) * D**-0.5
+        weights = jax.nn.softmax(scores + masks.bias(pos_block, key_pos, keep, 0)[:, :, None], axis=-1)
+        return total + jnp.einsum("BKGTS,BT->BKS", weights, counted_block), None
+
+    pieces = (q.swapaxes(0, 1), query_pos.swapaxes(0, 1), counted.swapaxes(0, 1))
+    return jax.lax.scan(add, jnp.zeros(key_pos.shape), pieces)[0]

@@ -1,27 +1,24 @@
-"""Level 4. Prefill, one decode step, a chunk of steps, and `generate`.
+"""Level 4. Decoding as pure functions of one pytree: prefill, one step, a chunk of steps.
 
-Everything that the loop changes is one pytree, `DecodeState`, passed in and returned.
+Everything that decoding changes is `DecodeState`, passed in and returned. Its B rows are independent sequences; a
+row that is done idles and holds nothing that matters, so that another sequence can take its place.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from dms_jax import attention, masks, metrics, policies, sampling
-from dms_jax.cache import Storage, storage
-from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
+from dms_jax import attention, masks, sampling
+from dms_jax.cache import Storage
+from dms_jax.config import SamplingConfig
 from dms_jax.dms import hard_keep_log
 from dms_jax.policies import Policy
-from dms_jax.transformer import Decoder, arange_positions
-from dms_jax.types import Keys, Lengths, NextLogits, Params, Tokens
-
-BUCKET = 64  # prompt lengths and capacities are rounded up to this, so that few shapes are compiled
-CHUNK = 64  # decode steps between two looks from the host
+from dms_jax.policies.base import Span, Step, positions
+from dms_jax.transformer import Decoder
+from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
 
 class Setup(NamedTuple):
@@ -35,13 +32,13 @@ class Setup(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """What a decode step changes."""
+    """What decoding changes."""
 
     cache: Any
     policy: tuple[Any, ...]  # the policy's state for each layer
-    token: Int[Array, "B"]  # the newest token, not yet in the cache
-    position: Int[Array, "B"]  # its position
-    last: Int[Array, "B"]  # the position at which a sequence has all the tokens it may have
+    token: Counts  # the newest token, not yet in the cache
+    position: Counts  # its position: how many tokens the sequence has in the past
+    last: Counts  # the position at which a sequence has all the tokens it may have
     done: Bool[Array, "B"]
     keys: Keys
 
@@ -52,6 +49,22 @@ class Chunk(NamedTuple):
     tokens: Int[Array, "N B"]
     active: Bool[Array, "N B"]
     live: Int[Array, "N B L K"]  # live tokens after the step
+    reads: Int[Array, "N B L K"] | None  # tokens read in the step, where that is not all that live
+
+
+def init(setup: Setup, batch: int, dtype, pages: int = 0) -> DecodeState:
+    """A state of `batch` empty rows, all done; paged storage gets a pool of `pages` pages."""
+    c = setup.model.config
+    token, position, last = (jnp.zeros(batch, jnp.int32) for _ in range(3))  # three buffers: all are donated
+    return DecodeState(
+        cache=setup.storage.init(c, batch, dtype, pages),
+        policy=tuple(setup.policy.init(batch, c.num_kv_heads, setup.storage.slots) for _ in range(c.num_layers)),
+        token=token,
+        position=position,
+        last=last,
+        done=jnp.ones(batch, bool),
+        keys=jnp.zeros((batch, 2), jnp.uint32),
+    )
 
 
 def _stopped(token, position, last, stop: tuple[int, ...]):
@@ -59,222 +72,190 @@ def _stopped(token, position, last, stop: tuple[int, ...]):
     return ended | (position >= last)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "capacity"))
+def _rows(tree, rows):
+    return jax.tree.map(lambda x: x.at[rows].get(mode="fill", fill_value=0), tree)
+
+
+def _put_rows(tree, rows, part):
+    return jax.tree.map(lambda x, y: x.at[rows].set(y.astype(x.dtype), mode="drop"), tree, part)
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "width"), donate_argnames=("state",))
 def prefill(
     setup: Setup,
     params: Params,
+    state: DecodeState,
+    rows: Counts,
     tokens: Tokens,
-    lengths: Lengths,
-    max_new: Int[Array, "B"],
+    count: Counts,
+    max_new: Counts,
     keys: Keys,
-    capacity: int,
-) -> tuple[DecodeState, NextLogits, Int[Array, "T B"]]:
-    """Runs right-padded prompts under the policy's mask, stores the survivors and draws the first new token.
+    width: int,
+) -> tuple[DecodeState, NextLogits, Int[Array, "B T"]]:
+    """Reads a chunk of prompt tokens into some rows, under the policy's mask, and draws the next token of each.
+
+    The rows may hold earlier tokens (an earlier chunk, an earlier turn); only survivors are stored. A prompt longer
+    than a chunk is read by several calls, of which the last one's draw counts.
 
     Args:
-      tokens: `[B, T]`; lengths: `[B]`, at least 1; max_new: `[B]`, at least 1; capacity: slots a head.
+      rows: `[A]`, distinct; a row beyond the batch is padding. tokens: `[A, C]`, right-padded; count: `[A]` of them
+        that are real; 0 leaves a row as it is. max_new: `[A]`, at least 1. keys: `[A, 2]`.
+      width: static; no row may hold more live tokens a head than this. 0: all rows are empty.
     Returns:
-      the state before the first decode step, the logits of the first new token, and for each prompt token the
-      number of keys it saw, summed over layers and heads (`[T, B]`).
+      the state; the logits `[A, V]` of the next token; for each token the number of keys it saw, summed over layers
+      and heads, `[A, C]`.
     """
-    config, policy = setup.model.config, setup.policy
-    B, T = tokens.shape
-    positions = arange_positions(tokens)
-    real = positions < lengths[:, None]
-    past_window = lengths[:, None] - 1 - positions > policy.window
-
-    def attend(layer, q, k, v, logit, state):
-        store, states, seen = state
-        alpha = policy.mark(k, logit, lengths)
-        out = attention.blockwise(q, k, v, positions, positions, hard_keep_log(alpha), policy.window)
-        survives = real[:, None] & ~(alpha & past_window[:, None])
-        store, slots = setup.storage.fill(store, layer, k, v, survives)
-        states += (policy.settle(alpha, slots, lengths),)
-        return out, (store, states, seen + masks.live_counts(alpha, policy.window).sum(axis=1))
-
-    dtype = params["embed"]["embedding"].dtype
-    store = setup.storage.init(config, B, capacity, dtype)
-    start = (store, (), jnp.zeros((B, T), jnp.int32))
-    hidden, (store, states, seen) = setup.model.apply({"params": params}, tokens, positions, attend, start)
-    hidden = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-    logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
-    token = sampling.sample(logits, keys, lengths, setup.sampling)
-    last = lengths + max_new - 1
-    done = _stopped(token, lengths, last, setup.stop)
-    return DecodeState(store, states, token, lengths, last, done, keys), logits, seen.T
-
-
-def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[DecodeState, NextLogits, Array]:
-    """Feeds `state.token` to the model and draws the next one. Finished sequences idle on their last token.
-
-    Returns the new state, the logits `[B, V]` and the live tokens `[B, L, K]` after the step.
-    """
-    policy = setup.policy
-    position = state.position
+    storage, policy = setup.storage, setup.policy
+    A, C = tokens.shape
+    start = _rows(state.position, rows)
+    query_pos = start[:, None] + jnp.arange(C, dtype=jnp.int32)
+    token_pos = jnp.where(jnp.arange(C) < count[:, None], query_pos, -1)
 
     def attend(layer, q, k, v, logit, carried):
-        store, states = carried
-        last_logit = None if logit is None else logit[..., 0]
-        victim, own = policy.choose(states[layer], position, k, last_logit)
-        store, slot = setup.storage.place(store, layer, k, v, position, victim)
-        own = policy.record(own, position, slot, last_logit)
-        out = setup.storage.attend(store, layer, q)
-        return out, (store, (*states[:layer], own, *states[layer + 1 :]))
+        store, states, seen = carried
+        old = storage.view(store, layer, width)
+        span = Span(start, count, old.pos, k, logit, keys)
+        alpha = policy.mark(states[layer], span)
+        all_k, all_v = (
+            jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
+        )
+        pos = positions(span)
+        out = attention.blockwise(q, all_k, all_v, query_pos, pos, hard_keep_log(alpha), policy.window)
+        weights = None
+        if policy.weights is not None:
+            index = jnp.arange(C)
+            counted = index < count[:, None] if policy.weights == "sum" else index == count[:, None] - 1
+            weights = attention.key_weights(q, all_k, query_pos, pos, counted.astype(jnp.float32))
+        stay, carry = policy.retain(states[layer], span, alpha, weights)
+        moving = old if policy.budget is not None else None  # only a budget makes a cache shrink
+        store, slots = storage.extend(store, layer, k, v, token_pos, stay, moving)
+        own = policy.settle(states[layer], span, carry, slots)
+        seen += masks.live_counts(pos, alpha, start, C, policy.window).sum(axis=1)
+        return out, (store, (*states[:layer], own, *states[layer + 1 :]), seen)
 
-    hidden, (store, states) = setup.model.apply(
-        {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, state.policy)
+    begin = (storage.take(state.cache, rows), _rows(state.policy, rows), jnp.zeros((A, C), jnp.int32))
+    hidden, (store, states, seen) = setup.model.apply({"params": params}, tokens, query_pos, attend, begin)
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
+    logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
+    position = start + count
+    token = sampling.sample(logits, keys, position, setup.sampling)
+    last = position + max_new - 1
+    done = _stopped(token, position, last, setup.stop)
+    rows = jnp.where(count > 0, rows, len(state.done))
+    new = _put_rows(
+        (state.policy, state.token, state.position, state.last, state.done, state.keys),
+        rows,
+        (states, token, position, last, done, keys),
+    )
+    return DecodeState(storage.put(state.cache, rows, store), *new), logits, seen
+
+
+def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[DecodeState, NextLogits, Chunk]:
+    """Feeds `state.token` to the model and draws the next one.
+
+    Sequences that are done, and those for which the storage has no room, stay as they are. Returns the new state,
+    the logits `[B, V]` and the Chunk of this one step, without its axis N.
+    """
+    policy, storage = setup.policy, setup.storage
+    position, active = state.position, storage.admit(state.cache, ~state.done)
+
+    def attend(layer, q, k, v, logit, carried):
+        store, states, reads = carried
+        last_logit = None if logit is None else logit[..., 0]
+        step = Step(position, active, storage.live(store, layer), k[:, 0], last_logit, state.keys)
+        victim, own = policy.choose(states[layer], step)
+        store, slot = storage.place(store, layer, k[:, 0], v[:, 0], position, victim, active)
+        readable = None
+        if policy.select is not None:
+            readable, read = policy.select(own, step, q[:, 0])
+            reads = (*reads, read)
+        out, weights = storage.attend(store, layer, q[:, 0], readable, policy.weights is not None)
+        own = policy.record(own, step, slot, weights)
+        return out[:, None], (store, (*states[:layer], own, *states[layer + 1 :]), reads)
+
+    hidden, (store, states, reads) = setup.model.apply(
+        {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, state.policy, ())
     )
     logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
-    live = jnp.stack([setup.storage.live(store, n) for n in range(setup.model.config.num_layers)], axis=1)
-    drawn = sampling.sample(logits, state.keys, position + 1, setup.sampling)
-    token = jnp.where(state.done, state.token, drawn)
-    position = jnp.where(state.done, position, position + 1)
-    done = state.done | _stopped(token, position, state.last, setup.stop)
-    return DecodeState(store, states, token, position, state.last, done, state.keys), logits, live
+    live = jnp.stack([storage.live(store, n) for n in range(setup.model.config.num_layers)], axis=1)
+    token = jnp.where(active, sampling.sample(logits, state.keys, position + 1, setup.sampling), state.token)
+    position = position + active
+    done = state.done | active & _stopped(token, position, state.last, setup.stop)
+    new = DecodeState(store, states, token, position, state.last, done, state.keys)
+    return new, logits, Chunk(token, active, live, jnp.stack(reads, axis=1) if reads else None)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "steps"), donate_argnames=("state",))
-def decode_chunk(setup: Setup, params: Params, state: DecodeState, steps: int) -> tuple[DecodeState, Chunk]:
-    """`steps` decode steps in one `lax.scan`; layers are unrolled inside, the cache is a donated carry."""
+@functools.partial(jax.jit, static_argnames=("setup", "steps", "batch"), donate_argnames=("state",))
+def decode_chunk(
+    setup: Setup, params: Params, state: DecodeState, steps: int, batch: int | None = None
+) -> tuple[DecodeState, Chunk]:
+    """`steps` decode steps in one `lax.scan`; layers are unrolled inside, the cache is a donated carry.
+
+    batch: only the first so many rows are decoded; the others keep what they hold (a prompt that waits, say).
+    """
 
     def body(state, _):
-        active = ~state.done
-        state, _, live = decode_step(setup, params, state)
-        return state, Chunk(state.token, active, live)
+        state, _, made = decode_step(setup, params, state)
+        return state, made
 
-    return jax.lax.scan(body, state, None, length=steps)
+    if batch is None or batch == len(state.done):
+        return jax.lax.scan(body, state, None, length=steps)
+    rows = jnp.arange(batch)
+    part = state._replace(cache=setup.storage.take(state.cache, rows))
+    part = DecodeState(part.cache, *jax.tree.map(lambda x: x[:batch], tuple(part[1:])))
+    part, made = jax.lax.scan(body, part, None, length=steps)
+    rest = jax.tree.map(lambda x, y: x.at[:batch].set(y), tuple(state[1:]), tuple(part[1:]))
+    return DecodeState(setup.storage.put(state.cache, rows, part.cache), *rest), made
 
 
-class Output(NamedTuple):
-    """What `generate` returns; every field is indexed `[prompt][chain]`.
+@functools.partial(jax.jit, static_argnames=("setup", "width"), donate_argnames=("state",))
+def fork(
+    setup: Setup,
+    state: DecodeState,
+    logits: NextLogits,
+    source: Counts,
+    target: Counts,
+    moved: Bool[Array, "A"],
+    keys: Keys,
+    width: int,
+) -> DecodeState:
+    """Copies prefilled rows `source` `[A]` into empty rows `target` `[A]`, each with a random key of its own.
 
-    text is None without a tokenizer; tokens are the new ids, the stop token included; for the counts see
-    `metrics.CacheUse`.
+    A row that is `moved` hands over what it holds and is to be released next. logits `[A, V]`: those of the prompt's
+    next token, which every copy draws for itself. A target beyond the batch is padding. width: as for `prefill`.
     """
-
-    text: list[list[str]] | None
-    tokens: list[list[list[int]]]
-    kv_reads: np.ndarray
-    prefill_reads: np.ndarray
-    peak_tokens: np.ndarray
-    achieved_cr: np.ndarray
-
-
-def _round_up(n: int) -> int:
-    return -(-n // BUCKET) * BUCKET
-
-
-def resolve_dms(lm, policy: str | None, dms: DMSConfig | None) -> tuple[str, DMSConfig | None]:
-    """The policy's name and the gate's config that `generate` means by None.
-
-    Raises:
-      ConfigError: a DMS policy or config on a model that was never retrofitted, or another gate than its own.
-    """
-    if dms is not None:
-        require(lm.dms is not None, "dms", dms, "this model was never retrofitted")
-        require(dms.gate == lm.dms.gate, "dms.gate", dms.gate, f"the model carries the {lm.dms.gate!r} gate")
-    dms = dms or lm.dms
-    return policy or ("dms" if dms else "full"), dms
-
-
-def encode(lm, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Token ids of each prompt, checked.
-
-    Raises:
-      ValueError: an empty prompt, ids outside the vocabulary, or text for a model without a tokenizer.
-    """
-    V = lm.config.vocab_size
-    encoded = []
-    for n, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise ValueError(f"prompts[{n}] is text, but this model has no tokenizer: pass token ids")
-            prompt = lm.tokenizer(prompt)["input_ids"]
-        ids = [int(t) for t in prompt]
-        if not ids:
-            raise ValueError(f"prompts[{n}] is empty")
-        if min(ids) < 0 or max(ids) >= V:
-            raise ValueError(f"prompts[{n}] has token ids outside 0..{V - 1}")
-        encoded.append(ids)
-    return encoded
-
-
-def generate(
-    lm,
-    prompts: Sequence[str | Sequence[int]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    chains: int = 1,
-    seed: int = 0,
-    policy: str | None = None,
-    cache: str = "masked",
-    dms: DMSConfig | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: Sequence[int] | None = None,
-    keys: Keys | None = None,
-    on_chunk: Callable[[np.ndarray, np.ndarray], None] | None = None,
-) -> Output:
-    """Continues every prompt with `chains` chains, all in one batch.
-
-    Args:
-      lm: from `dms_jax.load`.
-      prompts: strings, or lists of token ids.
-      policy: "full" or "dms"; None means "dms" where the model was retrofitted.
-      dms: overrides `lm.dms` (another window, say).
-      stop: token ids that end a chain; None means the model's own.
-      keys: `[prompts * chains, 2]` raw random keys in place of those made from `seed`.
-      on_chunk: called with the new tokens `[N, B]` and the flags `[N, B]` of those that count, while decoding.
-    Raises:
-      ConfigError: an unknown policy or cache, or DMS on a model that was never retrofitted.
-      ValueError: bad prompts.
-    """
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
-    require(chains >= 1, "chains", chains, "must be at least 1")
-    name, dms = resolve_dms(lm, policy, dms)
-    setup = Setup(
-        model=Decoder(lm.config, dms),
-        policy=policies.policy(name, dms),
-        storage=storage(CacheConfig(storage=cache)),
-        sampling=SamplingConfig(temperature, top_k, top_p),
-        stop=tuple(lm.config.eos_ids if stop is None else stop),
+    cache = setup.storage.fork(state.cache, source, target, moved, width)
+    own, position, last = _rows((state.policy, state.position, state.last), source)
+    token = sampling.sample(logits, keys, position, setup.sampling)
+    done = _stopped(token, position, last, setup.stop)
+    new = _put_rows(
+        (state.policy, state.token, state.position, state.last, state.done, state.keys),
+        target,
+        (own, token, position, last, done, keys),
     )
-    ids = [p for p in encode(lm, prompts) for _ in range(chains)]
-    if keys is None:
-        keys = sampling.sequence_keys(seed, len(prompts), chains)
-    tokens, uses = _run(setup, lm.params, ids, max_new_tokens, keys, on_chunk)
-
-    def grouped(flat):
-        return [flat[n : n + chains] for n in range(0, len(flat), chains)]
-
-    decoded = lm.tokenizer and [lm.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
-    counts = {
-        field: np.array([getattr(u, field) for u in uses]).reshape(-1, chains) for field in metrics.CacheUse._fields
-    }
-    return Output(text=decoded and grouped(decoded), tokens=grouped(tokens), **counts)
+    return DecodeState(cache, *new)
 
 
-def _run(setup: Setup, params, ids: list[list[int]], max_new: int, keys, on_chunk):
-    """New tokens and CacheUse of each sequence: prefill, then chunks until all are done."""
-    lengths = np.array([len(p) for p in ids], np.int32)
-    padded = np.zeros((len(ids), _round_up(lengths.max())), np.int32)
-    for row, prompt in zip(padded, ids, strict=True):
-        row[: len(prompt)] = prompt
-    capacity = _round_up(padded.shape[1] + max_new)
-    limits = np.full(len(ids), max_new, np.int32)
-    state, _, seen = prefill(setup, params, padded, lengths, limits, keys, capacity)
-    config = setup.model.config
-    first = np.asarray(state.token)[None]
-    empty = np.zeros((0, len(ids), config.num_layers, config.num_kv_heads), np.int32)
-    chunks = [Chunk(first, np.ones_like(first, bool), empty)]
-    if on_chunk:
-        on_chunk(first, chunks[0].active)
-    while not np.asarray(state.done).all():
-        state, chunk = decode_chunk(setup, params, state, min(CHUNK, max_new))
-        chunk = jax.tree.map(np.asarray, chunk)
-        chunks.append(chunk)
-        if on_chunk:
-            on_chunk(chunk.tokens, chunk.active)
-    out, active, live = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-    tokens = [out[active[:, b], b].tolist() for b in range(len(ids))]
-    return tokens, metrics.cache_use(np.asarray(seen), lengths, live, active[1:])
+@functools.partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+def release(setup: Setup, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
+    """Empties the rows marked; their pages go back to the pool."""
+    return state._replace(
+        cache=setup.storage.release(state.cache, rows),
+        position=jnp.where(rows, 0, state.position),
+        done=state.done | rows,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("setup",))
+def live_tokens(setup: Setup, state: DecodeState) -> Int[Array, "B L K"]:
+    """Live tokens of every row, layer and head."""
+    layers = range(setup.model.config.num_layers)
+    return jnp.stack([setup.storage.live(state.cache, n) for n in layers], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("setup",))
+def stored_positions(setup: Setup, state: DecodeState, row: Int[Array, ""]) -> Int[Array, "L K S"]:
+    """The position in every slot of one row, -1 for none."""
+    part = setup.storage.take(state.cache, row[None])
+    layers = range(setup.model.config.num_layers)
+    return jnp.stack([setup.storage.view(part, n, setup.storage.slots).pos[0] for n in layers])

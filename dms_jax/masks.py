@@ -9,7 +9,7 @@ A decision is read off the token `o` places later (`decision_offset`), so `alpha
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from dms_jax.types import NEGATIVE, Decisions, Lengths, ScoreBias, Visible
+from dms_jax.types import NEGATIVE, Counts, Lengths, ScoreBias, SlotFlags, Slots, Visible
 
 
 def visible(
@@ -67,12 +67,16 @@ def shift_segments(
     return jnp.where(same[:, None], jnp.take(values, index, axis=-1), kept)
 
 
-def live_counts(evicted: Decisions, window: int) -> Int[Array, "B K T"]:
-    """How many keys each query sees, `[B, K, T]`, in O(T): all so far, less those marked and past the window.
+def live_counts(key_pos: Slots, evicted: SlotFlags, start: Counts, T: int, window: int) -> Int[Array, "B K T"]:
+    """How many keys each of the queries at `start + 0 .. start + T - 1` sees, `[B, K, T]`, in O(S + T).
 
-    With w = 1 and evicted = [1 0 0 1]: seen 1 2 3 4, gone 0 0 1 1, live 1 2 2 3.
+    A key comes in at its position and, if marked, leaves w + 1 later. With w = 1, start = 0 and evicted = [1 0 0 1]:
+    come 1 1 1 1, leave 0 0 1 0, live 1 2 2 3.
     """
-    T = evicted.shape[-1]
-    gone = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32)
-    gone = jnp.pad(gone, ((0, 0), (0, 0), (min(window + 1, T), 0)))[..., :T]
-    return jnp.arange(1, T + 1, dtype=jnp.int32) - gone
+    first = start[:, None, None]
+    come = jnp.where(key_pos >= 0, jnp.clip(key_pos - first, 0, T), T)
+    leave = jnp.where(evicted & (key_pos >= 0), jnp.clip(key_pos + window + 1 - first, 0, T), T)
+    B, K, _ = key_pos.shape
+    b, h = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    change = jnp.zeros((B, K, T + 1), jnp.int32).at[b, h, come].add(1).at[b, h, leave].add(-1)
+    return jnp.cumsum(change[..., :T], axis=-1)

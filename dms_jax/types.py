@@ -21,6 +21,7 @@ Tokens = Int[Array, "B T"]
 Positions = Int[Array, "B T"]
 Segments = Int[Array, "B T"]  # which of the documents packed into a row a token is of; 0 is padding
 Lengths = Int[Array, "B"]
+Counts = Int[Array, "B"]  # a number for each sequence: its tokens, its position, its row
 Keys = UInt32[Array, "B 2"]  # one raw random key a sequence
 
 Residual = Float[Array, "B T E"]
@@ -38,6 +39,8 @@ ScoreBias = Float[Array, "B K T S"]
 Visible = Bool[Array, "B K T S"]
 
 PerHead = Int[Array, "B K"]  # a count or a slot for each KV head
-Slots = Int[Array, "B K S"]
+PerHeadKV = Float[Array, "B K D"]  # the key or value of one token a sequence
+Slots = Int[Array, "B K S"]  # the slot of each token, or the position in each slot
+SlotFlags = Bool[Array, "B K S"]
 
 NEGATIVE = -1e30  # stands for -inf in scores: finite, so that gradients stay finite

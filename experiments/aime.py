@@ -67,10 +67,18 @@ class Config:
     """0 is greedy; default: 0.6; for mini, 1"""
     top_p: Annotated[float | None, _metavar("P")] = None
     """default: 0.95; for mini, 1"""
+    budget: Annotated[float | None, _metavar("SHARE")] = None
+    """of a policy that needs one: the share of the maximum length that a head may hold, 1 / CR"""
+    cache: Annotated[Literal["paged", "masked"], _metavar("KIND")] = "paged"
+    """paged (memory falls) or masked (evicted tokens are hidden); default: paged"""
+    page_size: Annotated[int, _metavar("TOKENS")] = 64
+    """slots a page; default: 64"""
+    quant: Annotated[Literal["none", "int8", "fp8"], _metavar("KIND")] = "none"
+    """keys and values in int8 or fp8; default: none"""
     batch_size: Annotated[int, _metavar("N")] = 16
-    """sequences in one call; default: 16"""
+    """sequences decoded together; default: 16"""
     workers: Annotated[int | None, _metavar("N")] = None
-    """calls at the same time; default: 1; for mini on a CPU, 2 where there are two cores"""
+    """engines at the same time; default: 1; for mini on a CPU, 2 where there are two cores"""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _metavar("DTYPE")] = None
     """float32, bfloat16 or float16, of parameters and cache; default: float32 on a CPU, bfloat16 elsewhere"""
     seed: Annotated[int, _metavar("SEED")] = 0
@@ -128,7 +136,7 @@ def load_models(config: Config) -> tuple[list, list[stats.Cell]]:
     import dms_jax
     from dms_jax import policies
     from dms_jax.config import require
-    from dms_jax.decode import resolve_dms
+    from dms_jax.generation import resolve_dms
     from experiments.chains import Model
 
     models, cells = [], []
@@ -141,12 +149,14 @@ def load_models(config: Config) -> tuple[list, list[stats.Cell]]:
             require(dms is not None or cr == 1, "window", config.window, "the model was never retrofitted")
             dms = dms and dataclasses.replace(dms, window=config.window)
         policy, dms = resolve_dms(lm, config.policy, dms)
-        policies.policy(policy, dms)  # one that cannot be had is an error now, before there is a run folder
+        policies.policy(
+            policy, dms, config.budget, config.max_length, config.page_size
+        )  # an error now, before there is a run folder
         ratio = 1.0 if policy == "full" else (cr or (dms and dms.cr))
         source = f"{'base' if weights is None else f'cr{cr:g}'}/{policy}"
         shown = "?" if ratio is None else f"{ratio:g}"
         names = [f"{config.max_length / 1024:.2g}-{w}-{shown}" for w in chains]
-        models.append(Model(source, names[-1], lm, policy, dms, chains[-1]))
+        models.append(Model(source, names[-1], lm, policy, dms, chains[-1], config.budget))
         cells += [stats.Cell(n, source, policy, ratio, w) for n, w in zip(names, chains, strict=True)]
     return models, cells
 
@@ -178,7 +188,7 @@ def sample(config: Config, run: Run, task: Task, models: list, bar: report.Progr
     from experiments.chains import Sampler, Sampling, blocks
 
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)}
-    sampler = Sampler(run, task, Sampling(**fields), bar.on_tokens)
+    sampler = Sampler(run, task, Sampling(**fields), bar.on_progress)
     duration = 0.0
     bar.describe("sampling")
     for block in blocks(len(task.records), models, config.batch_size):

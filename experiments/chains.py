@@ -7,7 +7,8 @@ between blocks has the same problems in every cell.
 
 import dataclasses
 import hashlib
-import itertools
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,22 +16,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dms_jax import decode, sampling
-from dms_jax.config import DMSConfig
+from dms_jax import generation, sampling
+from dms_jax.config import DMSConfig, SamplingConfig
+from dms_jax.engine import Engine, EngineConfig, Job, Progress, Result
 from experiments.run import Run
 from experiments.tasks.base import Task, judge
 
 PROBLEMS_PER_BLOCK = 16
 FINGERPRINTED = 2**20  # parameters with more elements are left out of the fingerprint
-COUNTS = ("kv_reads", "prefill_reads", "peak_tokens", "achieved_cr")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How chains are drawn.
 
-    max_length: new tokens a chain may have. batch_size: sequences in one call. workers: calls at the same time;
-    the programs of a small model keep only one core busy, so on a CPU two calls take the time of one.
+    max_length: new tokens a chain may have. batch_size: sequences decoded together. workers: engines at the same
+    time; the programs of a small model keep only one core busy, so on a CPU two take the time of one.
+    cache, page_size, quant: how keys and values are stored (`dms_jax.CacheConfig`).
     """
 
     max_length: int
@@ -39,6 +41,9 @@ class Sampling:
     batch_size: int
     seed: int
     workers: int = 1
+    cache: str = "paged"
+    page_size: int = 64
+    quant: str = "none"
 
 
 class Model(NamedTuple):
@@ -50,13 +55,7 @@ class Model(NamedTuple):
     policy: str
     dms: DMSConfig | None
     chains: int
-
-
-class Job(NamedTuple):
-    """One sequence to sample: the number of a problem in its task, and the chain's."""
-
-    problem: int
-    chain: int
+    budget: int | float | None = None  # of a policy that needs one
 
 
 def fingerprint(lm) -> str:
@@ -75,95 +74,124 @@ def blocks(problems: int, models: Sequence[Model], batch_size: int) -> Iterator[
         yield range(start, min(start + size, problems))
 
 
+class Cancelled(Exception):
+    """The main thread has stopped, so an engine in a worker stops too."""
+
+
 class Sampler:
     """Samples what is missing from a run, block by block."""
 
-    def __init__(self, run: Run, task: Task, settings: Sampling, on_tokens: Callable[[int], None]):
+    def __init__(self, run: Run, task: Task, settings: Sampling, on_progress: Callable[[Progress], None]):
         self.run = run
         self.task = task
         self.settings = settings
-        self.on_tokens = on_tokens  # called with numbers of new tokens while they are made, by any worker
+        self.on_progress = on_progress  # called by any worker
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
-        self._prompts: dict[tuple[str, int], list[int]] = {}
+        self._cancelled = threading.Event()
+        self._prompts: dict[str, list[list[int]]] = {}
+        self._engines: dict[str, Engine] = {}
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
-        """Every chain of every model on these problems; each group of sequences is saved as it ends.
-
-        Of a group with chains missing, all run again: so a chain sees the same batch as in a run in one go.
-        """
-        groups = [
-            (model, group)
-            for model in models
-            for group in self._groups(model, problems)
-            if any(self._key(model, job) not in self.done for job in group)
-        ]
-        for (model, group), out in zip(groups, self._generated(groups), strict=True):
+        """Every chain of every model on these problems; each is saved as it ends."""
+        work = [(model, jobs) for model in models if (jobs := self._jobs(model, problems))]
+        for model, result in self._results(work):
             # Judged here, not by a worker: math-verify's time limit works in the main thread only.
-            rows = [self._row(model, job, n, out) for n, job in enumerate(group)]
-            keys = [self._key(model, job) for job in group]
-            self.run.append([row for key, row in zip(keys, rows, strict=True) if key not in self.done])
-            self.done.update(keys)
+            row = self._row(model, result)
+            self.run.append([row])
+            self.done.add((row["source"], row["id"], row["chain"]))
 
-    def _generated(self, groups: list[tuple[Model, list[Job]]]) -> Iterator[decode.Output]:
-        """The output of each group, in order."""
-        if self.settings.workers == 1 or not groups:
-            yield from itertools.starmap(self._generate, groups)
+    def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
+        """What is missing; prompts of like lengths together, so that several are read in one call."""
+        jobs = []
+        for problem in problems:
+            record = self.task.records[problem]
+            missing = [c for c in range(model.chains) if (model.source, record.id, c) not in self.done]
+            if missing:
+                keys = sampling.chain_keys(self.settings.seed, [problem] * len(missing), missing)
+                prompt = self._tokens(model)[problem]
+                jobs.append(Job(prompt, np.asarray(keys), self.settings.max_length, (problem, missing)))
+        return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
+
+    def _results(self, work: list[tuple[Model, list[Job]]]) -> Iterator[tuple[Model, Result]]:
+        """Results as they come. Workers take the models with most chains first and hand over through a queue."""
+        engines = [self._engine(model) for model, _ in work]
+        if self.settings.workers == 1 or len(work) < 2:
+            for (model, jobs), engine in zip(work, engines, strict=True):
+                yield from ((model, result) for result in engine.run(jobs))
             return
-        executor = ThreadPoolExecutor(self.settings.workers)
-        try:
-            yield from executor.map(self._generate, *zip(*groups, strict=True))
-        finally:
-            executor.shutdown(cancel_futures=True)
+        results: queue.Queue = queue.Queue()
 
-    def _key(self, model: Model, job: Job) -> tuple[str, str, int]:
-        return model.source, self.task.records[job.problem].id, job.chain
+        def drain(model: Model, jobs: list[Job], engine: Engine):
+            for result in engine.run(jobs):
+                results.put((model, result))
 
-    def _groups(self, model: Model, problems: Sequence[int]) -> Iterator[list[Job]]:
-        """Batches of jobs with prompts of like lengths together: they pad little and end at like times."""
-        jobs = [Job(problem, chain) for problem in problems for chain in range(model.chains)]
-        jobs.sort(key=lambda job: (len(self._prompt(model, job.problem)), job))
-        for start in range(0, len(jobs), self.settings.batch_size):
-            yield jobs[start : start + self.settings.batch_size]
+        order = sorted(range(len(work)), key=lambda n: -work[n][0].chains)
+        with ThreadPoolExecutor(self.settings.workers) as executor:
+            futures = [executor.submit(drain, *work[n], engines[n]) for n in order]
+            try:
+                while not (all(f.done() for f in futures) and results.empty()):
+                    try:
+                        yield results.get(timeout=0.05)
+                    except queue.Empty:
+                        continue
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self._cancelled.set()
+                for future in futures:
+                    future.cancel()
+                raise
 
-    def _prompt(self, model: Model, problem: int) -> list[int]:
-        key = (model.source, problem)
-        if key not in self._prompts:
-            text = self.task.prompt(self.task.records[problem], model.lm.tokenizer)
-            (self._prompts[key],) = decode.encode(model.lm, [text])
-        return self._prompts[key]
+    def _tokens(self, model: Model) -> list[list[int]]:
+        """The prompts of all problems for this model's tokenizer."""
+        if model.source not in self._prompts:
+            texts = [self.task.prompt(record, model.lm.tokenizer) for record in self.task.records]
+            self._prompts[model.source] = generation.encode(model.lm, texts)
+        return self._prompts[model.source]
 
-    def _generate(self, model: Model, group: list[Job]) -> decode.Output:
-        s = self.settings
-        # The last group is filled up with copies, whose results are not used: one batch size compiles once.
-        padded = group + [group[-1]] * (s.batch_size - len(group))
-        return decode.generate(
-            model.lm,
-            [self._prompt(model, job.problem) for job in padded],
-            max_new_tokens=s.max_length,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            policy=model.policy,
-            dms=model.dms,
-            keys=sampling.chain_keys(s.seed, *np.array(padded).T),
-            on_chunk=lambda tokens, active: self.on_tokens(int(active[:, : len(group)].sum())),
-        )
+    def _engine(self, model: Model) -> Engine:
+        if model.source not in self._engines:
+            s = self.settings
+            longest = max(len(prompt) for prompt in self._tokens(model))
+            self._engines[model.source] = generation.build(
+                model.lm,
+                longest + s.max_length,
+                policy=model.policy,
+                dms=model.dms,
+                budget=model.budget,
+                sampling=SamplingConfig(s.temperature, top_p=s.top_p),
+                cache=s.cache,
+                page_size=s.page_size,
+                quant=s.quant,
+                engine=EngineConfig(slots=s.batch_size),
+                on_progress=self._progress,
+            )
+        return self._engines[model.source]
 
-    def _row(self, model: Model, job: Job, n: int, out: decode.Output) -> dict:
-        record = self.task.records[job.problem]
-        text, tokens = out.text[n][0], out.tokens[n][0]
+    def _progress(self, progress: Progress) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+        self.on_progress(progress)
+
+    def _row(self, model: Model, result: Result) -> dict:
+        problem, missing = result.name
+        record, tokens = self.task.records[problem], result.tokens
+        text = model.lm.tokenizer.decode(tokens, skip_special_tokens=True)
         verdict = judge(text, record.answer)
         return {
             "id": record.id,
-            "chain": job.chain,
+            "chain": missing[result.chain],
             "source": model.source,
             "config": model.config,
             "policy": model.policy,
             "text": text,
-            "prompt_tokens": len(self._prompt(model, job.problem)),
+            "prompt_tokens": len(self._tokens(model)[problem]),
             "tokens": len(tokens),
             "finished": tokens[-1] in model.lm.config.eos_ids,
             "answer": verdict.answer,
             "gold": record.answer,
             "correct": verdict.correct,
-            **{field: float(getattr(out, field)[n, 0]) for field in COUNTS},
+            **result.use._asdict(),
+            "live_by_head": result.by_head.live.tolist(),
+            "reads_by_head": result.by_head.kv_reads.tolist(),
         }

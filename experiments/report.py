@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dms_jax.engine import Progress as EngineProgress
 from experiments import stats
 
 CAPTION = (
@@ -27,15 +28,15 @@ def percent(estimate: dict, sign: str = "") -> str:
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def print_results(console: Console, rows: list[dict], title: str) -> None:
-    """The rows of `stats.table`. A narrow terminal goes without what the L-W-CR and the title say, and the gain."""
-    wide = console.width >= WIDE
+def print_results(console: Console, rows: list[dict], title: str, columns: tuple | None = None) -> None:
+    """Rows under `columns`, those of `stats.table` by default; a narrow terminal goes without some of them."""
+    columns, wide = columns or COLUMNS, console.width >= WIDE
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
-    for name, justify, narrow, _ in COLUMNS:
+    for name, justify, narrow, _ in columns:
         if wide or narrow:
             table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*(cell(row) for _, _, narrow, cell in COLUMNS if wide or narrow))
+        table.add_row(*(cell(row) for _, _, narrow, cell in columns if wide or narrow))
     console.print(table)
 
 
@@ -47,7 +48,9 @@ def print_shipped(console: Console, folder: Path) -> None:
         print_results(console, shipped["rows"], title)
 
 
-COLUMNS = (  # name, justification, shown on a narrow terminal too, text of a row
+# Name, justification, shown on a narrow terminal too, text of a row. A narrow one goes without what the L-W-CR
+# and the title say, and the gain.
+COLUMNS = (
     ("L-W-CR", "left", True, lambda row: row["config"]),
     ("policy", "left", True, lambda row: row["policy"]),
     ("CR", "right", False, lambda row: "?" if row["cr"] is None else f"{row['cr']:g}"),
@@ -69,18 +72,22 @@ class ProgressBar:
     def __init__(self, console: Console, sequences: int, seconds: float | None, start: float):
         self.console, self.sequences, self.seconds, self.start = console, sequences, seconds, start
         self.tokens = self.chains = self.problems = 0
+        self.live, self.pages = 0.0, "0/0"
         self._lock = threading.Lock()  # workers report tokens at the same time
         self.first_token = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s"),
+            TextColumn(
+                "{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s, "
+                "{task.fields[live]:,.0f} live tokens, {task.fields[pages]} pages"
+            ),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0)
+        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0, live=0, pages="0/0")
 
     def __enter__(self):
         self.bar.start()
@@ -89,10 +96,11 @@ class ProgressBar:
     def __exit__(self, *_):
         self.bar.stop()
 
-    def on_tokens(self, count: int) -> None:
-        """More tokens were made."""
+    def on_progress(self, progress: EngineProgress) -> None:
+        """An engine made more tokens; what it holds is shown for the engine that reported last."""
         with self._lock:
-            self.tokens += count
+            self.tokens += progress.new_tokens
+            self.live, self.pages = progress.live_tokens, f"{progress.pages_used}/{progress.pages}"
         self._update()
 
     def on_block(self, problems: int, chains: int) -> None:
@@ -116,4 +124,11 @@ class ProgressBar:
 
     def _update(self) -> None:
         completed = min(self._elapsed(), self.seconds) if self.seconds else self.chains
-        self.bar.update(self.task, completed=completed, problems=self.problems, speed=self._speed())
+        self.bar.update(
+            self.task,
+            completed=completed,
+            problems=self.problems,
+            speed=self._speed(),
+            live=self.live,
+            pages=self.pages,
+        )

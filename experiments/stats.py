@@ -83,12 +83,17 @@ def group_samples(samples: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:
 
 
 def complete_problems(groups: dict, cells: Sequence[Cell]) -> list[str]:
-    """Problems for which every cell has all its chains, in the order of the first cell's samples."""
+    """Problems for which every cell has all its chains, in an order that does not depend on which ended first."""
 
     def complete(problem):
         return all(len(groups.get(c.source, {}).get(problem, ())) >= c.chains for c in cells)
 
-    return [problem for problem in groups.get(cells[0].source, {}) if complete(problem)]
+    return sorted((problem for problem in groups.get(cells[0].source, {}) if complete(problem)), key=natural)
+
+
+def natural(problem: str) -> tuple[int, str]:
+    """A sort key under which "mini-9" comes before "mini-10"."""
+    return len(problem), problem
 
 
 def table(samples: Iterable[dict], cells: Sequence[Cell]) -> list[dict]:
@@ -126,10 +131,10 @@ def table(samples: Iterable[dict], cells: Sequence[Cell]) -> list[dict]:
     return rows
 
 
-def pareto(rows: Sequence[dict]) -> list[dict]:
-    """The rows that no other row matches or beats in accuracy at fewer KV reads, cheapest first."""
+def pareto(rows: Sequence[dict], cost: str = "kv_reads") -> list[dict]:
+    """The rows that no other row matches or beats in accuracy at less `cost`, cheapest first."""
     front: list[dict] = []
-    for row in sorted(rows, key=lambda r: (r["kv_reads"], -r["accuracy"]["mean"])):
+    for row in sorted(rows, key=lambda r: (r[cost], -r["accuracy"]["mean"])):
         if not front or row["accuracy"]["mean"] > front[-1]["accuracy"]["mean"]:
             front.append(row)
     return front

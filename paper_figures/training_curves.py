@@ -14,9 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper_figures.accuracy_vs_reads import COLOURS
+from paper_figures import style
 
-RESULTS = Path(__file__).parent / "results" / "mini"
+RESULTS = style.RESULTS / "mini"
 
 
 def read(path: Path) -> list[dict]:
@@ -56,14 +56,14 @@ def draw_run(rows: list[dict]) -> Figure:
         losses, ratios, layers = figure.subplots(1, 3)
         for (key, label), colour in zip(
             (("kl", "KL to the teacher"), ("compression", "compression loss"), ("loss", "their sum")),
-            COLOURS,
+            style.COLOURS,
             strict=False,
         ):
             losses.plot(*column(rows, key), color=colour, linewidth=0.9, label=label)
         losses.set(xlabel="step", ylabel="nats a token", ylim=(0, None))
         losses.legend(frameon=False)
-        ratios.plot(*column(rows, "achieved_cr"), color=COLOURS[0], linewidth=1.2, label="achieved")
-        ratios.plot(*column(rows, "target_cr"), color=COLOURS[1], linestyle="--", linewidth=1.2, label="target")
+        ratios.plot(*column(rows, "achieved_cr"), color=style.COLOURS[0], linewidth=1.2, label="achieved")
+        ratios.plot(*column(rows, "target_cr"), color=style.COLOURS[1], linestyle="--", linewidth=1.2, label="target")
         ratios.set(xlabel="step", ylabel="compression ratio")
         ratios.legend(frameon=False)
         steps, shares = column(rows, "alpha_by_head")
@@ -77,11 +77,11 @@ def draw_run(rows: list[dict]) -> Figure:
 
 def _twin(axes, rows: list[dict], loss: tuple[str, str], shares: list[tuple[str, str]]) -> None:
     """A loss on a log axis at the left, shares of 1 at the right."""
-    axes.semilogy(*column(rows, loss[0]), color=COLOURS[0], linewidth=0.8)
+    axes.semilogy(*column(rows, loss[0]), color=style.COLOURS[0], linewidth=0.8)
     axes.set_xlabel("step")
     axes.set_ylabel(loss[1])
     other = axes.twinx()
-    for (key, label), colour, line in zip(shares, COLOURS[1:], ("-", "--"), strict=False):
+    for (key, label), colour, line in zip(shares, style.COLOURS[1:], ("-", "--"), strict=False):
         other.plot(*column(rows, key), color=colour, linestyle=line, linewidth=1.2, label=label)
     other.set_ylim(0, 1)
     other.set_ylabel("share")
@@ -97,9 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(logs) > 2:
         parser.error("give one log, or two, or none for the mini model's")
     figure = draw(*map(read, logs)) if len(logs) == 2 else draw_run(read(logs[0]))
-    for suffix in (".png", ".pdf"):
-        path = options.out.with_suffix(suffix)
-        figure.savefig(path, dpi=200)
+    for path in style.save(figure, options.out):
         print(path)
 
 

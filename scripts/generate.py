@@ -91,7 +91,7 @@ def load(config: Config, cr: float | None):
 
 def prompt_ids(config: Config, lm, text: str) -> list[int]:
     """Token ids of the prompt. The mini model's problems end in a newline, which is added where it is missing."""
-    from dms_jax import decode
+    from dms_jax import generation
     from dms_jax.config import require
 
     if config.chat:
@@ -100,7 +100,7 @@ def prompt_ids(config: Config, lm, text: str) -> list[int]:
         return list(lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
     if config.model == MINI and not text.endswith("\n"):
         text += "\n"
-    return decode.encode(lm, [text])[0]
+    return generation.encode(lm, [text])[0]
 
 
 def figures(out, prompt: int) -> str:
@@ -123,11 +123,11 @@ def write(text: str) -> None:
 
 def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
     """Generates to the terminal; returns the new text."""
-    from dms_jax import decode
+    from dms_jax import generation
 
     ids = prompt_ids(config, lm, text)
     shown = TextStream(lm.tokenizer, write)
-    out = decode.generate(
+    out = generation.generate(
         lm,
         [ids],
         max_new_tokens=config.max_new_tokens,
@@ -136,7 +136,7 @@ def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
         seed=config.seed,
         policy=policy,
         dms=dms,
-        on_chunk=lambda tokens, active: shown.push(tokens[active[:, 0], 0].tolist()),
+        on_tokens=lambda prompt, chain, new: shown.push(new),
     )
     shown.push([], last=True)
     print(f"\n\n{figures(out, len(ids))}")

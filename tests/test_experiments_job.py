@@ -7,33 +7,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 import dms_jax
-from dms_jax import sampling, transformer
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax import sampling
 from experiments import aime, chains, run
-from experiments.tasks import mini
 from scripts import generate as generate_script
-
-
-@pytest.fixture(scope="module")
-def tiny_family(tmp_path_factory):
-    """cr -> a model with random weights and the mini tokenizer, which ends chains early and at random."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    mini.save_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = ModelConfig(
-        family="llama", vocab_size=len(tokenizer), num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1,
-        head_dim=8, mlp_dim=16, tie_embeddings=True, bos_id=mini.BOS, eos_ids=(mini.EOS,),
-    )  # fmt: skip
-
-    def load(source, dtype="float32", gate=None, cr=None):
-        dms = None if cr is None else DMSConfig(window=4, cr=cr, scale=1.0, offset=0.0)
-        params = transformer.init(jax.random.key(int(cr or 1)), config, dms)
-        return dms_jax.LM(config, params, tokenizer, dms)
-
-    return load
 
 
 @pytest.fixture
@@ -95,14 +73,14 @@ def test_the_job_from_end_to_end(job, capsys):
 
 def test_an_interrupted_job_goes_on_and_ends_with_the_same_samples(job, monkeypatch):
     _, whole, results = job("whole", "--limit", "5", "--workers", "1")
-    generate, calls = chains.decode.generate, itertools.count()
+    judge, calls = chains.judge, itertools.count()
 
-    def interrupted(*arguments, **options):
-        if next(calls) == 4:
+    def interrupted(*arguments):
+        if next(calls) == 9:
             raise KeyboardInterrupt
-        return generate(*arguments, **options)
+        return judge(*arguments)
 
-    monkeypatch.setattr(chains.decode, "generate", interrupted)
+    monkeypatch.setattr(chains, "judge", interrupted)
     folder, some, nothing = job("parts", "--limit", "5", "--workers", "1", status=130)
     assert 0 < len(some) < len(whole) and nothing is None
     path = folder / "samples.jsonl"

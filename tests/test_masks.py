@@ -89,16 +89,18 @@ def test_shift(window, T, lengths):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("T", (1, 9))
-def test_live_counts(window, T):
-    rng = np.random.default_rng(T)
-    evicted = rng.random((3, 2, T)) < 0.6
-    pos = np.broadcast_to(np.arange(T), (3, T))
-    key_pos = np.broadcast_to(pos[:, None], evicted.shape)
+@pytest.mark.parametrize("start", (0, 4))
+def test_live_counts(window, start):
+    """Counts of queries from `start` on, over keys in any order, some slots empty."""
+    rng = np.random.default_rng(start)
+    key_pos = rng.permuted(np.broadcast_to(np.where(np.arange(11) < 9, np.arange(11), -1), (3, 2, 11)), axis=-1)
+    evicted = rng.random(key_pos.shape) < 0.6
+    pos = np.broadcast_to(np.arange(start, 9), (3, 9 - start))
     want = brute_visible(pos, key_pos, evicted, window).sum(-1)
-    np.testing.assert_array_equal(masks.live_counts(jnp.asarray(evicted), window), want)
-    if T > window + 1:
-        assert (want < np.arange(1, T + 1)).any()
+    got = masks.live_counts(jnp.asarray(key_pos), jnp.asarray(evicted), jnp.full(3, start), 9 - start, window)
+    np.testing.assert_array_equal(got, want)
+    if window < 7:
+        assert (want < np.arange(start + 1, 10)).any()
 
 
 @pytest.mark.parametrize("offset", (0, 1, 3))

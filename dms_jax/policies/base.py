@@ -1,29 +1,78 @@
 """Level 2. What an eviction policy is: a record of pure functions over a state kept for each layer.
 
-A policy decides which prompt tokens to mark and which slot a new token drives out. It never touches what is
-stored, so it does not know how; it is handed the new keys `[B, T, K, D]`, from which a method without a gate takes
-its shapes.
+A policy decides which slot a new token drives out, and what of a prompt stays. It never touches what is stored, so
+it does not know how. While decoding it is asked, in this order: `choose` (who leaves), `select` (what is read),
+`record` (what was read, and where the newcomer went). While a prompt is read, chunk by chunk: `mark` (what the
+later tokens of the chunk no longer see), `retain` (what stays after the chunk), `settle` (where it lies).
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dms_jax.types import Decisions, PerHead
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dms_jax.types import Counts, GateLogits, Keys, NewKV, PerHead, PerHeadKV, SlotFlags, Slots
+
+
+class Step(NamedTuple):
+    """One new token of each sequence. Of a sequence that is not active nothing may change."""
+
+    position: Counts  # of the new token
+    active: Bool[Array, "B"]
+    live: PerHead  # live tokens before it comes
+    k: PerHeadKV  # its key
+    logit: Float[Array, "B K"] | None  # its eviction logit, None for a model without a gate
+    keys: Keys  # a random key for each sequence
+
+
+class Span(NamedTuple):
+    """A chunk of C prompt tokens, at positions `start + 0 .. start + count - 1`, after W slots already filled."""
+
+    start: Counts
+    count: Counts
+    pos: Slots  # [B, K, W] positions in the old slots, -1 for empty
+    k: NewKV  # [B, C, K, D]
+    logit: GateLogits | None  # [B, K, C]
+    keys: Keys
 
 
 class Policy(NamedTuple):
-    """One method. `state` is a pytree; `logit` is None for a model without a gate.
+    """One method. Everything about slots covers the W old slots of a Span, then its C tokens.
 
     window: a marked prompt token stays visible to the next `window` tokens.
-    mark: which prompt tokens are evicted once they are past the window.
-    settle: the state after a prompt, given the slot of each of its tokens.
-    choose: the victim's slot for a token at `position`, -1 for none. Called before the token is stored.
-    record: notes the slot that the token got.
+    budget: the most live tokens a head may hold after a chunk or a step; None where no number bounds it.
+    weights: whether it needs attention weights. They are summed over the query heads of a KV head; for a prompt also
+      over its queries ("sum"), or they are those of the last query alone ("last").
     """
 
     name: str
     window: int
-    mark: Callable[..., Decisions]  # (k [B, T, K, D], logit [B, K, T], lengths [B]) -> alpha [B, K, T]
-    settle: Callable[..., Any]  # (alpha [B, K, T], slots [B, K, T], lengths [B]) -> state
-    choose: Callable[..., tuple[PerHead, Any]]  # (state, position [B], k, logit [B, K]) -> victim, state
-    record: Callable[..., Any]  # (state, position [B], slot [B, K], logit [B, K]) -> state
+    budget: int | None
+    weights: str | None
+    init: Callable[[int, int, int], Any]  # (batch, KV heads, slots) -> state of a layer
+    mark: Callable[[Any, Span], SlotFlags]  # -> alpha [B, K, W + C]
+    retain: Callable[..., tuple[SlotFlags, Any]]  # (state, Span, alpha, weights [B, K, W + C]) -> stay, carry
+    settle: Callable[..., Any]  # (state, Span, carry, slots [B, K, W + C]) -> state
+    choose: Callable[[Any, Step], tuple[PerHead, Any]]  # -> victim's slot, -1 for none
+    select: Callable[..., Bool[Array, "B K P"]] | None  # (state, Step, q [B, H, D]) -> readable pages; None: all
+    record: Callable[..., Any]  # (state, Step, slot [B, K], weights [B, K, S] | None) -> state
+
+
+def present(span: Span) -> SlotFlags:
+    """Which old slots and which places of the chunk hold a token, `[B, K, W + C]`."""
+    real = jnp.arange(span.k.shape[1]) < span.count[:, None]
+    real = jnp.broadcast_to(real[:, None], (*span.pos.shape[:2], real.shape[1]))
+    return jnp.concatenate([span.pos >= 0, real], axis=-1)
+
+
+def positions(span: Span) -> Slots:
+    """The position in each old slot and of each token of the chunk, -1 for none, `[B, K, W + C]`."""
+    new = span.start[:, None] + jnp.arange(span.k.shape[1], dtype=jnp.int32)
+    new = jnp.broadcast_to(new[:, None], (*span.pos.shape[:2], new.shape[1]))
+    return jnp.where(present(span), jnp.concatenate([span.pos, new], axis=-1), -1)
+
+
+def nothing_marked(state, span: Span) -> SlotFlags:
+    """`mark` of every policy without a mask of its own: a chunk reads all that came before."""
+    return jnp.zeros_like(present(span))

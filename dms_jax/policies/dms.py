@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Int
 
 from dms_jax import dms, masks
 from dms_jax.config import DMSConfig
-from dms_jax.policies.base import Policy
-from dms_jax.types import Decisions, GateLogits, Lengths, PerHead, Slots
+from dms_jax.policies.base import Policy, Span, Step, positions, present
+from dms_jax.types import Counts, PerHead, SlotFlags, Slots
 
 
 class Ring(NamedTuple):
     """The last w + 1 tokens of each head, at index `position % (w + 1)`."""
 
-    slot: Int[Array, "B K W"]
-    evict: Bool[Array, "B K W"]
+    slot: Int[Array, "B K R"]
+    evict: Bool[Array, "B K R"]
 
 
 @functools.cache
@@ -32,36 +32,68 @@ def delayed_eviction(config: DMSConfig) -> Policy:
     width = config.window + 1
     offset = config.decision_offset
 
-    def mark(k, logit: GateLogits, lengths: Lengths) -> Decisions:
-        return masks.shift(dms.hard_decisions(logit), offset, lengths, False)
+    def init(batch: int, heads: int, slots: int) -> Ring:
+        shape = (batch, heads, width)
+        return Ring(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
-    def settle(alpha: Decisions, slots: Slots, lengths: Lengths) -> Ring:
-        # The newest prompt token with each ring index: for 7 tokens and width 3 that is 6, 4, 5.
-        last = lengths[:, None] - 1
-        newest = last - (last - jnp.arange(width)) % width
-        token = jnp.broadcast_to(jnp.maximum(newest, 0)[:, None, :], (*slots.shape[:2], width))
-        # An index that no token has yet holds token 0's entry; it is overwritten before it is looked at.
-        return Ring(jnp.take_along_axis(slots, token, axis=-1), jnp.take_along_axis(alpha, token, axis=-1))
+    def newest(end: Counts) -> Int[Array, "B R"]:
+        """The newest position before `end` with each ring index, negative for none: for 7 and width 3: 6, 4, 5."""
+        last = end[:, None] - 1
+        return last - (last - jnp.arange(width)) % width
 
-    def choose(state: Ring, position: Int[Array, "B"], k, logit) -> tuple[PerHead, Ring]:
+    def mark(state: Ring, span: Span) -> SlotFlags:
+        fresh = dms.hard_decisions(span.logit)
+        if offset > 0:  # the chunk's first tokens tell the fate of those `offset` before them
+            ring = newest(span.start)
+            source = ring + offset - span.start[:, None]
+            told = (ring >= 0) & (source >= 0) & (source < span.count[:, None])
+            index = jnp.clip(source, 0, fresh.shape[-1] - 1)[:, None]
+            news = jnp.take_along_axis(fresh, jnp.broadcast_to(index, state.evict.shape), axis=-1)
+            state = state._replace(evict=jnp.where(told[:, None], news, state.evict))
+        B, K, W = span.pos.shape
+        slot = jnp.where((newest(span.start) >= 0)[:, None], state.slot, W)
+        b, h = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+        old = jnp.zeros((B, K, W), bool).at[b, h, slot].set(state.evict, mode="drop")
+        return jnp.concatenate([old, masks.shift(fresh, offset, span.count, False)], axis=-1)
+
+    def retain(state: Ring, span: Span, alpha: SlotFlags, weights) -> tuple[SlotFlags, SlotFlags]:
+        last = (span.start + span.count - 1)[:, None, None]
+        return present(span) & ~(alpha & (last - positions(span) > config.window)), alpha
+
+    def settle(state: Ring, span: Span, alpha: SlotFlags, slots: Slots) -> Ring:
+        W = span.pos.shape[-1]
+        token = newest(span.start + span.count)
+        # An entry is the chunk's if its newest token is; an older one keeps its slot, and may have been marked since.
+        # An index that no token has yet holds something arbitrary; it is overwritten before it is looked at.
+        of_chunk = (token >= span.start[:, None])[:, None]
+        index = W + jnp.clip(token - span.start[:, None], 0, span.k.shape[1] - 1)[:, None]
+        index = jnp.where(of_chunk, index, jnp.clip(state.slot, 0, max(W - 1, 0)))
+        evict = jnp.take_along_axis(alpha, index, axis=-1)
+        return Ring(jnp.take_along_axis(slots, index, axis=-1), evict)
+
+    def choose(state: Ring, step: Step) -> tuple[PerHead, Ring]:
+        position = step.position
         if offset > 0:  # this token tells the fate of the one `offset` before it
-            known = _set(state.evict, (position - offset) % width, dms.hard_decisions(logit))
-            state = state._replace(evict=jnp.where((position >= offset)[:, None, None], known, state.evict))
-        leaving = _get(state.evict, position % width) & (position >= width)[:, None]
+            told = step.active & (position >= offset)
+            state = state._replace(
+                evict=_set(state.evict, (position - offset) % width, dms.hard_decisions(step.logit), told)
+            )
+        leaving = _get(state.evict, position % width) & (step.active & (position >= width))[:, None]
         return jnp.where(leaving, _get(state.slot, position % width), -1), state
 
-    def record(state: Ring, position: Int[Array, "B"], slot: PerHead, logit) -> Ring:
-        evict = dms.hard_decisions(logit) if offset == 0 else jnp.zeros_like(slot, bool)
-        index = position % width
-        return Ring(slot=_set(state.slot, index, slot), evict=_set(state.evict, index, evict))
+    def record(state: Ring, step: Step, slot: PerHead, weights) -> Ring:
+        evict = dms.hard_decisions(step.logit) if offset == 0 else jnp.zeros_like(slot, bool)
+        index = step.position % width
+        return Ring(_set(state.slot, index, slot, step.active), _set(state.evict, index, evict, step.active))
 
-    return Policy("dms", config.window, mark, settle, choose, record)
+    return Policy("dms", config.window, None, None, init, mark, retain, settle, choose, None, record)
 
 
 def _get(ring: Array, index: Int[Array, "B"]) -> Array:
     return jnp.take_along_axis(ring, index[:, None, None], axis=-1)[..., 0]
 
 
-def _set(ring: Array, index: Int[Array, "B"], value: Array) -> Array:
-    B, K, _ = ring.shape
-    return ring.at[jnp.arange(B)[:, None], jnp.arange(K)[None, :], index[:, None]].set(value)
+def _set(ring: Array, index: Int[Array, "B"], value: Array, where: Bool[Array, "B"]) -> Array:
+    B, K, R = ring.shape
+    index = jnp.where(where, index, R)  # out of range: dropped
+    return ring.at[jnp.arange(B)[:, None], jnp.arange(K)[None, :], index[:, None]].set(value, mode="drop")

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from dms_jax.policies.base import Policy
+from dms_jax.policies.base import Policy, nothing_marked, present
 
 
 @functools.cache
@@ -13,8 +13,13 @@ def full() -> Policy:
     return Policy(
         name="full",
         window=0,
-        mark=lambda k, logit, lengths: jnp.zeros((k.shape[0], k.shape[2], k.shape[1]), bool),
-        settle=lambda alpha, slots, lengths: (),
-        choose=lambda state, position, k, logit: (jnp.full((k.shape[0], k.shape[2]), -1, jnp.int32), state),
-        record=lambda state, position, slot, logit: state,
+        budget=None,
+        weights=None,
+        init=lambda batch, heads, slots: (),
+        mark=nothing_marked,
+        retain=lambda state, span, alpha, weights: (present(span), ()),
+        settle=lambda state, span, carry, slots: (),
+        choose=lambda state, step: (jnp.full_like(step.live, -1), state),
+        select=None,
+        record=lambda state, step, slot, weights: state,
     )

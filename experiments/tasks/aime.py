@@ -5,7 +5,7 @@ Fields: `problem`; `expected_answer` or `answer`; `id` if there is one (the row 
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,15 @@ def task(source: str) -> Task:
     return Task(source, load(source), prompt)
 
 
-def _distinct(problems: Iterable[mini.Problem]) -> Iterator[mini.Problem]:
-    seen = set()
-    for problem in problems:
-        if problem.problem not in seen:
-            seen.add(problem.problem)
-            yield problem
+def mini_problems(count: int) -> list[mini.Problem]:
+    """The first `count` held-out problems of the miniature reasoning task, no prompt twice."""
+    seen: set[str] = set()
+    drawn = mini.problems("test", MINI_SEED)
+    fresh = (p for p in drawn if not (p.problem in seen or seen.add(p.problem)))
+    return list(itertools.islice(fresh, count))
 
 
 def mini_task(count: int) -> Task:
-    """The first `count` held-out problems of the miniature reasoning task, no prompt twice."""
-    drawn = itertools.islice(_distinct(mini.problems("test", MINI_SEED)), count)
-    records = [Record(f"mini-{n}", p.problem, p.answer) for n, p in enumerate(drawn)]
+    """`mini_problems` as a task."""
+    records = [Record(f"mini-{n}", p.problem, p.answer) for n, p in enumerate(mini_problems(count))]
     return Task("mini", records, lambda record, tokenizer: record.problem)

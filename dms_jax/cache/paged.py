@@ -1,0 +1,296 @@
+"""Level 3. Paged storage: live slots of a head are always [0, length), in pages from one pool. Memory falls by CR.
+
+A newcomer takes its victim's slot, or the next fresh one; a head takes a page when its length crosses a page's
+edge. With page_size = 2, a head of 3 tokens, pages 7 and 4 of the pool, and free pages 0, 5 (the stack's top last):
+
+    table   [7 4 - -]   length 3   slots: page 7: 0 1, page 4: 2 .     free [0 5 ...] top 2
+    + 1     [7 4 - -]   length 4   slots: page 7: 0 1, page 4: 2 3     free [0 5 ...] top 2
+    + 1     [7 4 5 -]   length 5   slots: ..., page 5: 4 .             free [0 ...]   top 1
+
+The pool is shared by all layers, sequences and KV heads. Nothing here fails for want of a page: `admit` says
+beforehand which sequences surely have room for a step, and a caller of `extend` or `fork` must see to it that
+`pages_needed` of them are free.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from dms_jax import quant
+from dms_jax.cache.base import Storage, View
+from dms_jax.config import CacheConfig, ModelConfig
+from dms_jax.kernels.blocked import paged_attention
+from dms_jax.types import Counts, NewKV, PerHead, PerHeadKV, Positions, SlotFlags, Slots
+
+
+class PagedCache(NamedTuple):
+    """The pool (N pages), and for each layer, sequence and head its pages and its length."""
+
+    k: Num[Array, "N page D"]
+    v: Num[Array, "N page D"]
+    pos: Int[Array, "N page"]
+    k_scale: Float[Array, "N page"] | None  # only where keys and values are quantized
+    v_scale: Float[Array, "N page"] | None
+    table: Int[Array, "L B K P"]  # page ids; arbitrary past the head's pages
+    length: Int[Array, "L B K"]
+    free: Int[Array, "N"]  # a stack of page ids, of which free[:top] are free
+    top: Int[Array, ""]
+
+
+def paged_storage(config: CacheConfig) -> Storage:
+    """Paged storage; `init` is told how many pages the pool has."""
+    P = -(-config.capacity // config.page_size)
+
+    def init(model: ModelConfig, batch: int, dtype, pages: int) -> PagedCache:
+        L, K, D, N, page = model.num_layers, model.num_kv_heads, model.head_dim, pages, config.page_size
+        stored = dtype if config.quant == "none" else quant.STORED[config.quant]
+
+        def scales():
+            return None if config.quant == "none" else jnp.zeros((N, page))
+
+        return PagedCache(
+            k=jnp.zeros((N, page, D), stored),
+            v=jnp.zeros((N, page, D), stored),
+            pos=jnp.full((N, page), -1, jnp.int32),
+            k_scale=scales(),
+            v_scale=scales(),
+            table=jnp.zeros((L, batch, K, P), jnp.int32),
+            length=jnp.zeros((L, batch, K), jnp.int32),
+            free=jnp.arange(N, dtype=jnp.int32),
+            top=jnp.asarray(N, jnp.int32),
+        )
+
+    def place(cache, layer, k: PerHeadKV, v: PerHeadKV, position: Counts, victim: PerHead, active):
+        return _place(cache, layer, k, v, position, victim, active, config.quant)
+
+    def extend(cache, layer, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None):
+        return _extend(cache, layer, k, v, position, stay, old, config.quant)
+
+    return Storage(P * config.page_size, init, admit, place, attend, view, extend, live, take, put, fork, release)
+
+
+def pages_of(tokens, page: int):
+    """How many pages hold `tokens` slots; works on numbers and arrays."""
+    return -(-tokens // page)
+
+
+def page_size(cache: PagedCache) -> int:
+    return cache.k.shape[1]
+
+
+def bytes_per_page(model: ModelConfig, config: CacheConfig, dtype) -> int:
+    """Keys, values, scales and positions of one page."""
+    itemsize = 1 if config.quant != "none" else jnp.dtype(dtype).itemsize
+    scales = 8 if config.quant != "none" else 0
+    return config.page_size * (2 * model.head_dim * itemsize + scales + 4)
+
+
+def admit(cache: PagedCache, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
+    """Those, from the first, whose heads all find a fresh page if they need one; the others wait.
+
+    What a step may need is known from the lengths: a page for each head that stands at a page's edge.
+    """
+    page, P = page_size(cache), cache.table.shape[-1]
+    active &= (cache.length < P * page).all(axis=(0, 2))
+    need = jnp.sum(cache.length % page == 0, axis=(0, 2)) * active
+    return active & (jnp.cumsum(need) <= cache.top)
+
+
+def _take_pages(cache: PagedCache, wanted: Bool[Array, "..."]) -> tuple[PagedCache, Int[Array, "..."]]:
+    """A free page for each True, and N, which is no page, elsewhere."""
+    N = len(cache.free)
+    rank = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape)  # 1, 2, ... at the True ones
+    page = cache.free[jnp.clip(cache.top - rank, 0, N - 1)]
+    return cache._replace(top=cache.top - rank.reshape(-1)[-1]), jnp.where(wanted, page, N)
+
+
+def _give_pages(cache: PagedCache, pages: Int[Array, "..."], given: Bool[Array, "..."]) -> PagedCache:
+    """Puts the pages marked back on the stack."""
+    rank = jnp.cumsum(given.reshape(-1), dtype=jnp.int32)
+    index = jnp.where(given.reshape(-1), cache.top + rank - 1, len(cache.free))
+    free = cache.free.at[index].set(pages.reshape(-1), mode="drop")
+    return cache._replace(free=free, top=cache.top + rank[-1])
+
+
+def _write(cache: PagedCache, page, offset, k, v, pos, kind: str) -> PagedCache:
+    """Writes keys and values `[..., D]` at (page, offset); page N is out of range and dropped."""
+
+    def put(target, value):
+        return target.at[page, offset].set(value, mode="drop")
+
+    cache = cache._replace(pos=put(cache.pos, pos))
+    if kind == "none":
+        return cache._replace(k=put(cache.k, k.astype(cache.k.dtype)), v=put(cache.v, v.astype(cache.v.dtype)))
+    (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
+    cache = cache._replace(k=put(cache.k, k), v=put(cache.v, v))
+    return cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
+
+
+def _place(cache: PagedCache, layer: int, k, v, position, victim, active, kind: str) -> tuple[PagedCache, PerHead]:
+    page, (_, B, K, P) = page_size(cache), cache.table.shape
+    length = cache.length[layer]
+    active = active[:, None]
+    grows = active & (victim < 0)
+    cache, fresh = _take_pages(cache, grows & (length % page == 0))
+    b, h = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
+    # Where no page was taken `fresh` is N; an index of P is out of range, so nothing is written there.
+    edge = jnp.where(fresh < len(cache.free), length // page, P)
+    table = cache.table.at[layer, b, h, edge].set(fresh, mode="drop")
+    slot = jnp.where(grows, length, victim)
+    target = table.at[layer, b, h, jnp.clip(slot // page, 0, P - 1)].get(mode="clip")
+    target = jnp.where(active, target, len(cache.free))
+    cache = cache._replace(table=table, length=cache.length.at[layer].add(grows.astype(jnp.int32)))
+    at = jnp.broadcast_to(position[:, None], (B, K))
+    cache = _write(cache, target, slot % page, k, v, at, kind)
+    return cache, jnp.where(active, slot, P * page)
+
+
+def attend(
+    cache: PagedCache, layer: int, q: Float[Array, "B H D"], readable: Bool[Array, "B K P"] | None, weights: bool
+):
+    out, _, each = paged_attention(
+        q,
+        cache.k,
+        cache.v,
+        cache.table[layer],
+        cache.length[layer],
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+        readable=readable,
+        weights=weights,
+    )
+    return out, each
+
+
+def view(cache: PagedCache, layer: int, width: int) -> View:
+    page, (_, B, K, _) = page_size(cache), cache.table.shape
+    P = pages_of(width, page)
+    ids = cache.table[layer, :, :, :P]
+
+    def read(pool):
+        return jnp.take(pool, ids, axis=0, mode="clip").reshape(B, K, P * page, *pool.shape[2:])[:, :, :width]
+
+    k_scale, v_scale = (None if x is None else read(x) for x in (cache.k_scale, cache.v_scale))
+    pos = jnp.where(jnp.arange(width) < cache.length[layer][..., None], read(cache.pos), -1)
+    dtype = cache.k.dtype if cache.k_scale is None else jnp.float32
+    return View(quant.decode(read(cache.k), k_scale, dtype), quant.decode(read(cache.v), v_scale, dtype), pos)
+
+
+def _new_slots(stay: SlotFlags, width: int) -> tuple[Slots, SlotFlags]:
+    """The slot of everything that stays, -1 for the rest, and what has to be written there.
+
+    The new length n is the number of those that stay. Old slots under n that stay remain; the newcomers, after the
+    old ones at n and beyond, take the holes under n in order. With three old slots and two tokens:
+
+        stay   [1 0 1 | 1 1]   n = 4, holes 1 3   slots [0 -1 2 | 1 3]   written [0 0 0 | 1 1]
+        stay   [0 0 1 | 1 0]   n = 2, holes 0 1   slots [-1 -1 0 | 1 -1] written [0 0 1 | 1 0]
+    """
+    all_slots = jnp.arange(stay.shape[-1])
+    n = stay.sum(axis=-1, keepdims=True)
+    in_place = stay & (all_slots < n) & (all_slots < width)
+    hole = (all_slots < n) & ~in_place
+    written = stay & ~in_place
+
+    def rank(flags):
+        return jnp.cumsum(flags, axis=-1) - 1
+
+    b, h = jnp.arange(stay.shape[0])[:, None, None], jnp.arange(stay.shape[1])[None, :, None]
+    index = jnp.where(hole, rank(hole), stay.shape[-1])
+    holes = jnp.zeros(stay.shape, jnp.int32).at[b, h, index].set(all_slots.astype(jnp.int32), mode="drop")
+    taken = jnp.take_along_axis(holes, jnp.maximum(rank(written), 0), axis=-1)
+    return jnp.where(written, taken, jnp.where(in_place, all_slots, -1)), written
+
+
+def _extend(cache: PagedCache, layer: int, k, v, position, stay, old: View | None, kind: str):
+    page, P = page_size(cache), cache.table.shape[-1]
+    width = stay.shape[-1] - position.shape[1]
+    before, after = cache.length[layer], stay.sum(axis=-1, dtype=jnp.int32)
+    slots, written = _new_slots(stay, width)
+    held, kept = pages_of(before, page)[..., None], pages_of(after, page)[..., None]
+    column = jnp.arange(P)
+    cache, fresh = _take_pages(cache, (column >= held) & (column < kept))
+    table = jnp.where(fresh < len(cache.free), fresh, cache.table[layer])
+    cache = _give_pages(cache, table, (column >= kept) & (column < held))
+    cache = cache._replace(table=cache.table.at[layer].set(table), length=cache.length.at[layer].set(after))
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    at = jnp.broadcast_to(position[:, None], k.shape[:3])
+    new_slots, new_written = slots, written
+    if old is None:  # nothing moves: without a View the caller knows that the cache does not shrink
+        new_slots, new_written = slots[..., width:], written[..., width:]
+    else:
+        k = jnp.concatenate([old.k.astype(k.dtype), k], axis=2)
+        v = jnp.concatenate([old.v.astype(v.dtype), v], axis=2)
+        at = jnp.concatenate([old.pos, at], axis=2)
+    target = jnp.take_along_axis(table, jnp.clip(new_slots // page, 0, P - 1), axis=-1)
+    target = jnp.where(new_written, target, len(cache.free))
+    return _write(cache, target, new_slots % page, k, v, at, kind), slots
+
+
+def live(cache: PagedCache, layer: int) -> PerHead:
+    return cache.length[layer]
+
+
+def take(cache: PagedCache, rows: Counts) -> PagedCache:
+    """The pool is handed on whole: a part writes into its own pages only."""
+    table = cache.table.at[:, rows].get(mode="fill", fill_value=0)
+    return cache._replace(table=table, length=cache.length.at[:, rows].get(mode="fill", fill_value=0))
+
+
+def put(cache: PagedCache, rows: Counts, part: PagedCache) -> PagedCache:
+    table = cache.table.at[:, rows].set(part.table, mode="drop")
+    return part._replace(table=table, length=cache.length.at[:, rows].set(part.length, mode="drop"))
+
+
+def fork(cache: PagedCache, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int) -> PagedCache:
+    """Copies pages layer by layer, which bounds what is in flight; a row that moves hands over its pages."""
+    L, B = cache.table.shape[:2]
+    page, P = page_size(cache), pages_of(width, page_size(cache))
+    length = cache.length.at[:, source].get(mode="fill", fill_value=0)
+    length = jnp.where((target < B)[None, :, None], length, 0)
+    for layer in range(L):
+        wanted = (jnp.arange(P) < pages_of(length[layer], page)[..., None]) & ~moved[:, None, None]
+        cache, new = _take_pages(cache, wanted)
+        old = cache.table.at[layer, source, :, :P].get(mode="clip")
+
+        def copy(pool, old=old, new=new):
+            return None if pool is None else pool.at[new].set(pool.at[old].get(mode="clip"), mode="drop")
+
+        pools = {name: copy(getattr(cache, name)) for name in ("k", "v", "pos", "k_scale", "v_scale")}
+        ids = jnp.where(moved[:, None, None], old, jnp.where(wanted, new, 0))
+        cache = cache._replace(**pools, table=cache.table.at[layer, target, :, :P].set(ids, mode="drop"))
+    length = cache.length.at[:, target].set(length, mode="drop")
+    return cache._replace(length=length.at[:, jnp.where(moved, source, B)].set(0, mode="drop"))
+
+
+def release(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
+    rows = rows[None, :, None]
+    held = jnp.arange(cache.table.shape[-1]) < pages_of(cache.length, page_size(cache))[..., None]
+    cache = _give_pages(cache, cache.table, held & rows[..., None])
+    return cache._replace(length=jnp.where(rows, 0, cache.length))
+
+
+def grow(cache: PagedCache, pages: int) -> PagedCache:
+    """The same cache with a pool of `pages` pages; the new ones are free."""
+    N = len(cache.free)
+    more = pages - N
+
+    def longer(pool, fill):
+        return None if pool is None else jnp.pad(pool, ((0, more),) + ((0, 0),) * (pool.ndim - 1), constant_values=fill)
+
+    cache = cache._replace(
+        k=longer(cache.k, 0),
+        v=longer(cache.v, 0),
+        pos=longer(cache.pos, -1),
+        k_scale=longer(cache.k_scale, 0),
+        v_scale=longer(cache.v_scale, 0),
+        free=longer(cache.free, 0),
+    )
+    new = jnp.arange(N, pages, dtype=jnp.int32)
+    return _give_pages(cache, new, jnp.ones(more, bool))
+
+
+def worst_case_pages(model: ModelConfig, tokens: int, page: int) -> int:
+    """Pages of one sequence that keeps everything."""
+    return model.num_layers * model.num_kv_heads * math.ceil(tokens / page)

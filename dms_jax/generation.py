@@ -1,0 +1,168 @@
+"""Level 6. From a loaded model to an engine, and `generate`."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dms_jax import metrics, policies, sampling
+from dms_jax.cache import storage
+from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
+from dms_jax.decode import Setup
+from dms_jax.engine import Engine, EngineConfig, Job, round_up
+from dms_jax.transformer import Decoder
+from dms_jax.types import Keys
+
+
+class Output(NamedTuple):
+    """What `generate` returns; every field is indexed `[prompt][chain]`.
+
+    text is None without a tokenizer; tokens are the new ids, the stop token included; for the counts see
+    `metrics.CacheUse`, and for `by_head` `metrics.HeadUse`.
+    """
+
+    text: list[list[str]] | None
+    tokens: list[list[list[int]]]
+    kv_reads: np.ndarray
+    prefill_reads: np.ndarray
+    peak_tokens: np.ndarray
+    achieved_cr: np.ndarray
+    by_head: list[list[metrics.HeadUse]]
+
+
+def resolve_dms(lm, policy: str | None, dms: DMSConfig | None) -> tuple[str, DMSConfig | None]:
+    """The policy's name and the gate's config that `generate` means by None.
+
+    Raises:
+      ConfigError: a DMS policy or config on a model that was never retrofitted, or another gate than its own.
+    """
+    if dms is not None:
+        require(lm.dms is not None, "dms", dms, "this model was never retrofitted")
+        require(dms.gate == lm.dms.gate, "dms.gate", dms.gate, f"the model carries the {lm.dms.gate!r} gate")
+    dms = dms or lm.dms
+    return policy or ("dms" if dms else "full"), dms
+
+
+def encode(lm, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Token ids of each prompt, checked.
+
+    Raises:
+      ValueError: an empty prompt, ids outside the vocabulary, or text for a model without a tokenizer.
+    """
+    V = lm.config.vocab_size
+    encoded = []
+    for n, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if lm.tokenizer is None:
+                raise ValueError(f"prompts[{n}] is text, but this model has no tokenizer: pass token ids")
+            prompt = lm.tokenizer(prompt)["input_ids"]
+        ids = [int(t) for t in prompt]
+        if not ids:
+            raise ValueError(f"prompts[{n}] is empty")
+        if min(ids) < 0 or max(ids) >= V:
+            raise ValueError(f"prompts[{n}] has token ids outside 0..{V - 1}")
+        encoded.append(ids)
+    return encoded
+
+
+def build(
+    lm,
+    length: int,
+    policy: str | None = None,
+    dms: DMSConfig | None = None,
+    budget: int | float | None = None,
+    sampling: SamplingConfig | None = None,
+    stop: Sequence[int] | None = None,
+    cache: str = "paged",
+    page_size: int = 64,
+    quant: str = "none",
+    engine: EngineConfig | None = None,
+    **callbacks,
+) -> Engine:
+    """An engine for sequences of up to `length` tokens, prompt included.
+
+    Args:
+      policy: None means "dms" where the model was retrofitted, else "full".
+      dms: overrides `lm.dms` (another window, say).
+      budget: for policies that need one: tokens a head, or as a float in (0, 1] a share of `length`.
+      stop: token ids that end a chain; None means the model's own.
+      cache, page_size, quant: see CacheConfig.
+    Raises:
+      ConfigError: an unknown policy or storage, a missing budget, or DMS on a model that was never retrofitted.
+    """
+    name, dms = resolve_dms(lm, policy, dms)
+    cache_config = CacheConfig(cache, round_up(length), page_size, quant)
+    chosen = policies.policy(name, dms, budget, length, page_size, lm.config.head_dim)
+    setup = Setup(
+        model=Decoder(lm.config, dms),
+        policy=chosen,
+        storage=storage(cache_config),
+        sampling=sampling or SamplingConfig(),
+        stop=tuple(lm.config.eos_ids if stop is None else stop),
+    )
+    expected_cr = (dms.cr or 1.0) if name == "dms" else 1.0
+    return Engine(setup, lm.params, cache_config, engine or EngineConfig(), expected_cr, **callbacks)
+
+
+def generate(
+    lm,
+    prompts: Sequence[str | Sequence[int]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    chains: int = 1,
+    seed: int = 0,
+    policy: str | None = None,
+    cache: str = "paged",
+    dms: DMSConfig | None = None,
+    budget: int | float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Sequence[int] | None = None,
+    keys: Keys | None = None,
+    slots: int = 64,
+    on_tokens: Callable[[int, int, list[int]], None] | None = None,
+    **options,
+) -> Output:
+    """Continues every prompt with `chains` chains.
+
+    Args:
+      lm: from `dms_jax.load`.
+      prompts: strings, or lists of token ids.
+      keys: `[prompts * chains, 2]` raw random keys in place of those made from `seed`.
+      slots: sequences decoded at the same time; more of them wait for a place.
+      on_tokens: called with (prompt number, chain number, new tokens) while decoding.
+      policy, dms, budget, stop, cache and `options` (page_size, quant, engine): see `build`.
+    Raises:
+      ConfigError: an impossible option.  ValueError: bad prompts.
+    """
+    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+    require(chains >= 1, "chains", chains, "must be at least 1")
+    ids = encode(lm, prompts)
+    if not ids:
+        raise ValueError("prompts is empty")
+    if keys is None:
+        keys = sampling.sequence_keys(seed, len(ids), chains)
+    keys = np.asarray(keys).reshape(len(ids), chains, 2)
+    options.setdefault("engine", EngineConfig(slots=slots, steps=min(64, max_new_tokens)))
+    engine = build(
+        lm,
+        max(len(p) for p in ids) + max_new_tokens,
+        policy=policy,
+        dms=dms,
+        budget=budget,
+        sampling=SamplingConfig(temperature, top_k, top_p),
+        stop=stop,
+        cache=cache,
+        on_tokens=on_tokens,
+        **options,
+    )
+    jobs = [Job(prompt, keys[n], max_new_tokens, n) for n, prompt in enumerate(ids)]
+    done = {(result.name, result.chain): result for result in engine.run(jobs)}
+    table = [[done[n, c] for c in range(chains)] for n in range(len(ids))]
+    tokens = [[result.tokens for result in row] for row in table]
+    counts = {
+        field: np.array([[getattr(result.use, field) for result in row] for row in table])
+        for field in metrics.CacheUse._fields
+    }
+    decoded = lm.tokenizer and [[lm.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens]
+    return Output(decoded, tokens, by_head=[[result.by_head for result in row] for row in table], **counts)

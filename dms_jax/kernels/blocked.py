@@ -1,0 +1,89 @@
+"""Level 2. Paged decode attention in plain XLA: a loop over blocks of pages with an online softmax.
+
+The fallback where no GPU kernel runs. Time and temporary memory follow the longest head, not the page table's
+width, and a sequence's result does not depend on its company: blocks past its own length change nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from dms_jax import quant
+from dms_jax.types import NEGATIVE, PerHead
+
+BLOCK = 256  # slots a step of the loop: few steps, and temporaries that stay in a CPU's cache
+
+
+class _Sums(NamedTuple):
+    """Running maximum, sum and weighted values of the online softmax; the raw scores only where asked for."""
+
+    top: Float[Array, "B K G"]
+    total: Float[Array, "B K G"]
+    out: Float[Array, "B K G D"]
+    scores: Float[Array, "B K G S"] | None
+
+
+def paged_attention(
+    q: Float[Array, "B H D"],
+    k_pages: Num[Array, "N page D"],
+    v_pages: Num[Array, "N page D"],
+    table: Int[Array, "B K P"],
+    lengths: PerHead,
+    *,
+    k_scale: Float[Array, "N page"] | None = None,
+    v_scale: Float[Array, "N page"] | None = None,
+    readable: Bool[Array, "B K P"] | None = None,
+    weights: bool = False,
+) -> tuple[Float[Array, "B H D"], Float[Array, "B H"], Float[Array, "B K S"] | None]:
+    """Attention of one query a sequence over slots `[0, length)` of each head; see `kernels.paged_decode_attention`."""
+    B, H, D = q.shape
+    _, K, P = table.shape
+    G, page = H // K, k_pages.shape[1]
+    n = min(max(1, BLOCK // page), P)  # pages a block
+    pad = -P % n
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, pad)))
+    S = (P + pad) * page
+    grouped = q.reshape(B, K, G, D)
+
+    def read(pages, scale, ids):
+        x = jnp.take(pages, ids, axis=0, mode="clip")
+        scale = None if scale is None else jnp.take(scale, ids, axis=0, mode="clip")
+        return quant.decode(x, scale, q.dtype).reshape(B, K, n * page, D)
+
+    def block(i, sums: _Sums) -> _Sums:
+        ids = jax.lax.dynamic_slice_in_dim(table, i * n, n, axis=2)
+        slot = i * n * page + jnp.arange(n * page)
+        valid = slot < lengths[..., None]
+        if readable is not None:
+            flags = jnp.take(readable, slot // page, axis=2, mode="fill", fill_value=False)
+            valid &= flags
+        k = read(k_pages, k_scale, ids)
+        scores = jnp.einsum("BKGD,BKSD->BKGS", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
+        scores = jnp.where(valid[:, :, None], scores, NEGATIVE)
+        top = jnp.maximum(sums.top, scores.max(axis=-1))
+        p = jnp.where(valid[:, :, None], jnp.exp(scores - top[..., None]), 0.0)
+        shrink = jnp.exp(sums.top - top)
+        v = read(v_pages, v_scale, ids)
+        added = jnp.einsum("BKGS,BKSD->BKGD", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        kept = sums.scores
+        if kept is not None:
+            kept = jax.lax.dynamic_update_slice_in_dim(kept, scores, i * n * page, axis=3)
+        return _Sums(top, sums.total * shrink + p.sum(axis=-1), sums.out * shrink[..., None] + added, kept)
+
+    empty = _Sums(
+        top=jnp.full((B, K, G), NEGATIVE),
+        total=jnp.zeros((B, K, G)),
+        out=jnp.zeros((B, K, G, D)),
+        scores=jnp.full((B, K, G, S), NEGATIVE) if weights else None,
+    )
+    blocks = -(-jnp.max(lengths) // (n * page))
+    sums = jax.lax.fori_loop(0, blocks, block, empty)
+    total = jnp.where(sums.total == 0, 1.0, sums.total)  # nothing read: the output is 0
+    out = (sums.out / total[..., None]).astype(q.dtype).reshape(B, H, D)
+    lse = jnp.where(sums.total == 0, -jnp.inf, sums.top + jnp.log(total)).reshape(B, H)
+    if not weights:
+        return out, lse, None
+    probs = jnp.exp(sums.scores - sums.top[..., None]) / total[..., None]
+    return out, lse, jnp.where(sums.scores > NEGATIVE, probs, 0.0).sum(axis=2)[..., : P * page]

@@ -1,0 +1,93 @@
+"""Level 2. Quest: everything is stored, and each query reads the pages that could matter most (Tang et al. 2024,
+arXiv 2406.10774).
+
+A page's summary is the smallest and the largest value of each dim of its keys; `sum_d max(q_d min_d, q_d max_d)` is
+at least as large as the score of any of its tokens. The pages with the largest bounds are read, and always the one
+that is being filled. For grouped-query attention a page's bound is the largest of its KV head's query heads.
+Deviation: the authors read everything in the first two layers; here all layers read alike.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dms_jax.config import require
+from dms_jax.policies.base import Policy, Span, Step, nothing_marked, present
+from dms_jax.types import PerHead, Slots
+
+
+class Summaries(NamedTuple):
+    """Of each page of each head. Nothing is evicted, so slots are positions."""
+
+    low: Float[Array, "B K P D"]
+    high: Float[Array, "B K P D"]
+
+
+def _widen(state: Summaries, page, k) -> Summaries:
+    """Takes keys `[B, K, T, D]` into the summaries of their pages `[B, K, T]`; a page of P is dropped."""
+    b, h = jnp.arange(page.shape[0])[:, None, None], jnp.arange(page.shape[1])[None, :, None]
+    k = k.astype(state.low.dtype)
+    return Summaries(
+        state.low.at[b, h, page].min(k, mode="drop"),
+        state.high.at[b, h, page].max(k, mode="drop"),
+    )
+
+
+@functools.cache
+def quest(budget: int, page_size: int, head_dim: int) -> Policy:
+    """Reads `budget` tokens a step, a whole number of pages (at least the newest); reads count the summaries too.
+
+    A page's summary is two vectors, as much as one token's key and value: one read for each page that is held.
+
+    Raises:
+      ConfigError: a budget under one page.
+    """
+    pages = budget // page_size
+    require(pages >= 1, "budget", budget, f"policy 'quest' reads whole pages of page_size={page_size}")
+
+    def init(batch: int, heads: int, slots: int) -> Summaries:
+        shape = (batch, heads, -(-slots // page_size), head_dim)
+        return Summaries(jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf))
+
+    def settle(state: Summaries, span: Span, carry, slots: Slots) -> Summaries:
+        fresh = (span.start == 0)[:, None, None, None]  # another sequence may have used the row before
+        state = Summaries(jnp.where(fresh, jnp.inf, state.low), jnp.where(fresh, -jnp.inf, state.high))
+        new = slots[..., span.pos.shape[-1] :]
+        page = jnp.where(new < 0, state.low.shape[2], new // page_size)
+        return _widen(state, page, span.k.swapaxes(1, 2))
+
+    def choose(state: Summaries, step: Step) -> tuple[PerHead, Summaries]:
+        page = jnp.where(step.active[:, None], step.live // page_size, state.low.shape[2])
+        return jnp.full_like(step.live, -1), _widen(state, page[..., None], step.k[:, :, None])
+
+    def select(state: Summaries, step: Step, q) -> tuple[Bool[Array, "B K P"], PerHead]:
+        B, K, P, D = state.low.shape
+        held = jnp.arange(P) <= (step.live // page_size)[..., None]  # the newcomer is stored by now
+        grouped = q.reshape(B, K, 1, -1, D).astype(state.low.dtype)
+        low, high = (jnp.where(held[..., None], x, 0.0)[:, :, :, None] for x in state)
+        bound = jnp.maximum(grouped * low, grouped * high).sum(axis=-1).max(axis=-1)
+        newest = jnp.arange(P) == (step.live // page_size)[..., None]
+        bound = jnp.where(newest, jnp.inf, jnp.where(held, bound, -jnp.inf))
+        chosen = jax.lax.top_k(bound, min(pages, P))[1]
+        b, h = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+        readable = jnp.zeros((B, K, P), bool).at[b, h, chosen].set(True) & held
+        in_newest = step.live % page_size + 1
+        tokens = (readable.sum(axis=-1) - 1) * page_size + in_newest
+        return readable, (tokens + held.sum(axis=-1)).astype(jnp.int32)
+
+    return Policy(
+        name="quest",
+        window=0,
+        budget=None,
+        weights=None,
+        init=init,
+        mark=nothing_marked,
+        retain=lambda state, span, alpha, weights: (present(span), ()),
+        settle=settle,
+        choose=choose,
+        select=select,
+        record=lambda state, step, slot, weights: state,
+    )

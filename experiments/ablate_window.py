@@ -1,0 +1,444 @@
+"""The window ablation: delayed against immediate eviction for several windows and compression ratios.
+
+A cell is a window and a mode: one short retrofit of the mini model whose schedule passes the compression ratios,
+with a snapshot at each, which is then scored on held-out problems as `experiments.aime` scores (one chain, sampled
+at temperature 1). The query neuron is given up once, before any cell: that depends on neither window nor mode.
+With window 0 the two modes are the same model, which is trained once and reported under both.
+
+examples:
+  python -m experiments.ablate_window --jobs 9
+  python -m experiments.ablate_window --windows 16 --modes immediate --out runs/ablate_window
+
+OUT holds a folder for the shared start and one for each cell; what is finished there is not run again, and
+OUT/results.json has a row for each (window, mode, ratio) of all cells in it.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from dms_jax.config import DMSConfig, load_yaml, require
+from experiments import command, report, stats
+from experiments.command import metavar
+from experiments.run import Run, RunError, environment, open_run, read_config, write_json
+from experiments.variants import batches
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate_window.yaml"
+PADDED = 64  # lengths of training sequences are cut to a multiple of this
+POLL = 2.0  # seconds between two looks at the cells that run
+CAPTION = (
+    f"Accuracy of one sampled chain a problem, with its 95% interval ({stats.METHOD}). Achieved CR: tokens seen over "
+    f"tokens live at the end of a chain, the window included."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """The grid, and how a cell is trained and scored; fields as in `retrofit.RetrofitConfig` and `experiments.aime`.
+
+    modes: "delayed" reads the decision off the token itself (o = 0), "immediate" off the one `window` later (o = w).
+    pool: training problems drawn. problems: held-out problems scored; sampled: sequences in one call.
+    """
+
+    windows: tuple[int, ...] = (0, 1, 4, 16, 64)
+    modes: tuple[Literal["delayed", "immediate"], ...] = ("delayed", "immediate")
+    crs: tuple[float, ...] = (2.0, 4.0, 8.0)
+    retire_steps: int = 100
+    steps_per_cr: int = 50
+    learning_rate: float = 5e-4
+    batch_size: int = 128
+    pool: int = 65536
+    slip_rate: float = 0.045
+    problems: int = 512
+    sampled: int = 512
+    max_length: int = 448
+    seed: int = 1
+
+    def __post_init__(self):
+        for key in ("windows", "modes", "crs"):
+            values = getattr(self, key)
+            require(len(values) > 0, key, values, "must not be empty")
+            require(len(set(values)) == len(values), key, values, "a value occurs twice")
+        require(all(w >= 0 for w in self.windows), "windows", self.windows, "must not be negative")
+        require(all(cr > 1 for cr in self.crs), "crs", self.crs, "must be above 1")
+        for key in ("retire_steps", "steps_per_cr", "batch_size", "problems", "sampled", "max_length"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
+        require(self.pool >= self.batch_size, "pool", self.pool, f"is less than batch_size={self.batch_size}")
+
+    def shared(self) -> dict:
+        """What the shared start depends on."""
+        keys = ("retire_steps", "learning_rate", "batch_size", "pool", "slip_rate", "seed")
+        return {key: getattr(self, key) for key in keys}
+
+    def scoring(self) -> dict:
+        """What a score depends on besides the model."""
+        return {"max_length": self.max_length, "problems": self.problems}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    config: Annotated[Path, metavar("FILE")] = CONFIG
+    """YAML file with the fields of Ablation; default: configs/ablate_window.yaml; the options below override it"""
+    windows: Annotated[tuple[int, ...], metavar("TOKENS ...")] = ()
+    """windows of the grid"""
+    modes: Annotated[tuple[Literal["delayed", "immediate"], ...], metavar("MODE ...")] = ()
+    """delayed, immediate"""
+    crs: Annotated[tuple[float, ...], metavar("CR ...")] = ()
+    """compression ratios that the schedule passes"""
+    retire_steps: Annotated[int | None, metavar("N")] = None
+    """steps over which the query neuron is given up, once for all cells"""
+    steps_per_cr: Annotated[int | None, metavar("N")] = None
+    """steps in which the compression ratio rises by 1"""
+    batch_size: Annotated[int | None, metavar("N")] = None
+    """training sequences in a step"""
+    pool: Annotated[int | None, metavar("N")] = None
+    """training problems"""
+    problems: Annotated[int | None, metavar("N")] = None
+    """held-out problems that score a cell"""
+    max_length: Annotated[int | None, metavar("TOKENS")] = None
+    """the most new tokens of a chain"""
+    out: Annotated[Path, metavar("FOLDER")] = Path("runs/ablate_window")
+    """where cells are written, and found again; default: runs/ablate_window"""
+    jobs: Annotated[int, metavar("N")] = 1
+    """cells at the same time, each in a process of its own; default: 1"""
+
+
+class Cell(NamedTuple):
+    """A model to train. For window 0 the modes are one, called delayed."""
+
+    window: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"w{self.window}-{self.mode}"
+
+    @property
+    def dms(self) -> DMSConfig:
+        return DMSConfig(window=self.window, decision_offset=self.window if self.mode == "immediate" else 0)
+
+
+def grid(settings: Ablation) -> list[Cell]:
+    """The cells to train, widest window first: theirs take longest."""
+    cells = {Cell(w, mode if w else "delayed") for w in settings.windows for mode in settings.modes}
+    return sorted(cells, reverse=True)
+
+
+def cell_identity(settings: Ablation, cell: Cell) -> dict:
+    """What makes a cell's folder that cell's."""
+    return {
+        **settings.shared(),
+        **settings.scoring(),
+        "crs": sorted(settings.crs),
+        "steps_per_cr": settings.steps_per_cr,
+        **cell._asdict(),
+    }
+
+
+# ---- the shared start
+
+
+def retrofit_config(settings: Ablation, dms: DMSConfig):
+    """The retrofit of a cell; its first `retire_steps` steps are the shared ones."""
+    from dms_jax.retrofit import RetrofitConfig
+
+    return RetrofitConfig(
+        dms=dms,
+        retire_steps=settings.retire_steps,
+        steps_per_cr=settings.steps_per_cr,
+        max_cr=max(settings.crs),
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+
+
+def train(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path, retiring: bool, **options) -> None:
+    """The shared first steps of a retrofit (`retiring`), or all after them, in `folder` from its newest checkpoint."""
+    from dms_jax import retrofit
+    from dms_jax.data import batch_at
+
+    config, problems = retrofit_config(settings, dms), read_pool(pool)
+
+    def step_fn(state, batch):
+        return retrofit.train_step(state, lm.params, batch, model=lm.config, config=config, retiring=retiring)
+
+    retrofit.fit(
+        step_fn,
+        retrofit.fresh_state(lm.params, retrofit.optimizer(config)),
+        lambda step: batch_at(problems, step, config.batch_size, config.seed),
+        config.retirement if retiring else config.total_steps,
+        folder,
+        **options,
+    )
+
+
+def make_pool(settings: Ablation, path: Path) -> None:
+    """Draws the training problems that all cells share, and writes them in one piece."""
+    from experiments.tasks import mini
+    from scripts.pretrain_mini import LENGTH
+
+    workers = min(os.cpu_count() or 1, -(-settings.pool // mini.CHUNK))
+    tokenizer = mini.build_tokenizer()
+    drawn = mini.generate_pool(
+        tokenizer, "train", settings.seed, settings.pool, LENGTH, workers, slip_rate=settings.slip_rate
+    )
+    width = -(-int(drawn.total_lengths.max()) // PADDED) * PADDED
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, tokens=drawn.tokens[:, :width], prompts=drawn.prompt_lengths, lengths=drawn.total_lengths)
+    temporary.replace(path)
+
+
+def read_pool(path: Path):
+    """The training problems as a `Batch`."""
+    from dms_jax.data import Batch
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return Batch(arrays["tokens"], arrays["prompts"], arrays["lengths"])
+
+
+def prepare(settings: Ablation, out: Path) -> dict:
+    """The pool, the retired state and the base model's score in OUT/start; returns the score.
+
+    Raises:
+      RunError: OUT was made with other settings.
+    """
+    import dms_jax
+
+    identity = {**settings.shared(), **settings.scoring()}
+    run = open_run(out, "start", identity, out / "start")
+    try:
+        lm = dms_jax.load("mini", dtype="float32")
+        pool = run.path / "pool.npz"
+        if not pool.exists():
+            make_pool(settings, pool)
+        train(settings, lm, DMSConfig(window=0), run.path, pool, retiring=True)
+        score_member(settings, run, lm, None, "base")
+        return summarize(run.samples, "base")
+    finally:
+        run.close()
+
+
+# ---- a cell
+
+
+def begin_cell(settings: Ablation, cell: Cell, lm: Any, start: Path, folder: Path) -> None:
+    """Puts the shared start into a cell's folder as its first checkpoint, the neuron's inputs zeroed."""
+    from dms_jax import checkpoint, retrofit
+
+    own = checkpoint.manager(folder / "checkpoints")
+    if own.latest_step() is not None:
+        return
+    config = retrofit_config(settings, cell.dms)
+    shared = checkpoint.manager(start / "checkpoints")
+    step, state = checkpoint.restore(shared, retrofit.fresh_state(lm.params, retrofit.optimizer(config)))
+    require(step == settings.retire_steps, "start", step, "the shared start is not finished")
+    state = state._replace(params=retrofit.reset_neuron(state.params, lm.config, cell.dms))
+    checkpoint.save(own, step, state)
+
+
+def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
+    """Trains a cell and scores its members, each of the ratios; what its folder has already is kept."""
+    import jax
+
+    import dms_jax
+    from dms_jax import hub
+
+    run = open_run(out, "cell", cell_identity(settings, cell), out / cell.name)
+    try:
+        begun = time.monotonic()
+        entry = run.started()
+        lm = dms_jax.load("mini", dtype="float32")
+        due = {settings.retire_steps + round((cr - 1) * settings.steps_per_cr): cr for cr in settings.crs}
+
+        def on_step(step, state):
+            if step in due:
+                member = dataclasses.replace(cell.dms, cr=float(due[step]))
+                params = jax.tree.map(np.asarray, state.params)
+                hub.save(hub.LM(lm.config, params, lm.tokenizer, member), run.path / f"cr{due[step]:g}")
+            return state
+
+        begin_cell(settings, cell, lm, out / "start", run.path)
+        train(settings, lm, cell.dms, run.path, out / "start" / "pool.npz", retiring=False, on_step=on_step)
+        trained = time.monotonic()
+        rows = []
+        for cr in sorted(settings.crs):
+            member = dms_jax.load(run.path / f"cr{cr:g}", dtype="float32")
+            score_member(settings, run, member, cell.dms, f"cr{cr:g}")
+            rows.append({**cell._asdict(), "cr": cr, **summarize(run.samples, f"cr{cr:g}")})
+        seconds = {"training": trained - begun, "scoring": time.monotonic() - trained}
+        run.finish({"rows": rows, "seconds": seconds, "environment": entry})
+    finally:
+        run.close()
+
+
+def score_member(settings: Ablation, run: Run, lm: Any, dms: DMSConfig | None, source: str) -> None:
+    """Samples one chain for each problem as `experiments.aime` does, and judges it; a line of samples.jsonl each.
+
+    dms: without a ratio, so that all members of a cell share compiled code.
+    """
+    import dms_jax
+    from dms_jax import sampling
+    from experiments.tasks import aime
+    from experiments.tasks.base import judge
+
+    records = aime.mini_task(settings.problems).records
+    done = {s["id"] for s in run.samples if s["source"] == source}
+    for group, padded in batches(list(enumerate(records)), min(settings.sampled, settings.problems)):
+        if all(record.id in done for _, record in group):
+            continue
+        out = dms_jax.generate(
+            lm,
+            [record.problem for _, record in padded],
+            max_new_tokens=settings.max_length,
+            temperature=1.0,
+            policy="dms" if dms else "full",
+            dms=dms,
+            keys=sampling.chain_keys(0, [n for n, _ in padded], [0] * len(padded)),
+        )
+        rows = []
+        for n, (_, record) in enumerate(group):
+            verdict = judge(out.text[n][0], record.answer)
+            row = {"source": source, "id": record.id, "text": out.text[n][0], **verdict._asdict()}
+            counts = ("kv_reads", "peak_tokens", "achieved_cr")
+            rows.append({**row, "tokens": len(out.tokens[n][0]), **{c: float(getattr(out, c)[n, 0]) for c in counts}})
+        run.append([row for row in rows if row["id"] not in done])
+
+
+def summarize(samples: Sequence[dict], source: str) -> dict:
+    """Accuracy and achieved CR of one member's samples."""
+    own = [s for s in samples if s["source"] == source]
+    return {
+        "accuracy": stats.bootstrap([s["correct"] for s in own])._asdict(),
+        "achieved_cr": float(np.mean([s["achieved_cr"] for s in own])),
+        "problems": len(own),
+    }
+
+
+# ---- all cells
+
+
+def finished(settings: Ablation, cell: Cell, out: Path) -> bool:
+    return (out / cell.name / "results.json").exists() and read_config(out / cell.name) == json.loads(
+        json.dumps(cell_identity(settings, cell))
+    )
+
+
+def _quiet_cell(settings: Ablation, cell: Cell, out: Path) -> None:
+    """`run_cell` in a process of its own; what it prints goes to a file."""
+    (out / cell.name).mkdir(parents=True, exist_ok=True)
+    with (out / f"{cell.name}.log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run_cell(settings, cell, out)
+
+
+def steps_done(cell: Cell, out: Path) -> int:
+    """The step of the last whole line of a cell's log."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((out / cell.name / "log.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+def run_cells(settings: Ablation, cells: Sequence[Cell], out: Path, jobs: int) -> None:
+    """Runs the cells, `jobs` at a time; a bar shows training steps. The first failure ends it, naming the cell."""
+    from tqdm import tqdm
+
+    if jobs == 1 or len(cells) <= 1:
+        for cell in cells:
+            print(f"cell {cell.name}")
+            run_cell(settings, cell, out)
+        return
+    steps = round((max(settings.crs) - 1) * settings.steps_per_cr)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(cells)), mp_context=spawn) as executor:
+        waiting = {executor.submit(_quiet_cell, settings, cell, out): cell for cell in cells}
+        with tqdm(total=steps * len(cells), unit="step") as bar:
+            while waiting:
+                ended, _ = concurrent.futures.wait(waiting, timeout=POLL)
+                bar.n = sum(max(0, steps_done(cell, out) - settings.retire_steps) for cell in cells)
+                bar.set_postfix({"cells running or waiting": len(waiting) - len(ended)})
+                for future in ended:
+                    cell = waiting.pop(future)
+                    if error := future.exception():
+                        executor.shutdown(cancel_futures=True)
+                        raise RunError(f"cell {cell.name}: {error}; see {out / cell.name}.log") from error
+
+
+def merged(out: Path, base: dict) -> Iterator[dict]:
+    """Rows of every finished cell in OUT; window 0 stands for both modes.
+
+    Raises:
+      RunError: cells that were trained or scored differently.
+    """
+    seen: dict[str, dict] = {}
+    for path in sorted(out.glob("w*/results.json")):
+        own = {k: v for k, v in read_config(path.parent).items() if k not in ("window", "mode", "crs")}
+        seen[path.parent.name] = own
+        first = next(iter(seen))
+        if own != seen[first]:
+            raise RunError(f"{path.parent}: made with other settings than {out / first}")
+        for row in json.loads(path.read_text())["rows"]:
+            for mode in ("delayed", "immediate") if row["window"] == 0 else (row["mode"],):
+                yield {**row, "mode": mode, "base_accuracy": base["accuracy"]}
+
+
+COLUMNS = (  # as in report.py
+    ("window", "right", True, lambda row: str(row["window"])),
+    ("mode", "left", True, lambda row: row["mode"]),
+    ("CR", "right", True, lambda row: f"{row['cr']:g}"),
+    ("accuracy %", "right", True, lambda row: report.percent(row["accuracy"])),
+    ("achieved CR", "right", True, lambda row: f"{row['achieved_cr']:.2f}"),
+    ("problems", "right", True, lambda row: str(row["problems"])),
+)
+
+
+def load_settings(config: Config) -> Ablation:
+    """The YAML file with the options laid over it."""
+    require(config.jobs > 0, "jobs", config.jobs, "must be positive")
+    require(config.config.is_file(), "config", str(config.config), "no such file")
+    names = {field.name for field in dataclasses.fields(Ablation)}
+    given = {k: v for k, v in vars(config).items() if k in names and v not in (None, ())}
+    return dataclasses.replace(load_yaml(Ablation, config.config), **given)
+
+
+def execute(config: Config, console: Console, start: float) -> int:
+    """The whole job; returns the exit status."""
+    settings, out = load_settings(config), config.out
+    # Several processes share the GPU: none may take most of its memory when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    cells = grid(settings)
+    try:
+        base = prepare(settings, out)
+        run_cells(settings, [cell for cell in cells if not finished(settings, cell, out)], out, config.jobs)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command continues {out}", soft_wrap=True)
+        return 130
+    rows = sorted(merged(out, base), key=lambda row: (row["cr"], row["window"], row["mode"]))
+    entry = environment()
+    outcome = {"experiment": "ablate_window", "command": entry["command"], "problems": settings.problems}
+    settled = {**outcome, "caption": CAPTION, "config": dataclasses.asdict(settings), "environment": entry}
+    write_json(out / "results.json", {**settled, "base": base, "rows": rows})
+    title = f"mini: {settings.problems} problems; the base model has {report.percent(base['accuracy'])}%"
+    report.print_results(console, rows, title, COLUMNS)
+    console.print(CAPTION, style="dim")
+    console.print(f"results: {out / 'results.json'}", soft_wrap=True)
+    console.print(f"{time.monotonic() - start:.0f} seconds")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.main(Config, execute, __doc__, "experiments.ablate_window", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

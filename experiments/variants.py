@@ -1,0 +1,98 @@
+"""What an experiment compares: a model under several policies, at several compression ratios and budgets."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dms_jax.config import DMSConfig, one_of, require
+
+# Policies that need no training, but to be told how many tokens a head may keep.
+TRAINING_FREE = ("streaming", "tova", "h2o", "quest", "knorm", "random")
+
+
+class Variant(NamedTuple):
+    """A policy with its member of a retrofitted family (None: the weights as they are) or its budget."""
+
+    policy: str
+    cr: float | None = None
+    budget: int | float | None = None
+
+    @property
+    def name(self) -> str:
+        """`full`, `dms CR4`, `tova 256`, `tova 0.25`."""
+        cr = "" if self.cr is None else f" CR{self.cr:g}"
+        return f"{self.policy}{cr}" + ("" if self.budget is None else f" {self.budget:g}")
+
+
+class Loaded(NamedTuple):
+    """A variant with its model; `dms` is None for policies that read no gate."""
+
+    variant: Variant
+    lm: Any
+    dms: DMSConfig | None
+
+    @property
+    def options(self) -> dict:
+        """What `generate` is told of it."""
+        budget = {} if self.variant.budget is None else {"budget": self.variant.budget}
+        return {"policy": self.variant.policy, "dms": self.dms, **budget}
+
+
+def variants(policies: Sequence[str], crs: Sequence[float], budgets: Sequence[int | float]) -> list[Variant]:
+    """Every policy once: DMS for each ratio, a training-free one for each budget.
+
+    Raises:
+      ConfigError: a value twice or out of range, a training-free policy without a budget, or a ratio or a budget
+        that no policy takes.
+    """
+    for key, values in (("policy", policies), ("cr", crs), ("budget", budgets)):
+        require(len(set(values)) == len(values), key, tuple(values), "a value occurs twice")
+    require(all(cr > 1 for cr in crs), "cr", tuple(crs), "must be above 1; --policy full is the original")
+    for budget in budgets:
+        fits = budget >= 1 if isinstance(budget, int) else 0 < budget <= 1
+        require(fits, "budget", budget, "is tokens per head (1, 2, ...) or a share of the longest (0.0 to 1.0)")
+    trained, free = "dms" in policies, [name for name in policies if name in TRAINING_FREE]
+    require(trained or not crs, "cr", tuple(crs), "only policy dms comes in several ratios")
+    require(bool(free) or not budgets, "budget", tuple(budgets), "only training-free policies take one")
+    require(bool(budgets) or not free, "policy", free, "needs --budget")
+    out = []
+    for policy in policies:
+        if policy == "dms":
+            out += [Variant(policy, cr=cr) for cr in crs or (None,)]
+        else:
+            out += [Variant(policy, budget=budget) for budget in (budgets if policy in free else (None,))]
+    return out
+
+
+def load(
+    model: str, chosen: Sequence[Variant], dtype: str, gate: str | Path | None = None, window: int | None = None
+) -> list[Loaded]:
+    """The model of each variant; variants of the same weights share them.
+
+    Raises:
+      ConfigError: an unknown policy, a model without a tokenizer, or DMS on a model that was never retrofitted.
+    """
+    import dms_jax
+    from dms_jax import policies
+
+    for variant in chosen:
+        one_of("policy", variant.policy, policies.NAMES)
+    require(window is None or any(v.policy == "dms" for v in chosen), "window", window, "only policy dms has one")
+    models = {cr: dms_jax.load(model, dtype=dtype, gate=gate, cr=cr) for cr in {v.cr for v in chosen}}
+    loaded = []
+    for variant in chosen:
+        lm, dms = models[variant.cr], None
+        require(lm.tokenizer is not None, "model", model, "has no tokenizer")
+        if variant.policy == "dms":
+            require(lm.dms is not None, "policy", "dms", f"{model} was never retrofitted; is a --cr missing?")
+            dms = lm.dms if window is None else dataclasses.replace(lm.dms, window=window)
+        loaded.append(Loaded(variant, lm, dms))
+    return loaded
+
+
+def batches(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
+    """Groups of `size`, each beside itself filled up with copies: one batch size compiles once."""
+    for start in range(0, len(items), size):
+        group = list(items[start : start + size])
+        yield group, group + [group[-1]] * (size - len(group))

@@ -1,0 +1,36 @@
+"""Draws again every figure that has recorded results, and the README's tables: what `make figures` runs."""
+
+from paper_figures import (
+    accuracy_vs_cr,
+    accuracy_vs_reads,
+    achieved_cr,
+    pareto_fronts,
+    readme_tables,
+    retention,
+    style,
+    training_curves,
+    window_ablation,
+)
+
+# Script -> the results that it reads; it writes a figure of its own name beside itself.
+FIGURES = {
+    accuracy_vs_reads: "mini/aime.json",
+    pareto_fronts: "sweep.json",
+    accuracy_vs_cr: "sweep.json",
+    achieved_cr: "sweep.json",
+    window_ablation: "ablate_window.json",
+    retention: "retention.json",
+}
+
+
+def main() -> None:
+    for script, results in FIGURES.items():
+        path = style.RESULTS / results
+        if path.exists():
+            script.main([str(path), str(style.RESULTS.parent / script.__name__.rsplit(".", 1)[1])])
+    training_curves.main([])
+    readme_tables.main()
+
+
+if __name__ == "__main__":
+    main()
