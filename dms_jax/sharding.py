@@ -102,6 +102,27 @@ def by_rows(function, letters: str):
     return run
 
 
+def by_heads(function, letters: Sequence[str]):
+    """`function(*arrays)` run by each device on its own rows and heads, the result like the first array.
+
+    For what the compiler cannot split, as a kernel: attention needs nothing of another row or KV head. Where tensor
+    does not divide the KV heads (the K of `letters`), every device of it does all heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def run(*arrays):
+        sizes, table = dict(mesh.shape), dict(ACTIVATIONS)
+        heads = {x.shape[named.split().index("K")] for named, x in zip(letters, arrays, strict=True) if "K" in named}
+        if any(n % sizes["tensor"] for n in heads):
+            table |= {"H": (), "K": ()}
+        specs = tuple(partition(named, x.shape, sizes, table) for named, x in zip(letters, arrays, strict=True))
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+    return run
+
+
 def on_host():
     """A context in which new arrays are made in host memory, so that a whole model need not fit one device.
 

@@ -165,7 +165,13 @@ def self_attention(
 
     positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0.
     """
-    return attention.blockwise(q, k, v, positions, positions, keep_log, window, segments, segments)
+    letters = ("B T H D", "B T K D", "B T K D", "B T", "B K T", *(() if segments is None else ("B T",)))
+
+    def local(q, k, v, positions, keep_log, segments=None):
+        return attention.blockwise(q, k, v, positions, positions, keep_log, window, segments, segments)
+
+    given = (q, k, v, positions, keep_log, *(() if segments is None else (segments,)))
+    return sharding.by_heads(local, letters)(*given)
 
 
 def causal(layer, q, k, v, logit, state):
