@@ -109,25 +109,25 @@ def gradients(
     total = jnp.sum(batch.segments > 0)
     grad_fn = jax.grad(functools.partial(loss_fn, model=model, config=config, retiring=retiring), has_aux=True)
 
-    def one(piece):
-        # Tied to the micro-batch, or else the compiler may gather every layer's weights before the scan, and keep them.
-        weights, piece = jax.lax.optimization_barrier(((compute, base), piece))
+    def one(weights, piece):
         grads, terms = grad_fn(*weights, *piece, step, total)
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         return trainable.constrained(grads, model, config), terms
 
     if config.accumulate == 1:
-        grads, terms = one((batch, keys))
+        grads, terms = one((compute, base), (batch, keys))
     else:
         # Micro-batch m holds rows m, m + A, m + 2 A ...: the rows of a device stay on it.
         def pieces(x):
             return x.reshape(B // config.accumulate, config.accumulate, *x.shape[1:]).swapaxes(0, 1)
 
         def add(sums, piece):
-            return jax.tree.map(jnp.add, sums, one(piece)), None
+            # Tied to the micro-batch, or the compiler may gather every layer's weights before the scan, and keep them.
+            weights, piece = jax.lax.optimization_barrier(((compute, base), piece))
+            return jax.tree.map(jnp.add, sums, one(weights, piece)), None
 
         split = jax.tree.map(pieces, (batch, keys))
-        shapes = jax.eval_shape(one, jax.tree.map(_first, split))
+        shapes = jax.eval_shape(one, (compute, base), jax.tree.map(_first, split))
         grads, terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = trainable.constrained(grads, model, config), terms
         (grads, terms), _ = jax.lax.scan(add, zeros, split)
