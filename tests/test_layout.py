@@ -14,10 +14,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = {
     0: {"types", "config", "masks", "quant"},
-    1: {"attention", "dms", "layers", "sampling", "tensorfile"},
-    2: {"kernels", "policies", "weights"},
-    3: {"cache", "checkpoint", "convert", "data", "metrics", "transformer"},
-    4: {"decode", "hub", "retrofit"},
+    1: {"attention", "dms", "layers", "recipe", "sampling", "sharding", "tensorfile"},
+    2: {"distill", "documents", "flops", "kernels", "policies", "watch", "weights"},
+    3: {"cache", "checkpoint", "convert", "data", "metrics", "trainable", "transformer"},
+    4: {"decode", "hub", "loop", "retrofit"},
     5: {"engine"},
     6: {"generation", "parallel"},
 }  # a package's files share its level
