@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dms_jax import attention, kernels, masks, sampling
+from dms_jax import attention, kernels, masks, sampling, sharding
 from dms_jax.cache import Storage
 from dms_jax.config import SamplingConfig
 from dms_jax.dms import hard_keep_log
@@ -120,7 +120,9 @@ def prefill(
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
         )
         pos = positions(span)
-        out = kernels.flash_attention(q, all_k, all_v, query_pos, pos, hard_keep_log(alpha), policy.window, hard=True)
+        flash = functools.partial(kernels.flash_attention, window=policy.window, hard=True)
+        letters = ("B T H D", "B S K D", "B S K D", "B T", "B K S", "B K S")
+        out = sharding.by_heads(flash, letters)(q, all_k, all_v, query_pos, pos, hard_keep_log(alpha))
         weights = None
         if policy.weights is not None:
             index = jnp.arange(C)

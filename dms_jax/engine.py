@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
 from dms_jax import decode, metrics
@@ -65,8 +66,8 @@ class EngineConfig:
     """How an engine runs; none of it changes a chain's tokens.
 
     slots: rows that decode. steps: decode steps between two looks from the host. prefill_chunk: prompt tokens read
-    at once. pages: pages of the pool at first, None for an estimate from the compression expected. max_pages: how
-    far it may grow, None for no limit. retention: also record which positions are live at the end of a chain.
+    at once. pages: pages of the pool (of each device's) at first, None for an estimate from the compression expected.
+    max_pages: how far it may grow, None for no limit. retention: also record which positions live at a chain's end.
     """
 
     slots: int = 16
@@ -114,7 +115,7 @@ def round_up(n: int) -> int:
 
 @dataclass
 class Engine:
-    """Runs jobs; see the module's docstring. `expected_cr` sizes the first pool.
+    """Runs jobs; see the module's docstring. `expected_cr` sizes the first pool; `mesh` is where `params` lie.
 
     on_tokens(name, chain, tokens): called with the new tokens of a chain after each chunk. A chain that has to start
     over reports its tokens again only from where it was.
@@ -125,6 +126,7 @@ class Engine:
     cache: CacheConfig
     config: EngineConfig = field(default_factory=EngineConfig)
     expected_cr: float = 1.0
+    mesh: Mesh | None = None
     on_tokens: Callable[[Any, int, list[int]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
 
@@ -143,7 +145,7 @@ class Engine:
         self._rows: list[_Chain | _Prompt | None] = [None] * (self._slots + parked)
         self._hold, self._age, self._reported = False, 0, collections.Counter()
         dtype = self.params["embed"]["embedding"].dtype
-        self._state = decode.init(self.setup, len(self._rows), dtype, self._first_pool())
+        self._state = self._call(decode.init, self.setup, len(self._rows), dtype, self._first_pool())
         self._live = np.zeros((len(self._rows), *self._heads), np.int64)
         while (self._todo or any(self._rows)) and not (stop and stop.is_set()):
             self._admit()
@@ -160,9 +162,8 @@ class Engine:
     # The pool
 
     def _first_pool(self) -> int:
-        if self.cache.storage != "paged":
-            return 0
-        model, page = self.setup.model.config, self.cache.page_size
+        """Pages of each pool at first: what all rows will need if heads compress as expected."""
+        model, page, parts = self.setup.model.config, self.cache.page_size, self.setup.storage.parts
         window, budget = self.setup.policy.window, self.setup.policy.budget
         longest = max(len(job.prompt) + job.max_new for job, _ in self._todo)
         prompt = max(len(job.prompt) for job, _ in self._todo)
@@ -170,34 +171,38 @@ class Engine:
         each = min(longest, round(1.25 * each / self.expected_cr) + window + page)  # heads and chains differ
         parked = len(self._rows) - self._slots
         pages = self._slots * paged.worst_case_pages(model, each, page)
-        pages = self.config.pages or pages + parked * paged.worst_case_pages(model, prompt, page)
+        pages = self.config.pages or (pages + parked * paged.worst_case_pages(model, prompt, page)) // parts
         return min(pages, self.config.max_pages or pages)
 
-    def _pages_needed(self, rows, more: int | np.ndarray) -> int:
-        """Pages for `more` tokens in every head of these rows, if every one stays."""
-        page = self.cache.page_size
-        before = self._live[rows]
-        return int((paged.pages_of(before + more, page) - paged.pages_of(before, page)).sum())
+    def _pages(self, tokens: np.ndarray) -> np.ndarray:
+        """Pages of each pool for so many tokens in each head, `[..., L, K]` -> `[parts]`."""
+        pages = paged.pages_of(tokens, self.cache.page_size)
+        return pages.reshape(-1, self.setup.storage.parts, self._heads[1] // self.setup.storage.parts).sum(axis=(0, 2))
 
-    def _ensure(self, pages: int) -> bool:
-        """Whether so many pages are free, after growing the pool if it may grow."""
-        if self.cache.storage != "paged":
+    def _pages_needed(self, rows, more: int | np.ndarray) -> np.ndarray:
+        """Pages for `more` tokens in every head of these rows, if every one stays, `[parts]`."""
+        return self._pages(self._live[rows] + more) - self._pages(self._live[rows])
+
+    def _ensure(self, pages: np.ndarray) -> bool:
+        """Whether so many pages are free in each pool, after growing them if they may grow."""
+        storage = self.setup.storage
+        if storage.pool is None:
             return True
-        free, size = int(self._state.cache.top), len(self._state.cache.free)
-        if free >= pages:
+        free, size = storage.pool(self._state.cache)
+        short = int((pages - free).max())
+        if short <= 0:
             return True
-        limit = self.config.max_pages
-        wanted = max(size + pages - free, size + size // 2)
-        if limit is not None:
-            wanted = min(wanted, limit)
-        if wanted - size + free < pages:
+        wanted = max(size + short, size + size // 2)
+        if self.config.max_pages is not None:
+            wanted = min(wanted, self.config.max_pages)
+        if wanted < size + short:
             return False
-        self._state = self._state._replace(cache=paged.grow(self._state.cache, wanted))
+        self._state = self._state._replace(cache=self._call(storage.grow, self._state.cache, wanted))
         return True
 
     def _too_small(self, tokens: int) -> PoolError:
         model, most = self.setup.model.config, self.config.max_pages
-        pages = paged.worst_case_pages(model, tokens, self.cache.page_size)
+        pages = paged.worst_case_pages(model, tokens, self.cache.page_size) // self.setup.storage.parts
         size = paged.bytes_per_page(model, self.cache, self.params["embed"]["embedding"].dtype)
         return PoolError(
             f"max_pages={most}: one sequence of {tokens} tokens needs up to {pages} pages ({pages * size:,} bytes), "
@@ -255,8 +260,8 @@ class Engine:
             if not self._ensure(self._pages_needed(real, count[: len(real), None, None])):
                 return None
             width = min(round_up(int(self._live[real].max())), self.setup.storage.slots)
-            self._state, new, saw = decode.prefill(
-                self.setup, self.params, self._state, rows, part, count, max_new, keys, width
+            self._state, new, saw = self._call(
+                decode.prefill, self.setup, self.params, self._state, rows, part, count, max_new, keys, width
             )
             logits = new if logits is None else np.where(count[:, None] > 0, new, logits)
             seen.append(saw)
@@ -284,7 +289,7 @@ class Engine:
         """Whether the pool has pages for the copies planned and one of `source`, which may be a move."""
         rows = [parked for n, (parked, _, _) in enumerate(moves) if not self._moves(moves, n)]
         rows += [source] * (len(self._rows[source].waiting) > 1)
-        return self._ensure(int(paged.pages_of(self._live[rows], self.cache.page_size).sum()))
+        return self._ensure(self._pages(self._live[rows]))
 
     def _moves(self, moves, n: int) -> bool:
         """Whether the n-th of the moves planned is its prompt's last chain."""
@@ -302,7 +307,7 @@ class Engine:
             keys[n] = self._rows[parked].job.keys[chain]
         width = round_up(int(max(self._rows[parked].live.max() for parked, _, _ in moves)))
         width = min(width, self.setup.storage.slots)
-        self._state = decode.fork(self.setup, self._state, logits, source, target, moved, keys, width)
+        self._state = self._call(decode.fork, self.setup, self._state, logits, source, target, moved, keys, width)
         first = np.asarray(self._state.token)
         for parked, row, number in moves:
             prompt: _Prompt = self._rows[parked]
@@ -316,7 +321,9 @@ class Engine:
 
     def _decode(self) -> None:
         """One chunk of steps for all rows that decode."""
-        self._state, chunk = decode.decode_chunk(self.setup, self.params, self._state, self.config.steps, self._slots)
+        self._state, chunk = self._call(
+            decode.decode_chunk, self.setup, self.params, self._state, self.config.steps, self._slots
+        )
         chunk = jax.tree.map(np.asarray, chunk)
         self._look_at_live()
         made = 0
@@ -372,7 +379,7 @@ class Engine:
         seen = len(chain.prompt_reads) + len(live) - 1
         shares = None
         if self.config.retention:
-            pos = np.asarray(decode.stored_positions(self.setup, self._state, np.int32(row)))
+            pos = np.asarray(self._call(decode.stored_positions, self.setup, self._state, np.int32(row)))
             shares = metrics.live_by_position(pos, seen)
         by_head = metrics.HeadUse(reads.sum(axis=0, dtype=np.int64), live[-1], seen, shares)
         use = metrics.cache_use(chain.prompt_reads, live, reads)
@@ -380,18 +387,25 @@ class Engine:
 
     # Small things
 
+    def _call(self, function, *arguments):
+        """Everything that runs on the devices goes through here: under the mesh, where there is one."""
+        if self.mesh is None:
+            return function(*arguments)
+        with jax.set_mesh(self.mesh):
+            return function(*arguments)
+
     def _release(self, rows: list[int]) -> None:
         if not rows:
             return
         flags = np.zeros(len(self._rows), bool)
         flags[rows] = True
-        self._state = decode.release(self.setup, self._state, flags)
+        self._state = self._call(decode.release, self.setup, self._state, flags)
         self._live[rows] = 0
         for row in rows:
             self._rows[row] = None
 
     def _look_at_live(self) -> None:
-        self._live = np.asarray(decode.live_tokens(self.setup, self._state)).astype(np.int64)
+        self._live = np.asarray(self._call(decode.live_tokens, self.setup, self._state)).astype(np.int64)
 
     def _report(self, chain: _Chain) -> None:
         if self.on_tokens:
@@ -403,8 +417,6 @@ class Engine:
 
     def _report_progress(self, made: int) -> None:
         if self.on_progress:
-            pool = self._state.cache
-            size = len(pool.free) if self.cache.storage == "paged" else 0
-            used = size - int(pool.top) if size else 0
+            free, size = self.setup.storage.pool(self._state.cache) if self.setup.storage.pool else (np.zeros(1), 0)
             live = float(self._live.sum()) / (self._heads[0] * self._heads[1])
-            self.on_progress(Progress(made, live, used, size))
+            self.on_progress(Progress(made, live, int(len(free) * size - free.sum()), len(free) * size))

@@ -1,15 +1,20 @@
-"""Level 6. From a loaded model to an engine, and `generate`."""
+"""Level 7. From a loaded model to an engine, and `generate`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
 
-from dms_jax import metrics, policies, sampling
+from dms_jax import metrics, policies, sampling, sharding, weights
 from dms_jax.cache import storage
 from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
 from dms_jax.decode import Setup
 from dms_jax.engine import Engine, EngineConfig, Job, round_up
+from dms_jax.parallel import run_together
 from dms_jax.transformer import Decoder
 from dms_jax.types import Keys
 
@@ -77,6 +82,7 @@ def build(
     page_size: int = 64,
     quant: str = "none",
     engine: EngineConfig | None = None,
+    mesh: Mesh | None = None,
     **callbacks,
 ) -> Engine:
     """An engine for sequences of up to `length` tokens, prompt included.
@@ -87,6 +93,7 @@ def build(
       budget: for policies that need one: tokens a head, or as a float in (0, 1] a share of `length`.
       stop: token ids that end a chain; None means the model's own.
       cache, page_size, quant: see CacheConfig.
+      mesh: devices to share the heads of every sequence along its tensor axis, each with a pool of its own.
     Raises:
       ConfigError: an unknown policy or storage, a missing budget, or DMS on a model that was never retrofitted.
     """
@@ -96,12 +103,21 @@ def build(
     setup = Setup(
         model=Decoder(lm.config, dms),
         policy=chosen,
-        storage=storage(cache_config),
+        storage=storage(cache_config, 1 if mesh is None else sharding.tensor_ways(mesh)),
         sampling=sampling or SamplingConfig(),
         stop=tuple(lm.config.eos_ids if stop is None else stop),
     )
     expected_cr = (dms.cr or 1.0) if name == "dms" else 1.0
-    return Engine(setup, lm.params, cache_config, engine or EngineConfig(), expected_cr, **callbacks)
+    params = lm.params if mesh is None else place(lm, mesh)
+    return Engine(setup, params, cache_config, engine or EngineConfig(), expected_cr, mesh, **callbacks)
+
+
+def place(lm, mesh: Mesh):
+    """The model's parameters laid out over a mesh."""
+    letters = {spec.path: spec.letters for spec in weights.specs(lm.config, lm.dms)}
+    flat = traverse_util.flatten_dict(lm.params, sep="/")
+    places = {path: sharding.parameter(mesh, letters[path], x.shape) for path, x in flat.items()}
+    return traverse_util.unflatten_dict(jax.device_put(flat, places), sep="/")
 
 
 def generate(
@@ -120,6 +136,7 @@ def generate(
     stop: Sequence[int] | None = None,
     keys: Keys | None = None,
     slots: int = 64,
+    devices: tuple[int, int] | None = None,
     on_tokens: Callable[[int, int, list[int]], None] | None = None,
     **options,
 ) -> Output:
@@ -129,7 +146,9 @@ def generate(
       lm: from `dms_jax.load`.
       prompts: strings, or lists of token ids.
       keys: `[prompts * chains, 2]` raw random keys in place of those made from `seed`.
-      slots: sequences decoded at the same time; more of them wait for a place.
+      slots: sequences decoded at the same time (by each engine); more of them wait for a place.
+      devices: (data, tensor): prompts are shared between `data` engines, and the heads of each between `tensor`
+        devices. None: one device.
       on_tokens: called with (prompt number, chain number, new tokens) while decoding.
       policy, dms, budget, stop, cache and `options` (page_size, quant, engine): see `build`.
     Raises:
@@ -144,7 +163,8 @@ def generate(
         keys = sampling.sequence_keys(seed, len(ids), chains)
     keys = np.asarray(keys).reshape(len(ids), chains, 2)
     options.setdefault("engine", EngineConfig(slots=slots, steps=min(64, max_new_tokens)))
-    engine = build(
+    make = functools.partial(
+        build,
         lm,
         max(len(p) for p in ids) + max_new_tokens,
         policy=policy,
@@ -157,7 +177,9 @@ def generate(
         **options,
     )
     jobs = [Job(prompt, keys[n], max_new_tokens, n) for n, prompt in enumerate(ids)]
-    done = {(result.name, result.chain): result for result in engine.run(jobs)}
+    meshes = [None] if devices is None else sharding.tensor_meshes(*devices)
+    work = [(make(mesh=mesh), jobs[n :: len(meshes)]) for n, mesh in enumerate(meshes)]
+    done = {(result.name, result.chain): result for _, result in run_together(work)}
     table = [[done[n, c] for c in range(chains)] for n in range(len(ids))]
     tokens = [[result.tokens for result in row] for row in table]
     counts = {

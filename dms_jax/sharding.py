@@ -20,6 +20,7 @@ AXES = ("data", "fsdp", "tensor")
 _HEADS = {"H": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 PARAMETERS = {**_HEADS, "E": ("fsdp",)}
 ACTIVATIONS = {**_HEADS, "B": ("data", "fsdp")}
+CACHE = {"H": "tensor", "K": "tensor", "N": "tensor"}  # heads; and the pool (N pages), of which every device has one
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -34,6 +35,19 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         devices = jax.devices()[:size] if jax.process_count() == 1 else jax.devices()
     require(size == len(devices), "mesh", tuple(shape), f"needs {size} devices, there are {len(devices)}")
     return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def tensor_meshes(data: int, tensor: int) -> list[Mesh]:
+    """`data` meshes of `tensor` devices each: what a group of engines decodes on."""
+    require(data > 0 and tensor > 0, "devices", (data, tensor), "expected two sizes: data, tensor")
+    devices = jax.devices()
+    require(data * tensor <= len(devices), "devices", (data, tensor), f"there are {len(devices)}")
+    return [make_mesh((1, 1, tensor), devices[n * tensor : (n + 1) * tensor]) for n in range(data)]
+
+
+def tensor_ways(mesh: Mesh) -> int:
+    """How many parts the heads are split in."""
+    return mesh.shape["tensor"]
 
 
 def partition(letters: str, shape: Sequence[int], sizes: dict[str, int], table: dict) -> PartitionSpec:
@@ -121,6 +135,23 @@ def by_heads(function, letters: Sequence[str]):
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
     return run
+
+
+def per_device(function, inputs, outputs):
+    """`function` run by each device along tensor on its own heads and its own pool; for the cache while decoding.
+
+    inputs, outputs: trees of letters ("B K D"); a tensor without a letter of CACHE is given to each device whole.
+    """
+
+    def specs(tree):
+        return jax.tree.map(lambda letters: PartitionSpec(*(CACHE.get(letter) for letter in letters.split())), tree)
+
+    return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+
+
+def all_agree(flags: jax.Array) -> jax.Array:
+    """Inside `per_device`: True where the flag is True on every device along tensor."""
+    return jax.lax.pmin(flags.astype("int32"), "tensor") > 0
 
 
 def on_host():

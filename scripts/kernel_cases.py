@@ -162,7 +162,7 @@ def decode_cuts(quick: bool) -> list:
     from dms_jax.kernels.launch import multiprocessors
     from dms_jax.kernels.triton_decode import Tiling
 
-    small, large = ((64,), (4,), (3, 4), (2, 3)), ((32, 64, 128), (4, 8), (3, 4), (2, 3))
+    small, large = ((32, 64, 128), (4,), (2, 3), (2, 3, 4)), ((32, 64, 128), (4, 8), (2, 3, 4), (2, 3, 4, 6))
     grid = itertools.product(*(small if quick else large))
     return [Tiling(block, warps, stages, n * multiprocessors()) for block, warps, stages, n in grid]
 

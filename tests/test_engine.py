@@ -1,8 +1,12 @@
 """The engine: chains do not depend on their company, on the pool or on chunks; nothing is lost; memory really falls."""
 
 import functools
+import json
 import re
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +206,17 @@ def test_bytes_in_use_follow_the_live_tokens(evicted):
     assert used * per_page <= 1.10 * live * per_token + heads * per_page
     assert used * 16 >= live == int(np.asarray(cache.length).sum())
     assert live < 1.02 * (1 - evicted) * heads * T
+
+
+def test_several_devices_give_the_same_chains():
+    """Sequences over the data axis, KV heads over the tensor axis, one pool a device, all growing from 20 pages."""
+    command = [sys.executable, str(Path(__file__).with_name("sharded_engine.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["devices"] == 8 and len(record["runs"]) == 4
+    one = record["runs"].pop("None")
+    assert len({len(chain) for chains in one["tokens"] for chain in chains}) > 1
+    for devices, run in record["runs"].items():
+        assert run["tokens"] == one["tokens"], devices
+        np.testing.assert_allclose(run["reads"], one["reads"], rtol=1e-6)

@@ -19,7 +19,8 @@ LEVELS = {
     3: {"cache", "checkpoint", "convert", "data", "metrics", "trainable", "transformer"},
     4: {"decode", "hub", "loop", "retrofit"},
     5: {"engine"},
-    6: {"generation", "parallel"},
+    6: {"parallel"},
+    7: {"generation"},
 }  # a package's files share its level
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -8,7 +8,8 @@ are stored after RoPE, so the order of slots never matters.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.types import Counts, NewKV, PerHead, Positions, SlotFlags, Slots, StoredKV
 
@@ -38,6 +39,9 @@ class Storage(NamedTuple):
     take, put: the part of a cache that belongs to some sequences, and its return; a row beyond the batch is empty.
     fork: copies whole sequences into empty rows, or moves them there; no head may hold more than `width` tokens.
     release: empties the sequences marked.
+    pool: free pages and all pages of each device's pool, `[parts]` and a number; None for storage without a pool.
+    grow: the same cache with so many pages in each pool.
+    parts: devices that hold a part of the heads, each with a pool of its own.
     """
 
     slots: int
@@ -54,3 +58,6 @@ class Storage(NamedTuple):
     put: Callable[[Any, Counts, Any], Any]
     fork: Callable[..., Any]  # (cache, source rows [A], target rows [A], moved [A], width)
     release: Callable[[Any, Bool[Array, "B"]], Any]
+    pool: Callable[[Any], tuple[Int[np.ndarray, "parts"], int]] | None = None
+    grow: Callable[[Any, int], Any] | None = None
+    parts: int = 1

@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dms_jax import kernels, quant
@@ -67,7 +68,9 @@ def paged_storage(config: CacheConfig) -> Storage:
     def extend(cache, layer, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None):
         return _extend(cache, layer, k, v, position, stay, old, config.quant)
 
-    return Storage(P * config.page_size, init, admit, place, attend, view, extend, live, take, put, fork, release)
+    return Storage(
+        P * config.page_size, init, admit, place, attend, view, extend, live, take, put, fork, release, pool, grow
+    )
 
 
 def pages_of(tokens, page: int):
@@ -268,6 +271,11 @@ def release(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
     held = jnp.arange(cache.table.shape[-1]) < pages_of(cache.length, page_size(cache))[..., None]
     cache = _give_pages(cache, cache.table, held & rows[..., None])
     return cache._replace(length=jnp.where(rows, 0, cache.length))
+
+
+def pool(cache: PagedCache) -> tuple[np.ndarray, int]:
+    """Free pages, and all of them."""
+    return np.asarray(cache.top).reshape(1), len(cache.free)
 
 
 def grow(cache: PagedCache, pages: int) -> PagedCache:

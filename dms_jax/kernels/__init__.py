@@ -144,7 +144,8 @@ def flash_attention(
     require(query_pos.shape == (B, T), "query_pos", query_pos.shape, f"expected [B, T], {(B, T)}")
     for name, x in (("key_pos", key_pos), ("keep_log", keep_log)):
         require(x.shape == (B, K, S), name, x.shape, f"expected [B, K, S], {(B, K, S)}")
-    require(window >= 0, "window", window, "must not be negative")
+    # A window may be traced, which the reference takes.
+    require(not isinstance(window, int) or window >= 0, "window", window, "must not be negative")
     given = (query_segments is not None, key_segments is not None)
     require(given[0] == given[1], "query_segments, key_segments", given, "give both or neither")
     if query_segments is not None:
