@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig  # noqa: F401
+    from dms_jax.conversation import Conversation  # noqa: F401
     from dms_jax.generation import generate  # noqa: F401
     from dms_jax.hub import LM, load, save, save_gate  # noqa: F401
     from dms_jax.tensorfile import WeightError  # noqa: F401
@@ -22,6 +23,7 @@ _HOME = {
     "save": "hub",
     "save_gate": "hub",
     "generate": "generation",
+    "Conversation": "conversation",
     "WeightError": "tensorfile",
 }
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -21,6 +21,7 @@ LEVELS = {
     5: {"engine"},
     6: {"parallel"},
     7: {"generation"},
+    8: {"conversation"},
 }  # a package's files share its level
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -1,0 +1,70 @@
+"""Level 8. A conversation that goes on turn after turn: each turn is read onto the cache that the last one left."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from dms_jax import decode, generation
+from dms_jax.cache.paged import worst_case_pages
+from dms_jax.config import SamplingConfig, require
+from dms_jax.engine import round_up
+
+
+class Conversation:
+    """One sequence with a cache of its own, of up to `length` tokens in all.
+
+    The tokens of earlier turns are never read again; those evicted stay evicted. `options`: see `generation.build`.
+
+        talk = dms_jax.Conversation(lm, 4096)
+        talk.say("What is 6 * 7?")
+        talk.say("And that times two?")
+    """
+
+    def __init__(self, lm, length: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, **options):
+        sampling = SamplingConfig(temperature, top_p=top_p)
+        engine = generation.build(lm, length, sampling=sampling, **options)
+        self.lm, self.length, self.setup, self.params = lm, length, engine.setup, engine.params
+        pages = worst_case_pages(lm.config, engine.cache.capacity, engine.cache.page_size)
+        self.state = decode.init(self.setup, 1, self.params["embed"]["embedding"].dtype, pages)
+        self.chunk = engine.config.prefill_chunk
+        self.key = np.asarray(jax.random.PRNGKey(seed), np.uint32)[None]
+        self.tokens: list[int] = []  # of all turns; the last one is not in the cache yet
+
+    def say(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 256,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> str | list[int]:
+        """Reads a turn and answers it; text for a model with a tokenizer, token ids without.
+
+        Raises:
+          ConfigError: the turn and its answer would make the conversation longer than `length`.
+          ValueError: an empty turn, or ids outside the vocabulary.
+        """
+        (ids,) = generation.encode(self.lm, [prompt])
+        total = len(self.tokens) + len(ids) + max_new_tokens
+        require(total <= self.length, "length", self.length, f"this turn may make {total} tokens")
+        new = self.tokens[-1:] + ids
+        self.tokens += ids
+        for start in range(0, len(new), self.chunk):
+            part = new[start : start + self.chunk]
+            padded = np.zeros((1, min(round_up(len(part)), self.chunk)), np.int32)
+            padded[0, : len(part)] = part
+            live = int(np.asarray(decode.live_tokens(self.setup, self.state)).max())
+            one = (np.zeros(1, np.int32), padded, np.array([len(part)]), np.array([max_new_tokens]), self.key)
+            width = min(round_up(live), self.setup.storage.slots)
+            self.state, _, _ = decode.prefill(self.setup, self.params, self.state, *one, width)
+        answer = [int(self.state.token[0])]
+        if on_tokens:
+            on_tokens(answer[:])
+        while not bool(self.state.done[0]):
+            self.state, made = decode.decode_chunk(self.setup, self.params, self.state, min(64, max_new_tokens))
+            fresh = np.asarray(made.tokens)[np.asarray(made.active)].tolist()
+            answer += fresh
+            if on_tokens:
+                on_tokens(fresh)
+        self.tokens += answer
+        tokenizer = self.lm.tokenizer
+        return answer if tokenizer is None else tokenizer.decode(answer, skip_special_tokens=True)

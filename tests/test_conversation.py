@@ -1,0 +1,42 @@
+"""A conversation answers as one long sequence would, though no turn is read twice."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decode import full_forward, random_lm, tiny
+
+from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.conversation import Conversation
+
+DMS = DMSConfig(window=3, scale=3.0, offset=0.3)
+
+
+@pytest.mark.parametrize("cache", ("paged", "masked"))
+def test_three_turns_are_one_sequence(cache):
+    lm = random_lm(tiny(), DMS)
+    talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])
+    for turn in ([5, 6, 7, 8, 9], [12], [2] * 9):
+        begun = len(talk.tokens) + len(turn)
+        answer = talk.say(turn, 8)
+        assert talk.tokens[begun:] == answer and len(answer) <= 8
+    tokens = np.array([(talk.tokens + [0] * 64)[:64]])
+    logits, alpha = full_forward(lm, tokens)
+    greedy = logits[0].argmax(-1)
+    assert talk.tokens[begun:] == greedy[begun - 1 : len(talk.tokens) - 1].tolist()
+    assert 0.2 < alpha.mean() < 0.8
+    # What lives is what the last token in the cache could see: evicted tokens of earlier turns are gone.
+    last = len(talk.tokens) - 2
+    seen = (np.arange(64) <= last) & ((last - np.arange(64) <= DMS.window) | ~alpha[:, 0])
+    live = [talk.setup.storage.live(talk.state.cache, n)[0] for n in range(2)]
+    np.testing.assert_array_equal(jnp.stack(live), seen.sum(-1))
+
+
+def test_a_turn_that_is_too_long_loses_nothing():
+    lm = random_lm(tiny(), DMS)
+    talk = Conversation(lm, 20, stop=[])
+    first = talk.say([5, 6], 4)
+    with pytest.raises(ConfigError, match="length=20: this turn may make 32 tokens"):
+        talk.say([1, 2], 24)
+    with pytest.raises(ValueError, match="is empty"):
+        talk.say([], 4)
+    assert talk.tokens == [5, 6, *first] and len(talk.say([7], 4)) == 4
