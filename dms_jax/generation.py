@@ -13,7 +13,8 @@ from dms_jax import metrics, policies, sampling, sharding, weights
 from dms_jax.cache import storage
 from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
 from dms_jax.decode import Setup
-from dms_jax.engine import Engine, EngineConfig, Job, round_up
+from dms_jax.engine import Engine, round_up
+from dms_jax.jobs import EngineConfig, Job
 from dms_jax.parallel import run_together
 from dms_jax.transformer import Decoder
 from dms_jax.types import Keys

@@ -5,7 +5,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from dms_jax.engine import Engine, Job, Result
+from dms_jax.engine import Engine
+from dms_jax.jobs import Job, Result
 
 
 def run_together(

@@ -11,7 +11,7 @@ from test_decode import random_lm, tiny  # noqa: E402
 
 from dms_jax import generation  # noqa: E402
 from dms_jax.config import DMSConfig  # noqa: E402
-from dms_jax.engine import EngineConfig  # noqa: E402
+from dms_jax.jobs import EngineConfig  # noqa: E402
 
 PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 20]
 

@@ -17,7 +17,7 @@ from test_decode import prefill, random_lm, setup_for, step, tiny
 from dms_jax import decode, generation, sampling
 from dms_jax.cache import paged, storage
 from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig
-from dms_jax.engine import EngineConfig, Job, PoolError
+from dms_jax.jobs import EngineConfig, Job, PoolError
 
 STOP = [3, 11, 30]
 PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 70]

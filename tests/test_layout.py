@@ -17,7 +17,7 @@ LEVELS = {
     1: {"attention", "dms", "layers", "recipe", "sampling", "sharding", "tensorfile"},
     2: {"distill", "documents", "flops", "kernels", "policies", "watch", "weights"},
     3: {"cache", "checkpoint", "convert", "data", "metrics", "trainable", "transformer"},
-    4: {"decode", "hub", "loop", "retrofit"},
+    4: {"decode", "hub", "jobs", "loop", "retrofit"},
     5: {"engine"},
     6: {"parallel"},
     7: {"generation"},
