@@ -72,22 +72,19 @@ class ProgressBar:
     def __init__(self, console: Console, sequences: int, seconds: float | None, start: float):
         self.console, self.sequences, self.seconds, self.start = console, sequences, seconds, start
         self.tokens = self.chains = self.problems = 0
-        self.live, self.pages = 0.0, "0/0"
+        self.cache = ""
         self._lock = threading.Lock()  # workers report tokens at the same time
         self.first_token = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn(
-                "{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s, "
-                "{task.fields[live]:,.0f} live tokens, {task.fields[pages]} pages"
-            ),
+            TextColumn("{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s{task.fields[cache]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0, live=0, pages="0/0")
+        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0, cache="")
 
     def __enter__(self):
         self.bar.start()
@@ -98,9 +95,14 @@ class ProgressBar:
 
     def on_progress(self, progress: EngineProgress) -> None:
         """An engine made more tokens; what it holds is shown for the engine that reported last."""
+        pages = f", {progress.pages_used}/{progress.pages} pages" if progress.pages else ""
+        self.cache = f", {progress.live_tokens:,.0f} live tokens{pages}"
+        self.on_tokens(progress.new_tokens)
+
+    def on_tokens(self, made: int) -> None:
+        """So many more tokens were made."""
         with self._lock:
-            self.tokens += progress.new_tokens
-            self.live, self.pages = progress.live_tokens, f"{progress.pages_used}/{progress.pages}"
+            self.tokens += made
         self._update()
 
     def on_block(self, problems: int, chains: int) -> None:
@@ -129,6 +131,5 @@ class ProgressBar:
             completed=completed,
             problems=self.problems,
             speed=self._speed(),
-            live=self.live,
-            pages=self.pages,
+            cache=self.cache,
         )
