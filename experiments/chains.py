@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from experiments.run import Run
 from experiments.tasks.base import Task, judge
 
 PROBLEMS_PER_BLOCK = 16
+SECONDS_UNSAVED = 1.0  # between two writes to the run folder
 FINGERPRINTED = 2**20  # parameters with more elements are left out of the fingerprint
 
 
@@ -30,12 +32,11 @@ FINGERPRINTED = 2**20  # parameters with more elements are left out of the finge
 class Sampling:
     """How chains are drawn.
 
-    max_length: new tokens a chain may have. batch_size: sequences decoded together. workers: engines at the same
+    batch_size: sequences decoded together. workers: engines at the same
     time; the programs of a small model keep only one core busy, so on a CPU two take the time of one.
     cache, page_size, quant: how keys and values are stored (`dms_jax.CacheConfig`).
     """
 
-    max_length: int
     temperature: float
     top_p: float
     batch_size: int
@@ -55,6 +56,7 @@ class Model(NamedTuple):
     policy: str
     dms: DMSConfig | None
     chains: int
+    max_length: int  # new tokens a chain may have
     budget: int | float | None = None  # of a policy that needs one
 
 
@@ -81,24 +83,42 @@ class Cancelled(Exception):
 class Sampler:
     """Samples what is missing from a run, block by block."""
 
-    def __init__(self, run: Run, task: Task, settings: Sampling, on_progress: Callable[[Progress], None]):
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        settings: Sampling,
+        on_progress: Callable[[Progress], None],
+        on_saved: Callable[[int], None],
+    ):
         self.run = run
         self.task = task
         self.settings = settings
         self.on_progress = on_progress  # called by any worker
+        self.on_saved = on_saved  # with the number of chains in the run
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
         self._cancelled = threading.Event()
         self._prompts: dict[str, list[list[int]]] = {}
         self._engines: dict[str, Engine] = {}
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
-        """Every chain of every model on these problems; each is saved as it ends."""
+        """Every chain of every model on these problems; saved soon after they end, and when sampling stops."""
         work = [(model, jobs) for model in models if (jobs := self._jobs(model, problems))]
-        for model, result in self._results(work):
-            # Judged here, not by a worker: math-verify's time limit works in the main thread only.
-            row = self._row(model, result)
-            self.run.append([row])
-            self.done.add((row["source"], row["id"], row["chain"]))
+        rows, saved = [], time.monotonic()
+        try:
+            for model, result in self._results(work):
+                # Judged here, not by a worker: math-verify's time limit works in the main thread only.
+                rows.append(self._row(model, result))
+                if time.monotonic() - saved > SECONDS_UNSAVED:
+                    self._save(rows)
+                    rows, saved = [], time.monotonic()
+        finally:
+            self._save(rows)
+
+    def _save(self, rows: list[dict]) -> None:
+        self.run.append(rows)
+        self.done |= {(row["source"], row["id"], row["chain"]) for row in rows}
+        self.on_saved(len(self.run.samples))
 
     def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
         """What is missing; prompts of like lengths together, so that several are read in one call."""
@@ -109,7 +129,7 @@ class Sampler:
             if missing:
                 keys = sampling.chain_keys(self.settings.seed, [problem] * len(missing), missing)
                 prompt = self._tokens(model)[problem]
-                jobs.append(Job(prompt, np.asarray(keys), self.settings.max_length, (problem, missing)))
+                jobs.append(Job(prompt, np.asarray(keys), model.max_length, (problem, missing)))
         return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
 
     def _results(self, work: list[tuple[Model, list[Job]]]) -> Iterator[tuple[Model, Result]]:
@@ -155,7 +175,7 @@ class Sampler:
             longest = max(len(prompt) for prompt in self._tokens(model))
             self._engines[model.source] = generation.build(
                 model.lm,
-                longest + s.max_length,
+                longest + model.max_length,
                 policy=model.policy,
                 dms=model.dms,
                 budget=model.budget,

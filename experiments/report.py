@@ -64,6 +64,7 @@ COLUMNS = (
     ("problems", "right", False, lambda row: str(row["problems"])),
 )
 WIDE = 122
+SECONDS_SILENT = 30.0
 
 
 class ProgressBar:
@@ -74,7 +75,7 @@ class ProgressBar:
         self.tokens = self.chains = self.problems = 0
         self.cache = ""
         self._lock = threading.Lock()  # workers report tokens at the same time
-        self.first_token = time.monotonic()
+        self.first_token = self.said = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -105,10 +106,21 @@ class ProgressBar:
             self.tokens += made
         self._update()
 
+    def on_saved(self, chains: int) -> None:
+        """So many chains are done. A log file gets a line now and then."""
+        self.chains = chains
+        self._update()
+        if time.monotonic() - self.said > SECONDS_SILENT:
+            self._say(self.problems, chains)
+
     def on_block(self, problems: int, chains: int) -> None:
         """A block is done; the totals so far. A log file gets a line where a terminal has the bar."""
         self.problems, self.chains = problems, chains
         self._update()
+        self._say(problems, chains)
+
+    def _say(self, problems: int, chains: int) -> None:
+        self.said = time.monotonic()
         if not self.console.is_terminal:
             total = f"{self.seconds:.0f} s" if self.seconds else f"{self.sequences} chains"
             done = f"{self._elapsed():.0f} s, {problems} problems, {chains} chains (of {total})"
