@@ -32,6 +32,8 @@ def dense(
     key_pos: Int[Array, "B *K S"],
     keep_log: KeepLog,
     window: int,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
 ) -> Queries:
     """The readable oracle: the whole `[B, K, T, S]` bias at once.
 
@@ -39,8 +41,11 @@ def dense(
       q: `[B, T, H, D]` after RoPE; k, v: `[B, S, K, D]`.
       query_pos: `[B, T]`; key_pos: `[B, S]`, or `[B, K, S]` where heads hold different tokens; -1 for padding.
       keep_log: `[B, K, S]`, log(1 - p) of each key; 0 keeps, NEGATIVE evicts beyond the window.
+      query_segments, key_segments: which of the documents packed into a row a token is of; None if a row is one.
     """
-    return attend(q, k, v, masks.bias(query_pos, per_head(key_pos, k.shape[2]), keep_log, window))
+    return attend(
+        q, k, v, masks.bias(query_pos, per_head(key_pos, k.shape[2]), keep_log, window, query_segments, key_segments)
+    )
 
 
 def per_head(key_pos: Int[Array, "B *K S"], heads: int) -> Slots:
@@ -58,6 +63,8 @@ def blockwise(
     key_pos: Int[Array, "B *K S"],
     keep_log: Float[Array, "B K S"],
     window: int,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
     block: int = 128,
 ) -> Queries:
     """`dense` in O(T) memory, forward and backward: one block of queries at a time, recomputed for the gradient.
@@ -66,18 +73,22 @@ def blockwise(
     """
     B, T, H, D = q.shape
     if T <= block:
-        return dense(q, k, v, query_pos, key_pos, keep_log, window)
+        return dense(q, k, v, query_pos, key_pos, keep_log, window, query_segments, key_segments)
     pad = -T % block
     blocks = (T + pad) // block
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(B, blocks, block, H, D)
-    # A padded query repeats a real position: it must see some key, and its row is cut off below.
-    query_pos = jnp.pad(query_pos, ((0, 0), (0, pad)), mode="edge").reshape(B, blocks, block)
+
+    def split(x):
+        # A padded query repeats a real one: it must see some key, and its row is cut off below.
+        return jnp.pad(x, ((0, 0), (0, pad)), mode="edge").reshape(B, blocks, block).swapaxes(0, 1)
+
+    segments = None if query_segments is None else split(query_segments)
 
     @jax.checkpoint
-    def one(q_block, pos_block):
-        return dense(q_block, k, v, pos_block, key_pos, keep_log, window)
+    def one(q_block, pos_block, segment_block):
+        return dense(q_block, k, v, pos_block, key_pos, keep_log, window, segment_block, key_segments)
 
-    out = jax.lax.map(lambda x: one(*x), (q.swapaxes(0, 1), query_pos.swapaxes(0, 1)))
+    out = jax.lax.map(lambda x: one(*x), (q.swapaxes(0, 1), split(query_pos), segments))
     return out.swapaxes(0, 1).reshape(B, T + pad, H, D)[:, :T]
 
 

@@ -9,6 +9,7 @@ youngest chain starts over later, with the same tokens.
 """
 
 import collections
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -127,8 +128,8 @@ class Engine:
     on_tokens: Callable[[Any, int, list[int]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
-        """Results as chains finish, in no fixed order.
+    def run(self, jobs: Iterable[Job], stop: threading.Event | None = None) -> Iterator[Result]:
+        """Results as chains finish, in no fixed order. Once `stop` is set it ends at the next chunk boundary.
 
         Raises:
           PoolError: one sequence alone needs more than `max_pages`.
@@ -144,7 +145,7 @@ class Engine:
         dtype = self.params["embed"]["embedding"].dtype
         self._state = decode.init(self.setup, len(self._rows), dtype, self._first_pool())
         self._live = np.zeros((len(self._rows), *self._heads), np.int64)
-        while self._todo or any(self._rows):
+        while (self._todo or any(self._rows)) and not (stop and stop.is_set()):
             self._admit()
             yield from self._finished()  # a first token may already end a chain
             if any(self._rows[: self._slots]):

@@ -28,7 +28,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A linear map from the last `len(inputs)` axes to `outputs` axes; kernel `[*inputs, *outputs]`."""
+    """A linear map from the last `len(inputs)` axes to `outputs` axes; kernel `[*inputs, *outputs]`.
+
+    Where its parameters hold a low-rank update, a `[*inputs, r]` and b `[r, *outputs]`, it is added: `x W + (x a) b`.
+    """
 
     outputs: tuple[int, ...]
     bias: bool = False
@@ -42,6 +45,11 @@ class Linear(nn.Module):
         # One flat matrix product: a dot over several axes is slower on CPU.
         flat = x.reshape(*x.shape[: x.ndim - self.contract], -1)
         out = flat @ kernel.reshape(flat.shape[-1], -1).astype(x.dtype)
+        if self.has_variable("params", "lora"):
+            lora = self.get_variable("params", "lora")
+            rank = lora["b"].shape[0]
+            low = flat @ lora["a"].reshape(-1, rank).astype(x.dtype)
+            out += low @ lora["b"].reshape(rank, -1).astype(x.dtype)
         out = out.reshape(*flat.shape[:-1], *self.outputs)
         if self.bias:
             out += self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype)

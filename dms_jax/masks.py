@@ -22,17 +22,26 @@ def visible(
 
 
 def bias(
-    query_pos: Int[Array, "B T"], key_pos: Int[Array, "B K S"], keep_log: Float[Array, "B K S"], window: int
+    query_pos: Int[Array, "B T"],
+    key_pos: Int[Array, "B K S"],
+    keep_log: Float[Array, "B K S"],
+    window: int,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
 ) -> ScoreBias:
     """The soft form of `visible`, `[B, K, T, S]` float: what is added to the attention scores.
 
     0 inside the window, `keep_log = log(1 - p_j)` beyond it, NEGATIVE where `visible` is False for every p.
-    With `keep_log` in {0, NEGATIVE} it is the hard mask.
+    With `keep_log` in {0, NEGATIVE} it is the hard mask. Where documents are packed into a row, each is a segment
+    with positions of its own, and nothing is seen across segments.
     """
     i = query_pos[:, None, :, None]
     j = key_pos[:, :, None, :]
     delayed = jnp.where(i - j <= window, 0.0, keep_log[:, :, None, :])
-    return jnp.where((j >= 0) & (j <= i), delayed, NEGATIVE)
+    seen = (j >= 0) & (j <= i)
+    if query_segments is not None:
+        seen &= query_segments[:, None, :, None] == key_segments[:, None, None, :]
+    return jnp.where(seen, delayed, NEGATIVE)
 
 
 def shift(values: Shaped[Array, "B K T"], offset: int, lengths: Lengths, kept) -> Shaped[Array, "B K T"]:
@@ -40,10 +49,22 @@ def shift(values: Shaped[Array, "B K T"], offset: int, lengths: Lengths, kept) -
 
     With offset 1 and three real tokens of four: [a b c -] -> [b c kept kept].
     """
+    real = jnp.arange(values.shape[-1]) < lengths[:, None]
+    return shift_segments(values, offset, real.astype(jnp.int32), kept)
+
+
+def shift_segments(
+    values: Shaped[Array, "B K T"], offset: int, segments: Int[Array, "B T"], kept
+) -> Shaped[Array, "B K T"]:
+    """`shift` in rows of packed documents: `kept` where token j + offset is of another document, or padding.
+
+    With offset 1, two documents and padding, segments [1 1 1 2 2 0]: [a b c d e -] -> [b c kept e kept kept].
+    """
     T = values.shape[-1]
     source = jnp.arange(T) + offset
-    shifted = jnp.take(values, jnp.minimum(source, T - 1), axis=-1)
-    return jnp.where(source[None, None, :] < lengths[:, None, None], shifted, kept)
+    index = jnp.minimum(source, T - 1)
+    same = (source < T) & (jnp.take(segments, index, axis=1) == segments) & (segments > 0)
+    return jnp.where(same[:, None], jnp.take(values, index, axis=-1), kept)
 
 
 def live_counts(key_pos: Slots, evicted: SlotFlags, start: Counts, T: int, window: int) -> Int[Array, "B K T"]:

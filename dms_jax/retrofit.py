@@ -1,280 +1,241 @@
-"""Level 4. Retrofitting: the distillation loss, one train step, and the loop that runs it.
+"""Level 4. Retrofitting: the loss and one train step, for every mode and every mesh.
 
 `L = KL(teacher, student) + max(alpha* - mean(alpha), 0)`, with the eviction mask soft (arXiv 2506.05345,
 section 3). With the query gate the borrowed neuron is given up first, over `retire_steps`.
 """
 
 import functools
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
-from tqdm import tqdm
+from jaxtyping import Array, Int
 
-from dms_jax import attention, checkpoint, dms, masks
-from dms_jax.config import DMSConfig, ModelConfig, one_of, require
-from dms_jax.data import Batch
-from dms_jax.transformer import Attend, Decoder, arange_positions, causal
-from dms_jax.types import NEGATIVE, Lengths, Params, Residual, State
-
-
-@dataclass(frozen=True)
-class RetrofitConfig:
-    """A retrofit. Steps count batches; the defaults are the paper's (section 4, appendix B) where it gives them.
-
-    retire_steps: over how many steps the query gate's neuron is scaled from 1 to 0, before anything is evicted.
-    steps_per_cr, max_cr: the schedule CR(t) = 1 + t / steps_per_cr, held at max_cr.
-    hold_steps: more steps at max_cr, during which the learning rate falls to 0.
-    kl: "forward" is KL(teacher, student), "reverse" the other way (the authors' code).
-    """
-
-    dms: DMSConfig = field(default_factory=DMSConfig)
-    retire_steps: int = 2000
-    steps_per_cr: int = 100
-    max_cr: float = 8.0
-    hold_steps: int = 0
-    kl: str = "forward"
-    learning_rate: float = 3e-5
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    batch_size: int = 256
-    seed: int = 0
-
-    def __post_init__(self):
-        one_of("kl", self.kl, ("forward", "reverse"))
-        require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
-        for key in ("steps_per_cr", "batch_size"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
-        for key in ("retire_steps", "hold_steps", "warmup_steps"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
-
-    @property
-    def retirement(self) -> int:
-        """Steps before anything is evicted: the adapter gate borrows no neuron, so none."""
-        return self.retire_steps if self.dms.gate == "query" else 0
-
-    @property
-    def total_steps(self) -> int:
-        return self.retirement + round((self.max_cr - 1) * self.steps_per_cr) + self.hold_steps
+from dms_jax import dms, masks, sharding, trainable
+from dms_jax.config import DMSConfig, ModelConfig, require
+from dms_jax.data import Packed
+from dms_jax.distill import distillation_loss
+from dms_jax.recipe import RetrofitConfig
+from dms_jax.transformer import Attend, Decoder, packed_causal, self_attention, unembedding
+from dms_jax.types import NEGATIVE, Keys, Params, State
 
 
 class TrainState(NamedTuple):
-    """What a train step changes."""
+    """What a train step changes. params: what is trained, float32."""
 
     params: Params
     opt_state: State
-    step: Array
+    step: Int[Array, ""]
 
 
-def optimizer(config: RetrofitConfig) -> optax.GradientTransformation:
-    """AdamW at a constant rate after warm-up, falling to 0 over `hold_steps`; gradients clipped by global norm."""
-    pieces = [
-        optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-        optax.linear_schedule(config.learning_rate, 0.0, max(config.hold_steps, 1)),
-    ]
-    if config.hold_steps == 0:
-        pieces[1] = optax.constant_schedule(config.learning_rate)
-    rate = optax.join_schedules(pieces, [config.total_steps - config.hold_steps])
-    adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+def soft_eviction(config: DMSConfig, batch: Packed, keys: Keys) -> Attend:
+    """An `Attend` with the soft mask; state collects how many real tokens were evicted, `[K]` a layer.
 
-
-def soft_eviction(config: DMSConfig, lengths: Lengths, key: Array) -> Attend:
-    """An `Attend` with the soft mask; state collects the share of real tokens evicted, `[K]` a layer."""
+    keys: `[B, 2]`, one raw random key a row, so that a row's noise does not depend on its micro-batch.
+    """
 
     def attend(layer, q, k, v, logit, state):
-        positions = arange_positions(q[..., 0, 0])
-        noisy = dms.gumbel_sigmoid(logit, jax.random.fold_in(key, layer), config.tau)
-        noisy = masks.shift(noisy, config.decision_offset, lengths, NEGATIVE)
-        out = attention.blockwise(q, k, v, positions, positions, dms.keep_log(noisy), config.window)
-        real = (positions < lengths[:, None])[:, None]
-        alpha = jnp.sum(dms.straight_through(noisy) * real, axis=(0, 2)) / jnp.sum(lengths)
-        return out, (*state, alpha)
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
+        noisy = jax.vmap(dms.gumbel_sigmoid, (0, 0, None))(logit, own, config.tau)
+        noisy = masks.shift_segments(noisy, config.decision_offset, batch.segments, NEGATIVE)
+        keep_log = dms.keep_log(noisy)
+        out = self_attention(q, k, v, batch.positions, keep_log, config.window, batch.segments)
+        real = (batch.segments > 0)[:, None]
+        return out, (*state, jnp.sum(dms.straight_through(noisy) * real, axis=(0, 2)))
 
     return attend
 
 
-def reset_neuron(params: Params, config: ModelConfig, dms_config: DMSConfig) -> Params:
-    """Zeroes what feeds the borrowed neuron once attention no longer uses it, so that every logit is `-offset`.
-
-    With a q-norm the neuron stays 0 through it, since the norm only rescales.
-    """
-    params = jax.tree.map(lambda x: x, params)  # a new tree, so that the caller's keeps its leaves
-    for n in range(config.num_layers):
-        q = params[f"layers_{n}"]["attn"]["q"]
-        for name, value in q.items():
-            q[name] = value.at[..., :: config.group_size, dms_config.neuron].set(0)
-    return params
-
-
-def with_gate(params: Params, config: ModelConfig, dms_config: DMSConfig) -> Params:
-    """Adds what a gate needs and an original model lacks: for the adapter W = 0, which evicts nothing."""
-    if dms_config.gate != "adapter" or "gate" in params["layers_0"]["attn"]:
-        return params
-    params = jax.tree.map(lambda x: x, params)  # a new tree: the caller's is the teacher's
-    E, K, dtype = config.model_dim, config.num_kv_heads, params["embed"]["embedding"].dtype
-    for n in range(config.num_layers):
-        gate = {"norm": {"scale": jnp.ones(E, dtype)}, "proj": {"kernel": jnp.zeros((E, K), dtype)}}
-        params[f"layers_{n}"]["attn"]["gate"] = gate
-    return params
-
-
-def distillation_loss(
-    teacher: Callable[[Residual], Array],
-    student: Callable[[Residual], Array],
-    teacher_hidden: Residual,
-    student_hidden: Residual,
-    lengths: Lengths,
-    direction: str,
-    chunk: int = 256,
-) -> Float[Array, ""]:
-    """Mean KL over real tokens, in nats, computed `chunk` tokens of each sequence at a time.
-
-    `teacher` and `student` unembed `[B, t, E]` into logits; they are recomputed for the gradient, so that no
-    `[B, T, V]` float32 array is ever kept. A scan, since XLA would hold the logits of unrolled chunks all at once.
-    """
-    B, T, _ = student_hidden.shape
-    chunk = min(chunk, T)
-    pad = -T % chunk
-
-    def pieces(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def add(total, piece):
-        t, s, real = piece
-        per_token = dms.kl(jax.lax.stop_gradient(teacher(t)), student(s), direction)
-        return total + jnp.sum(jnp.where(real, per_token, 0)), None
-
-    real = jnp.arange(T) < lengths[:, None]
-    total, _ = jax.lax.scan(add, jnp.zeros(()), (pieces(teacher_hidden), pieces(student_hidden), pieces(real)))
-    return total / jnp.sum(lengths)
-
-
 def loss_fn(
-    params: Params,
-    teacher_params: Params,
-    model: ModelConfig,
-    config: RetrofitConfig,
-    batch: Batch,
-    step,
-    key,
-    retiring,
-):
-    """The loss at `step` and its terms. `retiring` (static): the neuron is being given up, nothing is evicted."""
-    positions = arange_positions(batch.tokens)
-    lengths = batch.lengths
-    original, student = Decoder(model), Decoder(model, config.dms)
-    teacher_hidden, _ = original.apply({"params": teacher_params}, batch.tokens, positions, causal)
-    since = step - config.retirement
-    if retiring:
-        scale, attend = 1.0 - step / config.retirement, causal
-    else:
-        scale, attend = 0.0, soft_eviction(config.dms, lengths, key)
-    hidden, alphas = student.apply({"params": params}, batch.tokens, positions, attend, (), scale)
-    distance = distillation_loss(
-        lambda h: original.apply({"params": teacher_params}, h, method="unembed"),
-        lambda h: student.apply({"params": params}, h, method="unembed"),
-        jax.lax.stop_gradient(teacher_hidden),
-        hidden,
-        lengths,
-        config.kl,
-    )
-    if retiring:
-        return distance, {"loss": distance, "kl": distance, "neuron_scale": scale}
-    alphas = jnp.stack(alphas)
-    cr = dms.target_cr(since, config.steps_per_cr, config.max_cr)
-    excess = dms.compression_loss(dms.target_alpha(cr), alphas.mean())
-    terms = {"loss": distance + excess, "kl": distance, "compression": excess, "target_cr": cr}
-    return distance + excess, {**terms, "alpha": alphas.mean(), "alpha_by_head": alphas}
-
-
-@functools.partial(jax.jit, static_argnames=("model", "config", "retiring"), donate_argnames=("state",))
-def train_step(
-    state: TrainState,
-    teacher_params: Params,
-    batch: Batch,
+    trained: Params,
+    base: Params,
+    batch: Packed,
+    keys: Keys,
+    step: Int[Array, ""],
+    total: Int[Array, ""],
     *,
     model: ModelConfig,
     config: RetrofitConfig,
     retiring: bool,
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of a micro-batch as its share of a batch of `total` real tokens, and its terms as such shares.
+
+    The mean of alpha in the compression loss runs over the micro-batch. While `retiring`, the query gate's neuron
+    is given up and nothing is evicted.
+    """
+    teacher, student = Decoder(model), Decoder(model, config.dms, config.remat)
+    causal = packed_causal(batch.positions, batch.segments)
+    teacher_hidden, _ = teacher.apply({"params": base}, batch.tokens, batch.positions, causal)
+    teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
+    under = base
+    if config.mode == "lora" and config.dms.gate == "query" and not retiring:
+        under = trainable.reset_neuron(base, model, config.dms)
+    params = trainable.overlay(under, trained)
+    scale = 1.0 - step / config.retirement if retiring else 0.0
+    attend = causal if retiring else soft_eviction(config.dms, batch, keys)
+    hidden, evicted = student.apply({"params": params}, batch.tokens, batch.positions, attend, (), scale)
+    real = batch.segments > 0
+    kernels = [unembedding(tree, model) for tree in (base, params)]
+    trains_kernel = config.mode == "full"
+    distance = (
+        distillation_loss(teacher_hidden, hidden, *kernels, real, config.kl, config.loss_chunk, trains_kernel) / total
+    )
+    if retiring:
+        return distance, {"loss": distance, "kl": distance}
+    tokens = jnp.sum(real)
+    alphas = jnp.stack(evicted) / jnp.maximum(tokens, 1)
+    share = tokens / total
+    excess = share * dms.compression_loss(dms.target_alpha(_target_cr(step, config)), alphas.mean())
+    loss = distance + excess
+    return loss, {"loss": loss, "kl": distance, "compression": excess, "alpha_by_head": share * alphas}
+
+
+def _target_cr(step: Int[Array, ""], config: RetrofitConfig) -> Array:
+    return dms.target_cr(step - config.retirement, config.steps_per_cr, config.max_cr)
+
+
+def gradients(
+    trained: Params, base: Params, batch: Packed, step: Int[Array, ""], *, model, config: RetrofitConfig, retiring: bool
+) -> tuple[Params, dict[str, Array]]:
+    """float32 gradients and terms of a batch `[B, T]`, summed over `config.accumulate` micro-batches in a scan."""
+    dtype = jnp.dtype(config.compute)
+    # Cast once a step: the micro-batches share the copy.
+    compute = trainable.constrained(trainable.scaled(trained, config, dtype), model, config)
+    B = batch.tokens.shape[0]
+    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), step)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    total = jnp.sum(batch.segments > 0)
+    grad_fn = jax.grad(functools.partial(loss_fn, model=model, config=config, retiring=retiring), has_aux=True)
+
+    def one(weights, piece):
+        grads, terms = grad_fn(*weights, *piece, step, total)
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        return trainable.constrained(grads, model, config), terms
+
+    if config.accumulate == 1:
+        grads, terms = one((compute, base), (batch, keys))
+    else:
+        # Micro-batch m holds rows m, m + A, m + 2 A ...: the rows of a device stay on it.
+        def pieces(x):
+            return x.reshape(B // config.accumulate, config.accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(sums, piece):
+            # Tied to the micro-batch, or the compiler may gather every layer's weights before the scan, and keep them.
+            weights, piece = jax.lax.optimization_barrier(((compute, base), piece))
+            return jax.tree.map(jnp.add, sums, one(weights, piece)), None
+
+        split = jax.tree.map(pieces, (batch, keys))
+        shapes = jax.eval_shape(one, (compute, base), jax.tree.map(_first, split))
+        grads, terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = trainable.constrained(grads, model, config), terms
+        (grads, terms), _ = jax.lax.scan(add, zeros, split)
+    return trainable.scaled(grads, config, jnp.float32), terms  # by the chain rule, the factor in b is in its gradient
+
+
+def _first(x):
+    return x[0]
+
+
+def train_step(
+    state: TrainState, base: Params, batch: Packed, *, model: ModelConfig, config: RetrofitConfig, retiring: bool
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of distillation; returns every loss term and the gradient norm."""
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), state.step)
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    grads, terms = grad_fn(state.params, teacher_params, model, config, batch, state.step, key, retiring)
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    """One step of distillation; returns every loss term and the gradient norm. Jitted by `compiled_step`."""
+    grads, terms = gradients(state.params, base, batch, state.step, model=model, config=config, retiring=retiring)
+    updates, opt_state = trainable.optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if retiring:
+        terms["neuron_scale"] = 1.0 - state.step / config.retirement
+    else:
+        alpha = terms["alpha_by_head"].mean()
+        terms |= {"alpha": alpha, "achieved_cr": 1 / (1 - alpha), "target_cr": _target_cr(state.step, config)}
     return TrainState(params, opt_state, state.step + 1), {**terms, "grad_norm": optax.tree.norm(grads)}
 
 
 def fresh_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """A training state at step 0, with its own copy of the parameters (a train step donates them)."""
-    params = jax.tree.map(jnp.array, params)
+    """A training state at step 0, with its own float32 copy of the parameters (a train step donates them)."""
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
-def fit(
-    step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict]],
-    state: TrainState,
-    batches: Callable[[int], Batch],
-    steps: int,
-    folder: Path,
-    save_every: int = 200,
-    log_every: int = 10,
-    on_step: Callable[[int, TrainState], TrainState] = lambda step, state: state,
-) -> TrainState:
-    """Runs `step_fn` up to step `steps`, from the newest checkpoint in `folder` if there is one.
+class Layout(NamedTuple):
+    """Where a run's arrays lie: a TrainState, the base's parameters and a batch, as trees of shardings."""
 
-    `on_step(step, state)` is called before each step and may change the state (to snapshot or reset something).
-    Every `log_every` steps the metrics are appended to `folder/log.jsonl`, and every `save_every` steps, which must
-    be a multiple of that, the state is saved: only states whose loss and gradient (`metrics` "loss" and "grad_norm")
-    were seen to be finite.
+    state: TrainState
+    base: Params
+    batch: Packed
+
+
+def layout(state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig, mesh) -> Layout:
+    """The Layout on a mesh; `state` and `base` may be abstract.
 
     Raises:
-      FloatingPointError: the loss or the gradient is not; the last checkpoint is older than that and untouched.
+      ConfigError: micro-batches that cannot be dealt out evenly.
     """
-    require(save_every % log_every == 0, "save_every", save_every, f"must be a multiple of log_every={log_every}")
-    folder = Path(folder)
-    checkpoints = checkpoint.manager(folder / "checkpoints")
-    start, state = checkpoint.restore(checkpoints, state)
-    _drop_lines_after(folder / "log.jsonl", start)
-    with (folder / "log.jsonl").open("a") as log, tqdm(total=steps, initial=start, unit="step") as bar:
-        for step in range(start, steps):
-            state = on_step(step, state)
-            state, metrics = step_fn(state, batches(step))
-            bar.update()
-            if (step + 1) % log_every and step + 1 != steps:
-                continue
-            metrics = jax.tree.map(lambda x: np.asarray(x).tolist(), metrics)
-            for name in ("loss", "grad_norm"):  # the loss is of the state before the step, the gradient made this one
-                if not np.isfinite(metrics[name]):
-                    last = checkpoints.latest_step()
-                    raise FloatingPointError(f"{name}={metrics[name]} at step {step}; last good checkpoint: {last}")
-            log.write(json.dumps({"step": step + 1, **metrics}) + "\n")
-            log.flush()
-            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, float)})
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                checkpoint.save(checkpoints, step + 1, state)
-    return on_step(steps, state)
+    ways, rows = sharding.batch_ways(mesh), config.batch_size // config.accumulate
+    require(
+        rows % ways == 0, "batch_size", config.batch_size, f"its micro-batches of {rows} rows go over {ways} devices"
+    )
+    places = trainable.shardings(state.params, model, config, mesh)
+    moments = trainable.moments_shardings(trainable.optimizer(config), state.params, places, mesh)
+    everywhere = sharding.replicated(mesh)
+    rows = sharding.batch(mesh)
+    return Layout(
+        TrainState(places, moments, everywhere),
+        trainable.shardings(base, model, None, mesh),
+        Packed(rows, rows, rows),
+    )
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forgets log lines of steps that will be run again, and a last line that was cut off."""
-    if not path.exists():
-        return
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+def compiled_step(
+    model: ModelConfig,
+    config: RetrofitConfig,
+    retiring: bool,
+    places: Layout | None = None,
+    options: dict | None = None,
+):
+    """`train_step(state, base, batch)` under jit, the state donated; over a mesh it is to be called with that in force.
+
+    places: the layout over a mesh, None on one device. options: of the compiler.
+    """
+    step = functools.partial(train_step, model=model, config=config, retiring=retiring)
+    step.__name__ = "train_step"
+    where = {}
+    if places is not None:
+        everywhere = sharding.replicated(jax.tree.leaves(places.base)[0].mesh)
+        where = {"in_shardings": tuple(places), "out_shardings": (places.state, everywhere)}
+    return jax.jit(step, donate_argnums=0, compiler_options=options, **where)
 
 
-def _whole_lines(path: Path) -> Iterable[str]:
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def start(params: Params, model: ModelConfig, config: RetrofitConfig, mesh) -> tuple[TrainState, Params, Layout]:
+    """The state at step 0 and the base on the mesh, of an original model's parameters, which may lie on the host."""
+    with sharding.on_host():
+        whole = trainable.student_params(params, model, config)
+        trained = trainable.select(whole, trainable.mask(whole, config))
+        # Masters are copies: a step donates them, and the caller's parameters are not to be given away.
+        trained = jax.tree.map(lambda x: np.array(x, np.float32), trained)
+        base = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(config.compute)), params)
+    tx = trainable.optimizer(config)
+    abstract = TrainState(trained, jax.eval_shape(tx.init, trained), jax.ShapeDtypeStruct((), jnp.int32))
+    places = layout(abstract, base, model, config, mesh)
+    trained = sharding.place(trained, places.state.params)
+    opt_state = jax.jit(tx.init, out_shardings=places.state.opt_state)(trained)
+    step = sharding.place(np.zeros((), np.int32), places.state.step)
+    return TrainState(trained, opt_state, step), sharding.place(base, places.base), places
+
+
+def member(
+    state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig, dtype: str = "bfloat16"
+) -> Params:
+    """The retrofitted model's parameters, whole and on the host, on every process."""
+    if config.mode == "full":
+        base = {}  # all of it was trained
+    trained, base = sharding.gather((state.params, base))
+    with sharding.on_host():
+        return jax.tree.map(np.asarray, trainable.merged(base, trained, model, config, dtype))
+
+
+def gate_alone(state: TrainState, dtype: str = "bfloat16") -> Params:
+    """What `hub.save_gate` needs of a run in adapter mode."""
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), sharding.gather(state.params))

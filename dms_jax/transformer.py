@@ -7,12 +7,30 @@ every eviction policy are such functions.
 
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
-from dms_jax import attention, dms, layers, masks
+from dms_jax import attention, dms, layers, masks, sharding
 from dms_jax.config import DMSConfig, ModelConfig
-from dms_jax.types import GateLogits, Lengths, Logits, NewKV, Params, Positions, Queries, Residual, State, Tokens
+from dms_jax.types import (
+    GateLogits,
+    KeepLog,
+    Lengths,
+    Logits,
+    NewKV,
+    Params,
+    Positions,
+    Queries,
+    Residual,
+    Segments,
+    State,
+    Tokens,
+)
+
+# What the backward pass may keep of a block, by RetrofitConfig.remat.
+POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
 
 
 class Attend(Protocol):
@@ -60,7 +78,9 @@ class Attention(nn.Module):
         k = layers.apply_rope(k, positions, c.rope)
         if self.dms and self.dms.gate == "query":
             q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        q, k, v = sharding.constrain(q, "B T H D"), sharding.constrain(k, "B T K D"), sharding.constrain(v, "B T K D")
         out, state = attend(self.layer, q, k, v, logit, state)
+        out = sharding.constrain(out, "B T H D")
         return layers.Linear((c.model_dim,), c.out_bias, contract=2, name="o")(out), state
 
 
@@ -75,9 +95,9 @@ class Block(nn.Module):
         h = layers.RMSNorm(c.norm_eps, name="attn_norm")(x)
         attn = Attention(c, self.dms, self.layer, name="attn")
         out, state = attn(h, x, positions, attend, state, neuron_scale)
-        x = x + out
+        x = sharding.constrain(x + out, "B T E")
         h = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        return x + layers.MLP(c.mlp_dim, c.mlp_bias, name="mlp")(h), state
+        return sharding.constrain(x + layers.MLP(c.mlp_dim, c.mlp_bias, name="mlp")(h), "B T E"), state
 
 
 class Decoder(nn.Module):
@@ -85,22 +105,27 @@ class Decoder(nn.Module):
 
     dms: the gate that the parameters carry, or None for an original model. With the query gate the borrowed
     neuron takes no part in attention (neuron_scale 0) whether or not anything is evicted.
+    remat: what the backward pass recomputes: "none", or a key of POLICIES.
     """
 
     config: ModelConfig
     dms: DMSConfig | None = None
+    remat: str = "none"
 
     def setup(self):
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.model_dim, embedding_init=layers.normal)
-        self.layers = [Block(c, self.dms, n) for n in range(c.num_layers)]
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=POLICIES[self.remat], static_argnums=(3,))  # 3: attend, a function
+        self.layers = [block(c, self.dms, n) for n in range(c.num_layers)]
         self.final_norm = layers.RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.unembedding = layers.Linear((c.vocab_size,))
 
     def __call__(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
         """Hidden states after the final norm, and the state that `attend` threaded through the layers."""
-        x = self.embed(tokens)
+        x = sharding.constrain(self.embed(tokens), "B T E")
         for block in self.layers:
             x, state = block(x, positions, attend, state, neuron_scale)
         return self.final_norm(x), state
@@ -122,11 +147,46 @@ def arange_positions(tokens: Tokens) -> Positions:
     return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
 
 
+def unembedding(params: Params, config: ModelConfig) -> Float[Array, "E V"]:
+    """The matrix that `Decoder.unembed` multiplies by."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["unembedding"]["kernel"]
+
+
+def self_attention(
+    q: Queries,
+    k: NewKV,
+    v: NewKV,
+    positions: Positions,
+    keep_log: KeepLog,
+    window: int,
+    segments: Segments | None = None,
+) -> Queries:
+    """Attention of whole rows to themselves: what every forward pass over given tokens goes through.
+
+    positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0.
+    """
+    letters = ("B T H D", "B T K D", "B T K D", "B T", "B K T", *(() if segments is None else ("B T",)))
+
+    def local(q, k, v, positions, keep_log, segments=None):
+        return attention.blockwise(q, k, v, positions, positions, keep_log, window, segments, segments)
+
+    given = (q, k, v, positions, keep_log, *(() if segments is None else (segments,)))
+    return sharding.by_heads(local, letters)(*given)
+
+
 def causal(layer, q, k, v, logit, state):
     """An `Attend`: plain causal attention over the tokens given, nothing evicted."""
-    positions = arange_positions(q[..., 0, 0])
-    nothing = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
-    return attention.blockwise(q, k, v, positions, positions, nothing, window=0), state
+    return packed_causal(arange_positions(q[..., 0, 0]), None)(layer, q, k, v, logit, state)
+
+
+def packed_causal(positions: Positions, segments: Segments | None) -> Attend:
+    """`causal` for rows of packed documents."""
+
+    def attend(layer, q, k, v, logit, state):
+        nothing = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
+        return self_attention(q, k, v, positions, nothing, 0, segments), state
+
+    return attend
 
 
 def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
@@ -135,8 +195,7 @@ def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
     def attend(layer, q, k, v, logit, state):
         positions = arange_positions(q[..., 0, 0])
         alpha = masks.shift(dms.hard_decisions(logit), config.decision_offset, lengths, False)
-        keep_log = dms.hard_keep_log(alpha)
-        out = attention.blockwise(q, k, v, positions, positions, keep_log, config.window)
+        out = self_attention(q, k, v, positions, dms.hard_keep_log(alpha), config.window)
         return out, (*state, alpha)
 
     return attend

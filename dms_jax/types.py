@@ -19,6 +19,7 @@ State = Any  # whatever pytree an attention path threads through the layers
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "B T"]
+Segments = Int[Array, "B T"]  # which of the documents packed into a row a token is of; 0 is padding
 Lengths = Int[Array, "B"]
 Counts = Int[Array, "B"]  # a number for each sequence: its tokens, its position, its row
 Keys = UInt32[Array, "B 2"]  # one raw random key a sequence

@@ -73,6 +73,7 @@ class Spec(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     linear: bool
+    letters: str  # of our axes, "E H D"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +115,8 @@ def _spec(row: Row, n: int, c: ModelConfig, naming: str) -> Spec:
     name = row.hf if naming == "hf" else row.gguf or ""
     left, bar, right = row.layout.partition("|")
     inputs, outputs = (tuple(sizes[letter] for letter in part.split()) for part in (left, right))
-    return Spec(row.path.format(n=n), name.format(n=n), inputs, outputs, bool(bar))
+    letters = " ".join((left + right).split())
+    return Spec(row.path.format(n=n), name.format(n=n), inputs, outputs, bool(bar), letters)
 
 
 def check_names(expected: list[Spec], sources: Mapping[str, Source], where: str) -> None:

@@ -151,7 +151,7 @@ def cell_identity(settings: Ablation, cell: Cell) -> dict:
 
 def retrofit_config(settings: Ablation, dms: DMSConfig):
     """The retrofit of a cell; its first `retire_steps` steps are the shared ones."""
-    from dms_jax.retrofit import RetrofitConfig
+    from dms_jax.recipe import RetrofitConfig
 
     return RetrofitConfig(
         dms=dms,
@@ -166,18 +166,18 @@ def retrofit_config(settings: Ablation, dms: DMSConfig):
 
 def train(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path, retiring: bool, **options) -> None:
     """The shared first steps of a retrofit (`retiring`), or all after them, in `folder` from its newest checkpoint."""
-    from dms_jax import retrofit
-    from dms_jax.data import batch_at
+    from dms_jax import loop, retrofit, sharding
+    from dms_jax.data import one_document, pool_stream
 
-    config, problems = retrofit_config(settings, dms), read_pool(pool)
+    config = retrofit_config(settings, dms)
+    problems = pool_stream(read_pool(pool), config.batch_size, config.seed)
+    state, base, _ = retrofit.start(lm.params, lm.config, config, sharding.make_mesh(config.mesh))
+    train_step = retrofit.compiled_step(lm.config, config, retiring)
 
-    def step_fn(state, batch):
-        return retrofit.train_step(state, lm.params, batch, model=lm.config, config=config, retiring=retiring)
-
-    retrofit.fit(
-        step_fn,
-        retrofit.fresh_state(lm.params, retrofit.optimizer(config)),
-        lambda step: batch_at(problems, step, config.batch_size, config.seed),
+    loop.fit(
+        lambda step, state, batch: train_step(state, base, batch),
+        state,
+        lambda cursor: ((one_document(batch), after) for batch, after in problems(cursor)),
         config.retirement if retiring else config.total_steps,
         folder,
         **options,
@@ -235,17 +235,18 @@ def prepare(settings: Ablation, out: Path) -> dict:
 
 def begin_cell(settings: Ablation, cell: Cell, lm: Any, start: Path, folder: Path) -> None:
     """Puts the shared start into a cell's folder as its first checkpoint, the neuron's inputs zeroed."""
-    from dms_jax import checkpoint, retrofit
+    from dms_jax import checkpoint, retrofit, sharding, trainable
 
-    own = checkpoint.manager(folder / "checkpoints")
-    if own.latest_step() is not None:
-        return
-    config = retrofit_config(settings, cell.dms)
-    shared = checkpoint.manager(start / "checkpoints")
-    step, state = checkpoint.restore(shared, retrofit.fresh_state(lm.params, retrofit.optimizer(config)))
-    require(step == settings.retire_steps, "start", step, "the shared start is not finished")
-    state = state._replace(params=retrofit.reset_neuron(state.params, lm.config, cell.dms))
-    checkpoint.save(own, step, state)
+    with checkpoint.Checkpoints(folder / "checkpoints") as own:
+        if own.good is not None:
+            return
+        config = retrofit_config(settings, cell.dms)
+        state, _, _ = retrofit.start(lm.params, lm.config, config, sharding.make_mesh(config.mesh))
+        with checkpoint.Checkpoints(start / "checkpoints") as shared:
+            step, state, cursor = shared.restore(state)
+        require(step == settings.retire_steps, "start", step, "the shared start is not finished")
+        state = state._replace(params=trainable.reset_neuron(state.params, lm.config, cell.dms))
+        own.save(step, state, cursor)
 
 
 def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:

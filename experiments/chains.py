@@ -7,11 +7,8 @@ between blocks has the same problems in every cell.
 
 import dataclasses
 import hashlib
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +17,7 @@ import numpy as np
 from dms_jax import generation, sampling
 from dms_jax.config import DMSConfig, SamplingConfig
 from dms_jax.engine import Engine, EngineConfig, Job, Progress, Result
+from dms_jax.parallel import run_together
 from experiments.run import Run
 from experiments.tasks.base import Task, judge
 
@@ -76,10 +74,6 @@ def blocks(problems: int, models: Sequence[Model], batch_size: int) -> Iterator[
         yield range(start, min(start + size, problems))
 
 
-class Cancelled(Exception):
-    """The main thread has stopped, so an engine in a worker stops too."""
-
-
 class Sampler:
     """Samples what is missing from a run, block by block."""
 
@@ -97,7 +91,6 @@ class Sampler:
         self.on_progress = on_progress  # called by any worker
         self.on_saved = on_saved  # with the number of chains in the run
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
-        self._cancelled = threading.Event()
         self._prompts: dict[str, list[list[int]]] = {}
         self._engines: dict[str, Engine] = {}
 
@@ -133,34 +126,11 @@ class Sampler:
         return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
 
     def _results(self, work: list[tuple[Model, list[Job]]]) -> Iterator[tuple[Model, Result]]:
-        """Results as they come. Workers take the models with most chains first and hand over through a queue."""
-        engines = [self._engine(model) for model, _ in work]
-        if self.settings.workers == 1 or len(work) < 2:
-            for (model, jobs), engine in zip(work, engines, strict=True):
-                yield from ((model, result) for result in engine.run(jobs))
-            return
-        results: queue.Queue = queue.Queue()
-
-        def drain(model: Model, jobs: list[Job], engine: Engine):
-            for result in engine.run(jobs):
-                results.put((model, result))
-
-        order = sorted(range(len(work)), key=lambda n: -work[n][0].chains)
-        with ThreadPoolExecutor(self.settings.workers) as executor:
-            futures = [executor.submit(drain, *work[n], engines[n]) for n in order]
-            try:
-                while not (all(f.done() for f in futures) and results.empty()):
-                    try:
-                        yield results.get(timeout=0.05)
-                    except queue.Empty:
-                        continue
-                for future in futures:
-                    future.result()
-            except BaseException:
-                self._cancelled.set()
-                for future in futures:
-                    future.cancel()
-                raise
+        """Results as they come; the models with most chains start first."""
+        work = sorted(work, key=lambda item: -item[0].chains)
+        engines = [(self._engine(model), jobs) for model, jobs in work]
+        if engines:
+            yield from ((work[n][0], result) for n, result in run_together(engines, self.settings.workers))
 
     def _tokens(self, model: Model) -> list[list[int]]:
         """The prompts of all problems for this model's tokenizer."""
@@ -184,14 +154,9 @@ class Sampler:
                 page_size=s.page_size,
                 quant=s.quant,
                 engine=EngineConfig(slots=s.batch_size),
-                on_progress=self._progress,
+                on_progress=self.on_progress,
             )
         return self._engines[model.source]
-
-    def _progress(self, progress: Progress) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled
-        self.on_progress(progress)
 
     def _row(self, model: Model, result: Result) -> dict:
         problem, missing = result.name

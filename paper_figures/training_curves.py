@@ -1,6 +1,7 @@
 """Curves of a training run, from its log.jsonl: the mini model's pretraining and retrofit by default.
 
 usage: python -m paper_figures.training_curves [pretrain.jsonl retrofit.jsonl] [--out base]
+       python -m paper_figures.training_curves RUN/log.jsonl --out base         (any run of scripts.retrofit)
 
 Writes BASE.png and BASE.pdf. Never runs a model.
 """
@@ -10,6 +11,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures import style
@@ -47,6 +49,32 @@ def draw(pretrain: list[dict], retrofit: list[dict]) -> Figure:
     return figure
 
 
+def draw_run(rows: list[dict]) -> Figure:
+    """A retrofit: the terms of its loss; achieved and target CR; the share evicted by layer, step after step."""
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+        losses, ratios, layers = figure.subplots(1, 3)
+        for (key, label), colour in zip(
+            (("kl", "KL to the teacher"), ("compression", "compression loss"), ("loss", "their sum")),
+            style.COLOURS,
+            strict=False,
+        ):
+            losses.plot(*column(rows, key), color=colour, linewidth=0.9, label=label)
+        losses.set(xlabel="step", ylabel="nats a token", ylim=(0, None))
+        losses.legend(frameon=False)
+        ratios.plot(*column(rows, "achieved_cr"), color=style.COLOURS[0], linewidth=1.2, label="achieved")
+        ratios.plot(*column(rows, "target_cr"), color=style.COLOURS[1], linestyle="--", linewidth=1.2, label="target")
+        ratios.set(xlabel="step", ylabel="compression ratio")
+        ratios.legend(frameon=False)
+        steps, shares = column(rows, "alpha_by_head")
+        by_layer = np.array(shares).mean(axis=2).T  # [L, lines]
+        edges = (steps[0], steps[-1], by_layer.shape[0] - 0.5, -0.5)
+        image = layers.imshow(by_layer, aspect="auto", extent=edges, vmin=0, vmax=1, cmap="viridis")
+        layers.set(xlabel="step", ylabel="layer")
+        figure.colorbar(image, ax=layers, label="tokens evicted")
+    return figure
+
+
 def _twin(axes, rows: list[dict], loss: tuple[str, str], shares: list[tuple[str, str]]) -> None:
     """A loss on a log axis at the left, shares of 1 at the right."""
     axes.semilogy(*column(rows, loss[0]), color=style.COLOURS[0], linewidth=0.8)
@@ -62,13 +90,13 @@ def _twin(axes, rows: list[dict], loss: tuple[str, str], shares: list[tuple[str,
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("logs", type=Path, nargs="*", help="pretraining log, retrofit log")
+    parser.add_argument("logs", type=Path, nargs="*", help="a retrofit's log, or a pretraining's and a retrofit's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "training_curves")
     options = parser.parse_args(arguments)
     logs = options.logs or [RESULTS / "pretrain_log.jsonl", RESULTS / "retrofit_cr8_log.jsonl"]
-    if len(logs) != 2:
-        parser.error("give two logs, or none for the mini model's")
-    figure = draw(*map(read, logs))
+    if len(logs) > 2:
+        parser.error("give one log, or two, or none for the mini model's")
+    figure = draw(*map(read, logs)) if len(logs) == 2 else draw_run(read(logs[0]))
     for path in style.save(figure, options.out):
         print(path)
 

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import tyro
 
-from dms_jax import retrofit
+from dms_jax import loop, retrofit
 from dms_jax.config import ModelConfig, load_yaml
-from dms_jax.data import Batch, batch_at
+from dms_jax.data import Batch, pool_stream
 from dms_jax.hub import LM, save
 from dms_jax.transformer import Decoder, arange_positions, causal, init
 from experiments.tasks import mini
@@ -115,10 +115,10 @@ def main(
     problems = training_pool(settings.seed, settings.pool, settings.slip_rate)
     params = init(jax.random.key(settings.seed), MODEL)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {len(problems.tokens):,} problems")
-    state = retrofit.fit(
-        lambda state, batch: train_step(state, batch, config=settings),
+    state = loop.fit(
+        lambda step, state, batch: train_step(state, batch, config=settings),
         retrofit.fresh_state(params, optimizer(settings)),
-        lambda step: batch_at(problems, step, settings.batch_size, settings.seed),
+        pool_stream(problems, settings.batch_size, settings.seed),
         settings.steps,
         out,
     )

@@ -4,12 +4,32 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; the tests that compile start a process
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import sys
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture
+def rng():
+    """Fresh random inputs at every run; the seed is printed where a test fails, and TEST_SEED repeats it."""
+    import numpy as np
+
+    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+    print(f"TEST_SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """implementation="triton" runs in Triton's interpreter."""
+    from scripts import interpreted_jax_triton
+
+    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module())
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import checkpoint, retrofit
+from dms_jax import checkpoint, retrofit, sharding, trainable
 from dms_jax.config import ConfigError
 from experiments import ablate_window, run
 from experiments.ablate_window import Ablation, Cell
@@ -100,13 +100,16 @@ def test_every_cell_begins_with_the_shared_start(job, tiny_family, tmp_path, mon
     cell = Cell(3, "immediate")
     ablate_window.begin_cell(settings, cell, lm, tmp_path / "start", tmp_path / "cell")
     config = ablate_window.retrofit_config(settings, cell.dms)
-    fresh = retrofit.fresh_state(lm.params, retrofit.optimizer(config))
-    shared, own = (
-        checkpoint.restore(checkpoint.manager(tmp_path / name / "checkpoints"), fresh) for name in ("start", "cell")
-    )
+    fresh, _, _ = retrofit.start(lm.params, lm.config, config, sharding.make_mesh(config.mesh))
+
+    def newest(name):
+        with checkpoint.Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+            return checkpoints.restore(fresh)
+
+    shared, own = newest("start"), newest("cell")
     assert shared[0] == own[0] == 2 == int(own[1].step)
     jax.tree.map(np.testing.assert_array_equal, shared[1].opt_state, own[1].opt_state)
-    want = retrofit.reset_neuron(shared[1].params, lm.config, cell.dms)
+    want = trainable.reset_neuron(shared[1].params, lm.config, cell.dms)
     jax.tree.map(np.testing.assert_array_equal, own[1].params, want)
     moved = [bool(np.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (shared[1].params, lm.params)), strict=True)]
     assert any(moved), "the shared steps train"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import dms, layers, retrofit, transformer
+from dms_jax import dms, layers, trainable, transformer
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.types import NEGATIVE
 
@@ -259,7 +259,7 @@ def test_nothing_is_evicted_at_the_start(family):
     query = DMSConfig(gate="query")
     run = compiled(model, query, recording)
     before = {path: np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    reset = retrofit.reset_neuron(params, model, query)
+    reset = trainable.reset_neuron(params, model, query)
     for tree, share in ((reset, 0), (params, 0.2)):
         logits = np.stack([logit for _, _, logit in run(tree)[1]])
         assert (logits > 0).mean() > share if share else (logits == -5).all()

@@ -101,3 +101,27 @@ def test_live_counts(window, start):
     np.testing.assert_array_equal(got, want)
     if window < 7:
         assert (want < np.arange(start + 1, 10)).any()
+
+
+@pytest.mark.parametrize("offset", (0, 1, 3))
+def test_shift_segments(offset):
+    """Token j gets what token j + offset of its own document predicted; at its end, and in padding, `kept`."""
+    rng = np.random.default_rng(offset)
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 0]])
+    values = rng.normal(size=(3, 2, 8)).astype(np.float32)
+    got = masks.shift_segments(jnp.asarray(values), offset, segments, -7.0)
+    for b, k, j in np.ndindex(*values.shape):
+        same = j + offset < 8 and segments[b, j + offset] == segments[b, j] > 0
+        assert got[b, k, j] == (values[b, k, j + offset] if same else -7.0)
+
+
+def test_bias_of_packed_rows():
+    """Nothing is seen across documents, and inside one it is the bias of that document alone."""
+    segments, positions = np.array([[1, 1, 1, 2, 2]]), np.array([[0, 1, 2, 0, 1]])
+    keep_log = np.log(np.random.default_rng(0).random((1, 2, 5))).astype(np.float32)
+    heads = np.broadcast_to(positions[:, None], (1, 2, 5))
+    got = masks.bias(*map(jnp.asarray, (positions, heads, keep_log)), 1, jnp.asarray(segments), jnp.asarray(segments))
+    for part in (slice(0, 3), slice(3, 5)):
+        alone = masks.bias(*map(jnp.asarray, (positions[:, part], heads[..., part], keep_log[..., part])), 1)
+        np.testing.assert_array_equal(got[:, :, part, part], alone)
+    assert (got[:, :, 3:, :3] == NEGATIVE).all() and (got[:, :, :3, 3:] == NEGATIVE).all()

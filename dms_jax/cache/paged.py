@@ -18,10 +18,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from dms_jax import quant
+from dms_jax import kernels, quant
 from dms_jax.cache.base import Storage, View
 from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.kernels.blocked import paged_attention
 from dms_jax.types import Counts, NewKV, PerHead, PerHeadKV, Positions, SlotFlags, Slots
 
 
@@ -150,7 +149,7 @@ def _place(cache: PagedCache, layer: int, k, v, position, victim, active, kind: 
 def attend(
     cache: PagedCache, layer: int, q: Float[Array, "B H D"], readable: Bool[Array, "B K P"] | None, weights: bool
 ):
-    out, _, each = paged_attention(
+    attended = kernels.paged_decode_attention(
         q,
         cache.k,
         cache.v,
@@ -161,7 +160,7 @@ def attend(
         readable=readable,
         weights=weights,
     )
-    return out, each
+    return attended.out, attended.weights
 
 
 def view(cache: PagedCache, layer: int, width: int) -> View:

@@ -1,0 +1,291 @@
+"""Level 2. Paged decode attention in Triton. Imported only inside the functions that launch it (it needs triton).
+
+The live tokens of all heads, laid end to end and cut into tiles, are shared out evenly over a fixed number of
+programs; a program may hold a part of one head or several heads. With tiles of 5 heads and 3 programs:
+
+    tiles of head    0 0 0 0 0 0 0 1 2 2 3 4        12 tiles, head 0 much longer than the rest
+    program          0 0 0 0 1 1 1 1 2 2 2 2        4 tiles each
+    partial results  (0,0)   (1,0) (1,1) (2,2) (2,3) (2,4), stored at index program + head, which no two share
+
+`combine` then merges the partial results of each head by their log-sum-exp, in program order: no atomics, so two
+runs agree bit for bit.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from dms_jax.kernels.launch import LN2, LOG2E, launch, multiprocessors, power_of_two, unused
+
+# A dead slot's score, and where the running maximum starts: finite, so that no inf - inf arises, and so far apart
+# that a dead slot's weight is exactly 0 even in a tile without a live one.
+DEAD = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(-1e29)
+
+
+class Tiling(NamedTuple):
+    """How the work is cut. block: tokens in a tile. programs: 0 means two for each multiprocessor."""
+
+    block: int
+    num_warps: int = 4
+    num_stages: int = 3
+    programs: int = 0
+
+
+def tiling(head_dim: int, itemsize: int) -> Tiling:
+    """Tiles of 16 KB of keys, two of them in flight; of quantized keys 8 KB, converted by twice the warps.
+
+    With as many values that is 64 KB or more for the two programs of a multiprocessor, about three times what covers
+    the latency of memory, and within the registers and the shared memory of an A100.
+    """
+    block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
+    return Tiling(block, num_warps=8 if itemsize == 1 else 4)
+
+
+@triton.jit
+def pages_of(
+    table, order, head, t, span, within,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """Index in the head's table, and id in the pool, of the pages under tile t: scalars where it lies in one page."""
+    if PAGE % BLOCK == 0:
+        page = tl.minimum(t * BLOCK // PAGE, PAGES - 1)  # t may be one past the last tile
+        if ORDERED:
+            page = tl.load(order + head * PAGES + page)
+        page_id = tl.load(table + head * PAGES + page)
+    else:
+        walked = t * BLOCK + within
+        page = walked // PAGE
+        if ORDERED:
+            page = tl.load(order + head * PAGES + page, mask=walked < span, other=PAGES)
+        page_id = tl.load(table + head * PAGES + page, mask=(walked < span) & (page < PAGES), other=0)
+    return page, page_id
+
+
+@triton.jit
+def partials(
+    q, k_pages, v_pages, table, lengths, spans, order, k_scale, v_scale, k_new, v_new, new_slots,
+    acc_out, top_out, sum_out, scores_out, k_out, v_out,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """Attention over this program's share of the tiles, one partial result for each head that it touches.
+
+    "head" is a KV head of a sequence, `b * K + k`. `spans` is how many tokens of a head are walked over: its length,
+    or with ORDERED the whole pages that `order` lists.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    all_heads = tl.arange(0, HEADS_PAD)
+    tiles = tl.cdiv(tl.load(spans + all_heads, mask=all_heads < HEADS, other=0), BLOCK)
+    upto = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0).to(tl.int64)
+    start = (program * total // programs).to(tl.int32)
+    left = ((program + 1) * total // programs).to(tl.int32) - start
+    head = tl.sum((upto <= start).to(tl.int32), 0)  # the head that tile `start` lies in
+    tile = start - tl.sum(tl.where(upto <= start, tiles, 0), 0)
+
+    if WRITE:  # an aliased pool is at hand as the output
+        k_pages = k_out
+        v_pages = v_out
+    rows = tl.arange(0, G_PAD)
+    dims = tl.arange(0, D_PAD)
+    q_mask = (rows < G)[:, None] & (dims < D)[None, :]
+    q_offsets = rows[:, None] * D + dims[None, :]
+    within = tl.arange(0, BLOCK)
+    while left > 0:
+        length = tl.load(lengths + head)
+        span = tl.load(spans + head)
+        stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
+        queries = tl.load(q + head * G * D + q_offsets, mask=q_mask, other=0.0)
+        top = tl.full([G_PAD], FLOOR, tl.float32)
+        denominator = tl.zeros([G_PAD], tl.float32)
+        acc = tl.zeros([G_PAD, D_PAD], tl.float32)
+        if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
+            new_slot = tl.load(new_slots + head)
+        page, page_id = pages_of(table, order, head, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
+        for t in range(tile, stop):
+            offset = t * BLOCK % PAGE + within
+            if PAGE % BLOCK != 0:
+                offset = (t * BLOCK + within) % PAGE
+            slot = page * PAGE + offset
+            live = slot < length
+            row = page_id.to(tl.int64) * PAGE + offset
+            # The next tile's page ids are asked for a step ahead: loads that wait for loads would not be pipelined.
+            page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
+            if WRITE:  # the newcomer's slot is read from k_new, below
+                live = live & (slot != new_slot)
+            mask = live[:, None] & (dims < D)[None, :]
+            keys = tl.load((k_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
+            keys = (keys.to(tl.float32) if keys.dtype == tl.int8 else keys).to(
+                queries.dtype
+            )  # int8 to bfloat16 is exact
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+            if QUANTIZED:
+                scores *= tl.load(k_scale + row, mask=live, other=0.0)[None, :]
+            scores = tl.where(live[None, :], scores, DEAD)
+            if SCORES:
+                target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
+                tl.store(target, scores, mask=(rows < G)[:, None] & live[None, :])
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            denominator = denominator * shrink + tl.sum(weights, 1)
+            values = tl.load((v_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
+            values = (values.to(tl.float32) if values.dtype == tl.int8 else values).to(queries.dtype)
+            if QUANTIZED:
+                weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
+            acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
+            top = higher
+        if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
+            # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
+            if (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length):
+                key = tl.load(k_new + head * D + dims, mask=dims < D, other=0.0)
+                value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0)
+                row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
+                key = key.to(k_out.dtype.element_ty)
+                value = value.to(v_out.dtype.element_ty)
+                tl.store(k_out + row * D + dims, key, mask=dims < D)
+                tl.store(v_out + row * D + dims, value, mask=dims < D)
+                score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
+                if SCORES:
+                    target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
+                    tl.store(target, score, mask=rows < G)
+                higher = tl.maximum(top, score)
+                weight = tl.exp2(score - higher)
+                shrink = tl.exp2(top - higher)
+                denominator = denominator * shrink + weight
+                acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+                top = higher
+        index = (program + head).to(tl.int64) * G + rows
+        tl.store(top_out + index, top, mask=rows < G)
+        tl.store(sum_out + index, denominator, mask=rows < G)
+        tl.store(acc_out + index[:, None] * D + dims[None, :], acc, mask=q_mask)
+        left -= stop - tile
+        tile = 0
+        head += 1
+
+
+@triton.jit
+def combine(
+    acc_in, top_in, sum_in, spans,
+    out, lse,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    """Merges the partial results of one query head. Those of a head lie side by side, at index program + head."""
+    head = tl.program_id(0)
+    g = tl.program_id(1)
+    all_heads = tl.arange(0, HEADS_PAD)
+    tiles = tl.cdiv(tl.load(spans + all_heads, mask=all_heads < HEADS, other=0), BLOCK).to(tl.int64)
+    total = tl.sum(tiles, 0)
+    before = tl.sum(tl.where(all_heads < head, tiles, 0), 0)
+    after = tl.sum(tl.where(all_heads <= head, tiles, 0), 0)
+    # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
+    first = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
+    last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
+    count = tl.where(after > before, last - first + 1, 0).to(tl.int32)
+
+    dims = tl.arange(0, D_PAD)
+    within = tl.arange(0, CHUNK)
+    top = tl.full([], FLOOR, tl.float32)
+    denominator = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([D_PAD], tl.float32)
+    for done in range(0, count, CHUNK):
+        program = first + done + within
+        # With fewer tiles than programs some programs have none, and wrote nothing.
+        busy = program * total // PROGRAMS < (program + 1) * total // PROGRAMS
+        valid = (done + within < count) & busy
+        index = (program + head) * G + g
+        tops = tl.load(top_in + index, mask=valid, other=DEAD)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        factors = tl.exp2(tops - higher)
+        shrink = tl.exp2(top - higher)
+        sums = tl.load(sum_in + index, mask=valid, other=0.0)
+        mask = valid[:, None] & (dims < D)[None, :]
+        accs = tl.load(acc_in + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        denominator = denominator * shrink + tl.sum(sums * factors, 0)
+        acc = acc * shrink + tl.sum(accs * factors[:, None], 0)
+        top = higher
+    empty = denominator == 0
+    acc = acc / tl.where(empty, 1.0, denominator)
+    tl.store(out + (head * G + g).to(tl.int64) * D + dims, acc.to(out.dtype.element_ty), mask=dims < D)
+    log = (top + tl.log2(tl.where(empty, 1.0, denominator))) * LN2
+    tl.store(lse + head * G + g, tl.where(empty, float("-inf"), log))
+
+
+def read_order(readable, lengths, page):
+    """Which pages to walk over: `order [B, K, P]`, the readable ones first, and `spans [B, K]`, tokens in them.
+
+    With readable = [1 0 1 1] and 3 pages in use: order [0 2 1 3], spans 2 * page.
+    """
+    P = readable.shape[2]
+    used = readable & (jnp.arange(P)[None, None, :] * page < lengths[..., None])
+    order = jnp.argsort(~used, axis=2, stable=True).astype(jnp.int32)
+    return order, used.sum(axis=2, dtype=jnp.int32) * page
+
+
+def decode(
+    q, k_pages, v_pages, table, lengths, *, k_scale, v_scale, readable, weights, new=None, cut: Tiling | None = None
+):
+    """`(out, lse, weights or None, pools or None)`; arguments are checked by the caller.
+
+    new: `(k_new [B, K, D], v_new [B, K, D], slots [B, K])` to be written first; pools is then (k_pages, v_pages).
+    """
+    B, H, D = q.shape
+    K, P, page = table.shape[1], table.shape[2], k_pages.shape[1]
+    G, heads = H // K, B * K
+    cut = cut or tiling(D, k_pages.dtype.itemsize)
+    programs = cut.programs or 2 * multiprocessors()
+    quantized = k_scale is not None
+    compute = q.dtype if quantized else jnp.promote_types(q.dtype, k_pages.dtype)
+    order, spans = (unused(), lengths) if readable is None else read_order(readable, lengths, page)
+    k_new, v_new, slots = (unused(k_pages.dtype), unused(k_pages.dtype), unused()) if new is None else new
+    f32 = jnp.float32
+    shape = jax.ShapeDtypeStruct
+    shared = {"HEADS": heads, "HEADS_PAD": power_of_two(heads), "G": G, "D": D, "D_PAD": power_of_two(D, 16)}
+    pool = shape(k_pages.shape if new else (1,), k_pages.dtype)
+    acc, top, denominator, scores, *pools = launch(
+        partials,
+        *(q.astype(compute), k_pages, v_pages, table, lengths, spans, order),
+        *(unused(f32) if scale is None else scale for scale in (k_scale, v_scale)),
+        *(k_new, v_new, slots),
+        out=(
+            shape((programs + heads, G, D), f32),
+            shape((programs + heads, G), f32),
+            shape((programs + heads, G), f32),
+            shape((B, K, G, P * page) if weights else (1,), f32),
+            pool,
+            pool,
+        ),
+        grid=(programs,),
+        aliases={1: 4, 2: 5} if new else {},
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
+        **shared,
+        **{"PAGES": P, "PAGE": page, "G_PAD": power_of_two(G, 16), "BLOCK": cut.block, "SCALE": D**-0.5 * LOG2E},
+        **{"QUANTIZED": quantized, "ORDERED": readable is not None, "SCORES": weights, "WRITE": new is not None},
+    )
+    out, lse = launch(
+        combine,
+        *(acc, top, denominator, spans),
+        out=(shape(q.shape, q.dtype), shape((B, H), f32)),
+        grid=(heads, G),
+        num_warps=4,
+        num_stages=2,
+        **shared,
+        **{"BLOCK": cut.block, "PROGRAMS": programs, "CHUNK": 16, "LN2": LN2},
+    )
+    by_slot = None
+    if weights:
+        live = jnp.arange(P * page)[None, None, :] < lengths[..., None]
+        if readable is not None:
+            live &= jnp.repeat(readable, page, axis=2)
+        # The scores of dead slots were never written: they may hold anything.
+        log = scores - lse.reshape(B, K, G, 1) * LOG2E
+        by_slot = jnp.where(live[:, :, None], jnp.exp2(log), 0.0).sum(axis=2)
+    return out, lse, by_slot, tuple(pools) if new else None

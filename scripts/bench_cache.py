@@ -1,0 +1,169 @@
+"""Times one decode step against the context length, for the full cache and for DMS at several eviction rates.
+
+A model of SmolLM2-135M's shape (random weights), a batch of sequences whose caches hold random keys and values for
+the context; of these a share is evicted, independently in each head. The full cache is measured in both storages.
+New tokens are all evicted (DMS) or all kept (full), so that the cache keeps its size while it is timed.
+
+    python -m scripts.bench_cache --out paper_figures/results/bench_cache.json
+    python -m paper_figures.bench_cache          # draws it
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dms_jax import decode, transformer
+from dms_jax.cache import paged, storage
+from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
+from dms_jax.policies import policy
+from experiments.run import environment
+
+SMOLLM2 = ModelConfig(
+    family="llama", vocab_size=49152, num_layers=30, model_dim=576, num_heads=9, num_kv_heads=3, head_dim=64,
+    mlp_dim=1536, norm_eps=1e-5, rope=RopeConfig(theta=100000.0), tie_embeddings=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    contexts: tokens a sequence has seen. evicted: shares of them that are gone. steps: decode steps in one timed
+    call; rounds: timed calls, of which the median counts. out: JSON file for the results.
+    """
+
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    evicted: tuple[float, ...] = (0.5, 0.75, 0.875)
+    batch: int = 8
+    window: int = 64
+    page_size: int = 64
+    steps: int = 4
+    rounds: int = 5
+    dtype: str = "float32"
+    seed: int = 0
+    out: Path | None = None
+
+
+@functools.partial(jax.jit, static_argnames="store", donate_argnames="cache")
+def _fill(store, cache, layer, k, v, stay):
+    position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
+    return store.extend(cache, layer, k, v, position, stay, None)[0]
+
+
+def filled(setup: decode.Setup, settings: Settings, context: int, evicted: float, pages: int) -> decode.DecodeState:
+    """A state after `context` tokens, of which a share is gone from each head; the newest window + 1 all live."""
+    rng, B = np.random.default_rng(settings.seed), settings.batch
+    state = decode.init(setup, B, settings.dtype, pages)
+    cache, c = state.cache, setup.model.config
+    shape = (B, context, c.num_kv_heads, c.head_dim)
+    for layer in range(c.num_layers):
+        k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), settings.dtype) for _ in range(2))
+        stay = rng.random((B, c.num_kv_heads, context)) >= evicted
+        stay[..., -settings.window - 1 :] = True
+        if setup.storage is storage(CacheConfig("masked", setup.storage.slots)):
+            cache = _fill_masked(cache, layer, k, v)
+        else:
+            cache = _fill(setup.storage, cache, layer, k, v, stay)
+    length = jnp.full(B, context, jnp.int32)
+    ready = state._replace(cache=cache, position=length, last=length + 10_000, done=jnp.zeros(B, bool))
+    return ready._replace(position=jnp.array(length), last=jnp.array(ready.last))
+
+
+def _fill_masked(cache, layer: int, k, v):
+    """The full cache without a scatter over everything."""
+    T = k.shape[1]
+
+    def put(xs, x):
+        return (*xs[:layer], x, *xs[layer + 1 :])
+
+    pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*cache.used[layer].shape, T))
+    return cache._replace(
+        k=put(cache.k, cache.k[layer].at[..., :T].set(k.transpose(0, 2, 3, 1))),
+        v=put(cache.v, cache.v[layer].at[:, :, :T].set(v.swapaxes(1, 2))),
+        pos=put(cache.pos, cache.pos[layer].at[..., :T].set(pos)),
+        used=put(cache.used, jnp.full_like(cache.used[layer], T)),
+    )
+
+
+def measure(settings: Settings, params, context: int, kind: str, evicted: float) -> dict:
+    """Seconds a step, and what the cache holds."""
+    timed = settings.steps * (settings.rounds + 1)
+    config = CacheConfig(kind, context + timed, settings.page_size)
+    # An adapter gate of zeros: every logit is -offset, so the sign of the offset decides for all tokens alike.
+    dms = DMSConfig(window=settings.window, gate="adapter", offset=-5.0) if evicted else None
+    chosen = policy("dms", dms) if evicted else policy("full", None)
+    store = storage(config)
+    setup = decode.Setup(transformer.Decoder(SMOLLM2, dms), chosen, store, SamplingConfig(), ())
+    live = settings.window + 1 + (1 - evicted) * (context - settings.window - 1) * 1.03 + 4 * settings.page_size
+    each = min(live, context) + timed + settings.page_size
+    pages = settings.batch * paged.worst_case_pages(SMOLLM2, int(each), settings.page_size)
+    state = filled(setup, settings, context, evicted, pages)
+    weights = params["gated"] if evicted else params["plain"]
+    seconds = []
+    for _ in range(settings.rounds + 1):
+        begun = time.perf_counter()
+        state, chunk = decode.decode_chunk(setup, weights, state, settings.steps)
+        active = np.asarray(chunk.active)
+        seconds.append((time.perf_counter() - begun) / settings.steps)
+        assert active.all(), "a sequence waited for a page: the pool is too small for this benchmark"
+    held = np.asarray(chunk.live)
+    row = {
+        "context": context,
+        "storage": kind,
+        "evicted": evicted,
+        "seconds_per_step": statistics.median(seconds[1:]),
+        "all_rounds": seconds[1:],
+        "live_tokens": float(held[-1].mean()),
+    }
+    if kind == "paged":
+        used = pages - int(state.cache.top)
+        row |= {"pages_used": used, "bytes_in_pages": used * paged.bytes_per_page(SMOLLM2, config, settings.dtype)}
+    return row
+
+
+def run(settings: Settings) -> list[dict]:
+    """One row a cell; contexts from the shortest, so that a machine too small ends with what it could do."""
+    plain = transformer.init(jax.random.key(settings.seed), SMOLLM2)
+    gated = transformer.init(jax.random.key(settings.seed), SMOLLM2, DMSConfig(gate="adapter"))
+    params = jax.tree.map(lambda x: x.astype(settings.dtype), {"plain": plain, "gated": gated})
+    cells = [("masked", 0.0), ("paged", 0.0), *(("paged", share) for share in settings.evicted)]
+    plan = [(context, *cell) for context in settings.contexts for cell in cells]
+    rows = []
+    for context, kind, evicted in track(plan, description="decode steps"):
+        row = measure(settings, params, context, kind, evicted)
+        full = next((r for r in rows if r["context"] == context and r["storage"] == "masked"), row)
+        rows.append(row | {"of_full": row["seconds_per_step"] / full["seconds_per_step"]})
+        jax.clear_caches()
+    return rows
+
+
+def main(settings: Settings) -> None:
+    rows = run(settings)
+    table = Table(title=f"SmolLM2-135M's shape, batch {settings.batch}, {settings.dtype}: milliseconds a decode step")
+    for column in ("context", "storage", "evicted", "ms a step", "of full", "live tokens a head", "MB in pages"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        size = f"{row['bytes_in_pages'] / 1e6:,.0f}" if "bytes_in_pages" in row else ""
+        cells = (f"{1e3 * row['seconds_per_step']:.1f}", f"{row['of_full']:.2f}", f"{row['live_tokens']:,.0f}", size)
+        table.add_row(f"{row['context']:,}", row["storage"], f"{row['evicted']:.1%}", *cells)
+    Console().print(table)
+    if settings.out:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment(), "rows": rows}
+        settings.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,97 @@
+"""The kernel benchmark: its comparisons, its clock, its record, and that FlexAttention is given the same mask."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from scripts import bench_kernels, kernel_cases, kernel_peers
+
+
+# It is called without torch.compile, which is what it warns of: only the mask is looked at here.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_flex_attention_has_our_mask(monkeypatch, hard):
+    import torch
+    import torch.nn.attention.flex_attention
+
+    monkeypatch.setattr(kernel_peers, "DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda fn: fn)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    case = kernel_cases.Flash(T=50, H=4, K=2, D=16, window=5, hard=hard, dtype="float32")
+    (q, k, v, keep_log), weights = case.inputs()
+    want = case.attend(q, k, v, keep_log, implementation="reference")
+    arrays = [np.asarray(x) for x in (q, k, v, weights, keep_log)]
+    forward, _ = kernel_peers.flex(*arrays, case.window, hard, "float32")
+    np.testing.assert_allclose(forward().transpose(1, 2).numpy(), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1, 8])
+def test_spread_keeps_the_total(spread):
+    lengths = kernel_cases.Decode(spread=spread).lengths()
+    assert lengths.shape == (16, 8) and lengths.sum() == 128 * 8192
+    assert lengths.max() / lengths.min() == pytest.approx(spread, rel=0.02)
+
+
+def test_decode_inputs_fit_the_lengths():
+    case = kernel_cases.Decode(B=2, K=2, G=1, D=4, mean_length=40, spread=8, page=16, pages="int8")
+    (_, k_pages, _, table, lengths), scales = case.inputs()
+    used = np.arange(table.shape[2]) < -(-np.asarray(lengths) // 16)[..., None]
+    assert sorted(np.asarray(table)[used]) == list(range(len(k_pages))) and scales["k_scale"].shape == (
+        len(k_pages),
+        16,
+    )
+    assert case.live_bytes() == 160 * 2 * (4 + 4)
+
+
+def test_clock_measures_one_call():
+    def sleep(x):
+        time.sleep(0.02)
+        return np.asarray(x)
+
+    inputs = [(jax.numpy.float32(i),) for i in range(6)]
+    seconds = bench_kernels.median_time(
+        lambda x: jax.pure_callback(sleep, jax.ShapeDtypeStruct((), "float32"), x), inputs, repeats=3
+    )
+    assert 0.015 < seconds < 0.04
+
+
+def test_record_survives_a_failing_peer(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    record = bench_kernels.Record(out, {"device": "none"})
+    record.attempt(lambda: 1 / 0, name="peer", case="x")
+    record.attempt(lambda: {"seconds": 1.0}, name="ours")
+    rows = json.loads(out.read_text())["rows"]
+    assert rows == [
+        {"name": "peer", "case": "x", "error": "ZeroDivisionError: division by zero"},
+        {"name": "ours", "seconds": 1.0},
+    ]
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_comparison_in_the_interpreter(tmp_path, monkeypatch):
+    """The script on a machine without a GPU, on one shape; and one comparison of gradients."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "jax_triton", None)  # put back afterwards
+    few = {"B": 1, "K": 1, "G": 2, "D": 8, "mean_length": 20, "page": 16}
+    monkeypatch.setattr(kernel_cases, "tiny_decode", lambda: [kernel_cases.Decode(**few)])
+    bench_kernels.main(bench_kernels.Settings(kernels=("decode",), out=tmp_path / "record.json"))
+    record = json.loads((tmp_path / "record.json").read_text())
+    checked = [(row["name"], row["dtype"], row["passed"]) for row in record["rows"]]
+    assert checked == [("check decode", "float32", True), ("check decode", "bfloat16", True)]
+    gradients = bench_kernels.Record(None, {})
+    bench_kernels.check_flash(gradients, kernel_cases.Flash(T=20, H=2, K=1, D=8, window=4, dtype="float32"))
+    assert gradients.rows[0]["passed"] and set(gradients.rows[0]["errors"]) == {"out", "q", "k", "v", "keep_log"}
+    assert record["versions"]["jax"] == jax.__version__ and record["device"] == "cpu"
+
+
+def test_a_wrong_result_is_found(tmp_path):
+    record = bench_kernels.Record(None, {})
+    right = {"out": np.ones(3)}
+    bench_kernels.check(record, "x", "float32", {"out": np.array([1, 1, 1.0001])}, right)
+    bench_kernels.check(record, "x", "float32", {"out": np.array([1, 1, np.nan])}, right)
+    bench_kernels.check(record, "x", "float32", right, right)
+    assert [row["passed"] for row in record.rows] == [False, False, True]

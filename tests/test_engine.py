@@ -1,0 +1,204 @@
+"""The engine: chains do not depend on their company, on the pool or on chunks; nothing is lost; memory really falls."""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decode import prefill, random_lm, setup_for, step, tiny
+
+from dms_jax import decode, generation, sampling
+from dms_jax.cache import paged, storage
+from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig
+from dms_jax.engine import EngineConfig, Job, PoolError
+
+STOP = [3, 11, 30]
+PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 70]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3, cr=2.0))
+
+
+def jobs(prompts=PROMPTS, chains=3):
+    keys = np.asarray(sampling.sequence_keys(4, len(prompts), chains)).reshape(len(prompts), chains, 2)
+    return [Job(prompt, keys[n], NEW, n) for n, prompt in enumerate(prompts)]
+
+
+def build(lm, **options):
+    engine = {"slots": 4, "steps": 8, **options.pop("engine", {})}
+    return generation.build(
+        lm, 70 + NEW, sampling=SamplingConfig(1.0), stop=STOP, page_size=4, engine=EngineConfig(**engine), **options
+    )
+
+
+def by_name(results):
+    return {(r.name, r.chain): r for r in results}
+
+
+@pytest.fixture(scope="module")
+def wanted(lm):
+    """Every chain of every prompt, from an engine with plenty of room."""
+    results = by_name(build(lm, engine={"slots": 16, "retention": True}).run(jobs()))
+    assert len(results) == 15
+    lengths = {len(r.tokens) for r in results.values()}
+    assert NEW in lengths and len(lengths) > 2, "some chains must stop early, some late"
+    return results
+
+
+def assert_same(got, wanted):
+    for key, result in got.items():
+        assert result.tokens == wanted[key].tokens, key
+        assert result.use == wanted[key].use
+        np.testing.assert_array_equal(result.by_head.live, wanted[key].by_head.live)
+
+
+def test_chains_do_not_depend_on_their_company(lm, wanted):
+    alone = by_name(build(lm, engine={"slots": 1}).run(jobs()[2:3]))
+    assert len(alone) == 3
+    assert_same(alone, wanted)
+    few = by_name(build(lm).run(reversed(jobs())))
+    assert len(few) == 15
+    assert_same(few, wanted)
+
+
+def test_masked_storage_gives_the_same_chains(lm, wanted):
+    assert_same(by_name(build(lm, cache="masked").run(jobs())), wanted)
+
+
+def test_long_prompts_are_read_in_chunks(lm, wanted):
+    assert_same(by_name(build(lm, engine={"prefill_chunk": 16}).run(jobs()[4:])), wanted)
+
+
+def test_results_stream_and_tokens_are_reported_once(lm, wanted):
+    seen, shown, order = {}, [], []
+    engine = build(
+        lm,
+        on_tokens=lambda name, chain, new: seen.setdefault((name, chain), []).extend(new),
+        on_progress=shown.append,
+    )
+    for result in engine.run(jobs()):
+        order.append((result.name, result.chain))
+        assert seen[order[-1]] == result.tokens == wanted[order[-1]].tokens
+        assert len(seen) < 15 or len(order) > 1, "results come before all chains have started"
+    assert sum(p.new_tokens for p in shown) == sum(len(r.tokens) - 1 for r in wanted.values())
+    assert all(0 < p.pages_used <= p.pages and p.live_tokens > 0 for p in shown[:3])
+
+
+def pages_for(lm, tokens):
+    return paged.worst_case_pages(lm.config, tokens, 4)
+
+
+def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted):
+    """From a pool of one page upward: an error that counts pages and bytes, or the very same results."""
+    outcomes = []
+    # One shape of pool a size: few sizes, from far too small to just enough.
+    for pages in (1, 40, 120):
+        engine = build(lm, engine={"pages": 1, "max_pages": pages})
+        try:
+            results = by_name(engine.run(jobs()[:4]))
+        except PoolError as error:
+            outcomes.append(False)
+            assert re.search(
+                rf"max_pages={pages}: one sequence of \d+ tokens needs up to \d+ pages \([\d,]+ bytes", str(error)
+            )
+            continue
+        outcomes.append(True)
+        assert len(results) == 12
+        assert_same(results, wanted)
+        pool = engine._state.cache
+        assert len(pool.free) <= pages and int(pool.top) == len(pool.free), "all pages are back"
+    assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
+    assert pages_for(lm, 12 + NEW) < 120 < 4 * pages_for(lm, 12 + NEW), "the largest pool cannot hold all rows at once"
+
+
+def test_the_pool_grows_without_a_limit(lm, wanted):
+    engine = build(lm, engine={"pages": 1})
+    assert_same(by_name(engine.run(jobs())), wanted)
+    assert len(engine._state.cache.free) > 1
+
+
+def test_quantized_storage_is_close(lm):
+    """Logits of teacher-forced steps: int8 and fp8 keys and values stay near float32 ones."""
+    tokens = np.random.default_rng(0).integers(0, 53, (3, 40))
+
+    def run(quant):
+        setup = setup_for(lm, "dms", CacheConfig("paged", 48, 4, quant))
+        state = decode.init(setup, 3, jnp.float32, 200)
+        count, new = np.full(3, 10), np.full(3, 99)
+        args = (np.arange(3), tokens[:, :10], count, new, np.zeros((3, 2), np.uint32))
+        state, logits, _ = prefill(setup, lm.params, state, *args, width=0)
+        out = [logits]
+        for n in range(10, 20):
+            state, logits, _ = step(setup, lm.params, state._replace(token=jnp.asarray(tokens[:, n], jnp.int32)))
+            out.append(logits)
+        return np.stack(out), state.cache
+
+    exact, cache = run("none")
+    for quant, most in (("int8", 0.02), ("fp8", 0.1)):
+        got, small = run(quant)
+        error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
+        assert 1e-5 < error < most, (quant, error)
+        assert small.k.dtype.itemsize == 1 < cache.k.dtype.itemsize
+
+
+def test_retention_by_head_and_position(wanted):
+    for result in wanted.values():
+        by_head = result.by_head
+        assert by_head.seen / by_head.live.mean() == pytest.approx(result.use.achieved_cr)
+        assert by_head.kv_reads.mean() == pytest.approx(result.use.kv_reads)
+        edges = np.histogram(np.arange(by_head.seen), np.linspace(0, by_head.seen, 21))[0]
+        shares = np.nan_to_num(by_head.live_positions)
+        np.testing.assert_allclose((shares * edges).sum(axis=1), by_head.live.mean(axis=1))
+        if by_head.seen >= 20:
+            assert shares[:, -1].min() == 1, "the newest token is in the window"
+
+
+def test_no_pool_sized_buffer_is_copied():
+    """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
+    lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, offset=0.3))
+    setup = setup_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
+    pages = 3001  # a number that occurs nowhere else
+    state = jax.eval_shape(lambda: decode.init(setup, 4, jnp.float32, pages))
+    compiled = decode.decode_chunk.lower(setup, lm.params, state, 8).compile()
+    made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{pages},16", line)]
+    assert any("scatter" in line for line in made), "the pool is written"
+    copies = [line for line in made if re.search(r"^\s*(ROOT )?%[\w.-]*copy", line) or " copy(" in line]
+    assert not copies, copies
+    memory, pool = compiled.memory_analysis(), 2 * pages * 16 * 10 * 4
+    assert memory.alias_size_in_bytes >= pool, "the state is donated"
+    assert memory.temp_size_in_bytes < pool / 4
+
+
+@functools.partial(jax.jit, static_argnames="store", donate_argnames="cache")
+def _fill(store, cache, layer, k, v, stay):
+    position = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+    return store.extend(cache, layer, k, v, position, stay, None)[0]
+
+
+@pytest.mark.parametrize("evicted", (0.75, 0.875))
+def test_bytes_in_use_follow_the_live_tokens(evicted):
+    """SmolLM2's shape, 8 sequences x 4,096 tokens: pages in use within 10% of what lives, plus a page a head."""
+    model = types.SimpleNamespace(num_layers=30, num_kv_heads=3, head_dim=64)
+    B, T, config = 8, 4096, CacheConfig("paged", 4096, page_size=16)
+    store = storage(config)
+    pages = int(1.2 * (1 - evicted) * paged.worst_case_pages(model, T, 16) * B)
+    cache = store.init(model, B, jnp.bfloat16, pages)
+    rng = np.random.default_rng(0)
+    k = jnp.asarray(rng.normal(size=(B, T, 3, 64)), jnp.bfloat16)
+    live = 0
+    for layer in range(30):
+        stay = rng.random((B, 3, T)) >= evicted
+        live += int(stay.sum())
+        cache = _fill(store, cache, layer, k, k, stay)
+    used = pages - int(cache.top)
+    per_page, per_token = paged.bytes_per_page(model, config, jnp.bfloat16), 2 * 64 * 2
+    heads = 30 * 3 * B
+    assert used * per_page <= 1.10 * live * per_token + heads * per_page
+    assert used * 16 >= live == int(np.asarray(cache.length).sum())
+    assert live < 1.02 * (1 - evicted) * heads * T
