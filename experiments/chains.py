@@ -7,7 +7,6 @@ between blocks has the same problems in every cell.
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from experiments.run import Run
 from experiments.tasks.base import Task, judge
 
 PROBLEMS_PER_BLOCK = 16
-SECONDS_UNSAVED = 1.0  # between two writes to the run folder
 FINGERPRINTED = 2**20  # parameters with more elements are left out of the fingerprint
 
 
@@ -95,23 +93,14 @@ class Sampler:
         self._engines: dict[str, Engine] = {}
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
-        """Every chain of every model on these problems; saved soon after they end, and when sampling stops."""
+        """Every chain of every model on these problems; each is saved as it ends."""
         work = [(model, jobs) for model in models if (jobs := self._jobs(model, problems))]
-        rows, saved = [], time.monotonic()
-        try:
-            for model, result in self._results(work):
-                # Judged here, not by a worker: math-verify's time limit works in the main thread only.
-                rows.append(self._row(model, result))
-                if time.monotonic() - saved > SECONDS_UNSAVED:
-                    self._save(rows)
-                    rows, saved = [], time.monotonic()
-        finally:
-            self._save(rows)
-
-    def _save(self, rows: list[dict]) -> None:
-        self.run.append(rows)
-        self.done |= {(row["source"], row["id"], row["chain"]) for row in rows}
-        self.on_saved(len(self.run.samples))
+        for model, result in self._results(work):
+            # Judged here, not by a worker: math-verify's time limit works in the main thread only.
+            row = self._row(model, result)
+            self.run.append([row])
+            self.done.add((row["source"], row["id"], row["chain"]))
+            self.on_saved(len(self.run.samples))
 
     def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
         """What is missing; prompts of like lengths together, so that several are read in one call."""
