@@ -89,7 +89,7 @@ class Sampler:
         self.on_progress = on_progress  # called by any worker
         self.on_saved = on_saved  # with the number of chains in the run
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
-        self._prompts: dict[str, list[list[int]]] = {}
+        self._prompts: dict[int, list[list[int]]] = {}
         self._engines: dict[str, Engine] = {}
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
@@ -104,14 +104,18 @@ class Sampler:
 
     def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
         """What is missing; prompts of like lengths together, so that several are read in one call."""
-        jobs = []
-        for problem in problems:
-            record = self.task.records[problem]
-            missing = [c for c in range(model.chains) if (model.source, record.id, c) not in self.done]
-            if missing:
-                keys = sampling.chain_keys(self.settings.seed, [problem] * len(missing), missing)
-                prompt = self._tokens(model)[problem]
-                jobs.append(Job(prompt, np.asarray(keys), model.max_length, (problem, missing)))
+        ids = {problem: self.task.records[problem].id for problem in problems}
+        chains = {p: [c for c in range(model.chains) if (model.source, ids[p], c) not in self.done] for p in problems}
+        missing = {problem: numbers for problem, numbers in chains.items() if numbers}
+        if not missing:
+            return []
+        pairs = np.array([(problem, chain) for problem, numbers in missing.items() for chain in numbers])
+        keys = np.asarray(sampling.chain_keys(self.settings.seed, pairs[:, 0], pairs[:, 1]))  # in one call: it is slow
+        prompts = self._tokens(model)
+        jobs = [
+            Job(prompts[problem], keys[pairs[:, 0] == problem], model.max_length, (problem, numbers))
+            for problem, numbers in missing.items()
+        ]
         return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
 
     def _results(self, work: list[tuple[Model, list[Job]]]) -> Iterator[tuple[Model, Result]]:
@@ -122,11 +126,12 @@ class Sampler:
             yield from ((work[n][0], result) for n, result in run_together(engines, self.settings.workers))
 
     def _tokens(self, model: Model) -> list[list[int]]:
-        """The prompts of all problems for this model's tokenizer."""
-        if model.source not in self._prompts:
+        """The prompts of all problems for this model's tokenizer; models under several policies share them."""
+        key = id(model.lm)
+        if key not in self._prompts:
             texts = [self.task.prompt(record, model.lm.tokenizer) for record in self.task.records]
-            self._prompts[model.source] = generation.encode(model.lm, texts)
-        return self._prompts[model.source]
+            self._prompts[key] = generation.encode(model.lm, texts)
+        return self._prompts[key]
 
     def _engine(self, model: Model) -> Engine:
         if model.source not in self._engines:

@@ -63,7 +63,7 @@ COLUMNS = (
     ("tokens", "right", True, lambda row: f"{row['tokens']:,.0f}"),
     ("problems", "right", False, lambda row: str(row["problems"])),
 )
-WIDE = 122
+WIDE = 132
 SECONDS_SILENT = 30.0
 
 

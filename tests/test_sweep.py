@@ -72,9 +72,9 @@ def test_parts_of_a_sweep_are_one_sweep(job, capsys):
 def test_the_shipped_plan():
     plan = sweep.read(sweep.PLAN)
     made = list(sweep.entries(plan))
-    assert len(made) == len({entry.source for entry in made}) == 1 + 3 + 6 * 4
+    assert len(made) == len({entry.source for entry in made}) == 1 + 3 + 6 * 6
     budgets = {entry.cr: entry.budget for entry in made if entry.policy == "quest"}
-    assert budgets == {1.5: 299, 2: 224, 4: 112, 8: 56}
+    assert budgets == {1.1: 408, 1.25: 359, 1.5: 299, 2: 224, 4: 112, 8: 56}
     assert {entry.budget for entry in made if entry.policy in ("full", "dms")} == {None}
 
 
