@@ -128,10 +128,14 @@ def questions(experiment: Experiment, config: Config, encode: Encode) -> dict[tu
 
 
 def engine_for(config: Config, cell: Cell, longest: int, bar: report.ProgressBar) -> Engine:
-    """A greedy engine for questions of up to `longest` tokens; a budget that is a share is one of the cell's length."""
+    """A greedy engine for questions of up to `longest` tokens.
+
+    A budget that is a share is one of the cell's length, or of the model's context where questions have their own:
+    how many questions are asked must not change it.
+    """
     budget = cell.loaded.variant.budget
     if budget is not None:
-        budget = policies.tokens_of(budget, cell.length or longest)
+        budget = policies.tokens_of(budget, cell.length or cell.loaded.lm.config.max_positions)
     return generation.build(
         cell.loaded.lm,
         longest,
