@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dms_jax import masks
-from dms_jax.types import KeepLog, NewKV, Positions, Queries, ScoreBias, Slots
+from dms_jax.types import NEGATIVE, KeepLog, NewKV, Positions, Queries, ScoreBias, Slots
 
 
 def attend(q: Queries, k: NewKV, v: NewKV, bias: ScoreBias) -> Queries:
@@ -33,7 +33,7 @@ def dense(
     keep_log: KeepLog,
     window: int,
     query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B S"] | None = None,
+    key_segments: Int[Array, "B *K S"] | None = None,
 ) -> Queries:
     """The readable oracle: the whole `[B, K, T, S]` bias at once.
 
@@ -42,10 +42,17 @@ def dense(
       query_pos: `[B, T]`; key_pos: `[B, S]`, or `[B, K, S]` where heads hold different tokens; -1 for padding.
       keep_log: `[B, K, S]`, log(1 - p) of each key; 0 keeps, NEGATIVE evicts beyond the window.
       query_segments, key_segments: which of the documents packed into a row a token is of; None if a row is one.
+        With segments a query that sees no key gives 0.
     """
-    return attend(
-        q, k, v, masks.bias(query_pos, per_head(key_pos, k.shape[2]), keep_log, window, query_segments, key_segments)
-    )
+    K = k.shape[2]
+    key_segments = None if key_segments is None else per_head(key_segments, K)
+    bias = masks.bias(query_pos, per_head(key_pos, K), keep_log, window, query_segments, key_segments)
+    out = attend(q, k, v, bias)
+    if query_segments is None:
+        return out
+    # With segments a row may hold padding that sees nothing at all, where a softmax would read everything alike.
+    seen = jnp.any(bias > NEGATIVE / 2, axis=-1).swapaxes(1, 2)  # [B, T, K]
+    return jnp.where(jnp.repeat(seen, q.shape[2] // K, axis=2)[..., None], out, 0)
 
 
 def per_head(key_pos: Int[Array, "B *K S"], heads: int) -> Slots:
@@ -64,7 +71,7 @@ def blockwise(
     keep_log: Float[Array, "B K S"],
     window: int,
     query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B S"] | None = None,
+    key_segments: Int[Array, "B *K S"] | None = None,
     block: int = 128,
 ) -> Queries:
     """`dense` in O(T) memory, forward and backward: one block of queries at a time, recomputed for the gradient.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dms_jax import attention, masks, sampling
+from dms_jax import attention, kernels, masks, sampling
 from dms_jax.cache import Storage
 from dms_jax.config import SamplingConfig
 from dms_jax.dms import hard_keep_log
@@ -120,7 +120,7 @@ def prefill(
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
         )
         pos = positions(span)
-        out = attention.blockwise(q, all_k, all_v, query_pos, pos, hard_keep_log(alpha), policy.window)
+        out = kernels.flash_attention(q, all_k, all_v, query_pos, pos, hard_keep_log(alpha), policy.window, hard=True)
         weights = None
         if policy.weights is not None:
             index = jnp.arange(C)

@@ -27,7 +27,7 @@ def bias(
     keep_log: Float[Array, "B K S"],
     window: int,
     query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B S"] | None = None,
+    key_segments: Int[Array, "B K S"] | None = None,
 ) -> ScoreBias:
     """The soft form of `visible`, `[B, K, T, S]` float: what is added to the attention scores.
 
@@ -40,7 +40,7 @@ def bias(
     delayed = jnp.where(i - j <= window, 0.0, keep_log[:, :, None, :])
     seen = (j >= 0) & (j <= i)
     if query_segments is not None:
-        seen &= query_segments[:, None, :, None] == key_segments[:, None, None, :]
+        seen &= query_segments[:, None, :, None] == key_segments[:, :, None, :]
     return jnp.where(seen, delayed, NEGATIVE)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dms_jax import attention, dms, layers, masks, sharding
+from dms_jax import attention, dms, kernels, layers, masks, sharding
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.types import (
     GateLogits,
@@ -160,15 +160,19 @@ def self_attention(
     keep_log: KeepLog,
     window: int,
     segments: Segments | None = None,
+    hard: bool = False,
 ) -> Queries:
     """Attention of whole rows to themselves: what every forward pass over given tokens goes through.
 
-    positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0.
+    positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0. hard: keep_log holds
+    only 0 and NEGATIVE, so that a kernel may skip what nobody sees.
     """
     letters = ("B T H D", "B T K D", "B T K D", "B T", "B K T", *(() if segments is None else ("B T",)))
 
     def local(q, k, v, positions, keep_log, segments=None):
-        return attention.blockwise(q, k, v, positions, positions, keep_log, window, segments, segments)
+        key_pos = attention.per_head(positions, k.shape[2])
+        of = {"query_segments": segments, "key_segments": segments}
+        return kernels.flash_attention(q, k, v, positions, key_pos, keep_log, window, hard=hard, **of)
 
     given = (q, k, v, positions, keep_log, *(() if segments is None else (segments,)))
     return sharding.by_heads(local, letters)(*given)
@@ -184,7 +188,7 @@ def packed_causal(positions: Positions, segments: Segments | None) -> Attend:
 
     def attend(layer, q, k, v, logit, state):
         nothing = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
-        return self_attention(q, k, v, positions, nothing, 0, segments), state
+        return self_attention(q, k, v, positions, nothing, 0, segments, hard=True), state
 
     return attend
 
@@ -195,7 +199,7 @@ def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
     def attend(layer, q, k, v, logit, state):
         positions = arange_positions(q[..., 0, 0])
         alpha = masks.shift(dms.hard_decisions(logit), config.decision_offset, lengths, False)
-        out = self_attention(q, k, v, positions, dms.hard_keep_log(alpha), config.window)
+        out = self_attention(q, k, v, positions, dms.hard_keep_log(alpha), config.window, hard=True)
         return out, (*state, alpha)
 
     return attend

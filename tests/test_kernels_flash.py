@@ -174,12 +174,10 @@ def test_classes_of_tiles(small_tiles):
 
 def test_reference_is_dense_attention(rng):
     """With more queries than a block, and where every query sees a key."""
-    q, k, v, _, _, keep_log = inputs(rng, T=45)
-    position = jnp.broadcast_to(jnp.arange(45), (2, 45))
-    key_pos = jnp.broadcast_to(position[:, None], (2, 2, 45))
-    from dms_jax.kernels import reference
-
-    got = reference.flash_attention(q, k, v, position, key_pos, keep_log, 3, block=16)
+    q, k, v, _, _, keep_log = inputs(rng, T=150)
+    position = jnp.broadcast_to(jnp.arange(150), (2, 150))
+    key_pos = jnp.broadcast_to(position[:, None], (2, 2, 150))
+    got = kernels.flash_attention(q, k, v, position, key_pos, keep_log, 3, implementation="reference")
     close(got, attention.dense(q, k, v, position, position, keep_log, 3), 1e-6)
 
 

@@ -120,7 +120,8 @@ def test_bias_of_packed_rows():
     segments, positions = np.array([[1, 1, 1, 2, 2]]), np.array([[0, 1, 2, 0, 1]])
     keep_log = np.log(np.random.default_rng(0).random((1, 2, 5))).astype(np.float32)
     heads = np.broadcast_to(positions[:, None], (1, 2, 5))
-    got = masks.bias(*map(jnp.asarray, (positions, heads, keep_log)), 1, jnp.asarray(segments), jnp.asarray(segments))
+    by_head = jnp.broadcast_to(jnp.asarray(segments)[:, None], heads.shape)
+    got = masks.bias(*map(jnp.asarray, (positions, heads, keep_log)), 1, jnp.asarray(segments), by_head)
     for part in (slice(0, 3), slice(3, 5)):
         alone = masks.bias(*map(jnp.asarray, (positions[:, part], heads[..., part], keep_log[..., part])), 1)
         np.testing.assert_array_equal(got[:, :, part, part], alone)

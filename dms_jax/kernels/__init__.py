@@ -7,6 +7,7 @@ A named implementation ("triton" or "reference") works or raises. Where None doe
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dms_jax import attention
 from dms_jax.config import require
 from dms_jax.kernels import blocked, reference
 from dms_jax.kernels.launch import choose
@@ -129,7 +130,8 @@ def flash_attention(
       query_segments, key_segments: no attention across different values; both or neither.
       hard: says that keep_log holds only 0 and NEGATIVE, so that tiles in which no key is visible are skipped.
 
-    Returns: `[B, T, H, D]` in q's dtype, 0 for a query that sees no key. Gradients reach q, k, v and keep_log.
+    Returns: `[B, T, H, D]` in q's dtype; 0 for a query that sees no key, unless None falls back without segments,
+    where such a row is arbitrary. Gradients reach q, k, v and keep_log.
 
     Raises ConfigError for shapes that do not fit, and for a named implementation that cannot run.
     """
@@ -152,7 +154,9 @@ def flash_attention(
         key_segments = jnp.broadcast_to(key_segments, (B, K, S))
     segments = {"query_segments": query_segments, "key_segments": key_segments}
     if choose(implementation) == "reference":
-        return reference.flash_attention(q, k, v, query_pos, key_pos, keep_log, window, **segments)
+        if implementation and query_segments is None:  # so that a query that sees nothing gives 0, as in the kernel
+            segments = {"query_segments": jnp.zeros_like(query_pos), "key_segments": jnp.zeros_like(key_pos)}
+        return attention.blockwise(q, k, v, query_pos, key_pos, keep_log, window, **segments)
     from dms_jax.kernels import triton_flash
 
     return triton_flash.flash(q, k, v, query_pos, key_pos, keep_log, window, hard=hard, **segments)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax import masks
-from dms_jax.types import NEGATIVE, KeepLog, NewKV, PerHead, Positions, Queries, Slots
+from dms_jax.types import PerHead
 
 
 class DecodeAttention(NamedTuple):
@@ -74,50 +73,3 @@ def write_token(
     ids = jnp.take_along_axis(table, (jnp.maximum(slots, 0) // page)[..., None], axis=2)[..., 0]
     ids = jnp.where(slots < 0, N, ids)  # past the pool: dropped
     return pages.at[ids, slots % page].set(new.astype(pages.dtype), mode="drop")
-
-
-def flash_attention(
-    q: Queries,
-    k: NewKV,
-    v: NewKV,
-    query_pos: Positions,
-    key_pos: Slots,
-    keep_log: KeepLog,
-    window: int,
-    *,
-    query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B K S"] | None = None,
-    block: int = 128,
-) -> Queries:
-    """`kernels.flash_attention`, one block of queries at a time, recomputed for the gradient."""
-    B, T, H, D = q.shape
-    if query_segments is None or key_segments is None:
-        query_segments, key_segments = jnp.zeros_like(query_pos), jnp.zeros_like(key_pos)
-    if T <= block:
-        return _dense(q, k, v, query_pos, key_pos, keep_log, window, query_segments, key_segments)
-    pad = -T % block
-
-    def blocks(x):  # [B, T, ...] -> [blocks, B, block, ...]; the rows added are cut off below
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-        return x.reshape(B, -1, block, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def one(xs):
-        q, query_pos, query_segments = xs
-        return _dense(q, k, v, query_pos, key_pos, keep_log, window, query_segments, key_segments)
-
-    out = jax.lax.map(one, (blocks(q), blocks(query_pos), blocks(query_segments)))
-    return out.swapaxes(0, 1).reshape(B, T + pad, H, D)[:, :T]
-
-
-def _dense(q, k, v, query_pos, key_pos, keep_log, window, query_segments, key_segments):
-    """All `[B, K, T, S]` scores at once; a query that sees no key gives 0."""
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    bias = masks.bias(query_pos, key_pos, keep_log, window)
-    bias = jnp.where(query_segments[:, None, :, None] == key_segments[:, :, None, :], bias, NEGATIVE)
-    seen = (bias > NEGATIVE / 2)[:, :, None]
-    q = q.reshape(B, T, K, H // K, D)
-    scores = jnp.einsum("BTKGD,BSKD->BKGTS", q, k, preferred_element_type=jnp.float32) * D**-0.5
-    weights = jnp.where(seen, jax.nn.softmax(scores + bias[:, :, None], axis=-1), 0.0).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D)
