@@ -28,12 +28,11 @@ FINGERPRINTED = 2**20  # parameters with more elements are left out of the finge
 class Sampling:
     """How chains are drawn.
 
-    max_length: new tokens a chain may have. batch_size: sequences decoded together. workers: engines at the same
+    batch_size: sequences decoded together. workers: engines at the same
     time; the programs of a small model keep only one core busy, so on a CPU two take the time of one.
     cache, page_size, quant: how keys and values are stored (`dms_jax.CacheConfig`).
     """
 
-    max_length: int
     temperature: float
     top_p: float
     batch_size: int
@@ -53,6 +52,7 @@ class Model(NamedTuple):
     policy: str
     dms: DMSConfig | None
     chains: int
+    max_length: int  # new tokens a chain may have
     budget: int | float | None = None  # of a policy that needs one
 
 
@@ -75,13 +75,21 @@ def blocks(problems: int, models: Sequence[Model], batch_size: int) -> Iterator[
 class Sampler:
     """Samples what is missing from a run, block by block."""
 
-    def __init__(self, run: Run, task: Task, settings: Sampling, on_progress: Callable[[Progress], None]):
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        settings: Sampling,
+        on_progress: Callable[[Progress], None],
+        on_saved: Callable[[int], None],
+    ):
         self.run = run
         self.task = task
         self.settings = settings
         self.on_progress = on_progress  # called by any worker
+        self.on_saved = on_saved  # with the number of chains in the run
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
-        self._prompts: dict[str, list[list[int]]] = {}
+        self._prompts: dict[int, list[list[int]]] = {}
         self._engines: dict[str, Engine] = {}
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
@@ -92,17 +100,22 @@ class Sampler:
             row = self._row(model, result)
             self.run.append([row])
             self.done.add((row["source"], row["id"], row["chain"]))
+            self.on_saved(len(self.run.samples))
 
     def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
         """What is missing; prompts of like lengths together, so that several are read in one call."""
-        jobs = []
-        for problem in problems:
-            record = self.task.records[problem]
-            missing = [c for c in range(model.chains) if (model.source, record.id, c) not in self.done]
-            if missing:
-                keys = sampling.chain_keys(self.settings.seed, [problem] * len(missing), missing)
-                prompt = self._tokens(model)[problem]
-                jobs.append(Job(prompt, np.asarray(keys), self.settings.max_length, (problem, missing)))
+        ids = {problem: self.task.records[problem].id for problem in problems}
+        chains = {p: [c for c in range(model.chains) if (model.source, ids[p], c) not in self.done] for p in problems}
+        missing = {problem: numbers for problem, numbers in chains.items() if numbers}
+        if not missing:
+            return []
+        pairs = np.array([(problem, chain) for problem, numbers in missing.items() for chain in numbers])
+        keys = np.asarray(sampling.chain_keys(self.settings.seed, pairs[:, 0], pairs[:, 1]))  # in one call: it is slow
+        prompts = self._tokens(model)
+        jobs = [
+            Job(prompts[problem], keys[pairs[:, 0] == problem], model.max_length, (problem, numbers))
+            for problem, numbers in missing.items()
+        ]
         return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
 
     def _results(self, work: list[tuple[Model, list[Job]]]) -> Iterator[tuple[Model, Result]]:
@@ -113,11 +126,12 @@ class Sampler:
             yield from ((work[n][0], result) for n, result in run_together(engines, self.settings.workers))
 
     def _tokens(self, model: Model) -> list[list[int]]:
-        """The prompts of all problems for this model's tokenizer."""
-        if model.source not in self._prompts:
+        """The prompts of all problems for this model's tokenizer; models under several policies share them."""
+        key = id(model.lm)
+        if key not in self._prompts:
             texts = [self.task.prompt(record, model.lm.tokenizer) for record in self.task.records]
-            self._prompts[model.source] = generation.encode(model.lm, texts)
-        return self._prompts[model.source]
+            self._prompts[key] = generation.encode(model.lm, texts)
+        return self._prompts[key]
 
     def _engine(self, model: Model) -> Engine:
         if model.source not in self._engines:
@@ -125,7 +139,7 @@ class Sampler:
             longest = max(len(prompt) for prompt in self._tokens(model))
             self._engines[model.source] = generation.build(
                 model.lm,
-                longest + s.max_length,
+                longest + model.max_length,
                 policy=model.policy,
                 dms=model.dms,
                 budget=model.budget,

@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,10 @@ class Config(command.ModelOptions):
     """eviction policies; default: dms where the model was retrofitted and for mini, full otherwise"""
     cr: Annotated[tuple[float, ...], metavar("CR ...")] = ()
     """members of a retrofitted family, for policy dms; default: the model as it is; for mini, 2 4 8"""
-    cache: Annotated[str | None, metavar("NAME")] = None
-    """storage of keys and values; default: the one that generation uses"""
+    cache: Annotated[Literal["paged", "masked"], metavar("KIND")] = "paged"
+    """paged (memory falls) or masked (evicted tokens are hidden); default: paged"""
+    page_size: Annotated[int, metavar("TOKENS")] = 64
+    """slots a page; Quest reads whole pages, its authors' of 16; default: 64"""
     length: Annotated[int, metavar("TOKENS")] = 1024
     """tokens of a window; default: 1024; mini's problems have a length of their own"""
     prompt: Annotated[int | None, metavar("TOKENS")] = None
@@ -86,7 +88,7 @@ def resolve(config: Config) -> Config:
     mini = config.model == MINI
     require(not mini or config.data is None, "data", config.data, "the mini model has its own problems")
     require(mini or config.data is not None, "data", None, "a text file is needed")
-    for key in ("limit", "batch_size"):
+    for key in ("limit", "batch_size", "page_size"):
         require(getattr(config, key) > 0, key, getattr(config, key), "must be positive")
     prompt = config.length // 2 if config.prompt is None else config.prompt
     require(1 <= prompt < config.length, "prompt", prompt, f"must lie in 1..length-1={config.length - 1}")
@@ -148,10 +150,10 @@ def compare(logits, params, hidden, targets, valid, config):
     return jnp.sum(jnp.where(valid, each, 0.0), axis=1)
 
 
-def measure(loaded: Loaded, reference: Any, windows: Sequence[Window], cache: str | None, length: int) -> list[dict]:
+def measure(loaded: Loaded, reference: Any, windows: Sequence[Window], length: int, **storage) -> list[dict]:
     """KL, agreement and likelihoods of each window, means over its tokens after the prompt.
 
-    length: what all windows are padded to.
+    length: what all windows are padded to. storage: see `forced_logits`.
     """
     lengths = np.array([len(w.tokens) for w in windows], np.int32)
     prompts = np.array([w.prompt for w in windows], np.int32)
@@ -161,7 +163,7 @@ def measure(loaded: Loaded, reference: Any, windows: Sequence[Window], cache: st
     config = (reference.config, reference.dms)
     hidden = reference_hidden(reference.params, tokens, config)
     sums, counts, ends, first = np.zeros((4, len(windows))), lengths - prompts, np.ones(len(windows)), 0
-    for forced in forced_logits(loaded, tokens, prompts, cache):
+    for forced in forced_logits(loaded, tokens, prompts, **storage):
         target = prompts + first + np.arange(len(forced.logits))[:, None]  # position of the token predicted
         index = np.minimum(target, length - 1)
         own = jnp.take_along_axis(hidden.swapaxes(0, 1), index[..., None] - 1, axis=0)
@@ -215,7 +217,8 @@ def measure_all(config: Config, run: Run, models: list, windows: list[Window], b
         for group, padded in batches(list(enumerate(windows)), config.batch_size):
             if all((name, n) in done for n, _ in group):
                 continue
-            measured = measure(loaded, reference, [window for _, window in padded], config.cache, length)
+            texts = [window for _, window in padded]
+            measured = measure(loaded, reference, texts, length, cache=config.cache, page_size=config.page_size)
             rows = [{"id": n, "variant": name, **row} for (n, _), row in zip(group, measured, strict=False)]
             run.append([row for row in rows if (name, row["id"]) not in done])
             bar.on_tokens(sum(row["tokens"] for row in rows))

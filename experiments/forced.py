@@ -5,13 +5,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dms_jax import decode, policies
-from dms_jax.cache import storage
-from dms_jax.config import CacheConfig, SamplingConfig, require
-from dms_jax.transformer import Decoder
+from dms_jax import decode, generation
+from dms_jax.cache.paged import worst_case_pages
+from dms_jax.config import require
 from experiments.variants import Loaded
 
 
@@ -27,48 +25,60 @@ def _steps(setup: decode.Setup, params, state: decode.DecodeState, tokens) -> tu
     """Decode steps that take `tokens` `[N, B]` instead of what they would have drawn."""
 
     def body(state, token):
-        state, logits, live = decode.decode_step(setup, params, state._replace(token=token))
-        return state, Forced(logits, live.mean(axis=(1, 2)))
+        state, logits, made = decode.decode_step(setup, params, state._replace(token=token))
+        return state, Forced(logits, made.live.mean(axis=(1, 2)))
 
     return jax.lax.scan(body, state, tokens)
 
 
+def _prefill(setup: decode.Setup, params, tokens: np.ndarray, lengths: np.ndarray, chunk: int, pages: int):
+    """The state after the first `lengths` tokens of each sequence, and the logits of the next, `[B, V]`."""
+    B, T = tokens.shape
+    state = decode.init(setup, B, params["embed"]["embedding"].dtype, pages)
+    # Every sequence takes steps until its last token is predicted; keys draw nothing, as all is given.
+    rows, keys, steps = np.arange(B), np.zeros((B, 2), np.uint32), T - lengths
+    logits, longest = None, generation.round_up(int(lengths.max()))
+    tokens = np.pad(np.asarray(tokens, np.int32), ((0, 0), (0, max(0, longest - T))))
+    for start in range(0, longest, chunk):
+        part = tokens[:, start : min(start + chunk, longest)]
+        count = np.clip(lengths - start, 0, part.shape[1])
+        width = generation.round_up(int(decode.live_tokens(setup, state).max()))
+        width = min(width, setup.storage.slots)
+        state, new, _ = decode.prefill(setup, params, state, rows, part, count, steps, keys, width)
+        logits = new if logits is None else np.where(count[:, None] > 0, new, logits)
+    return state, logits
+
+
 def forced_logits(
-    loaded: Loaded, tokens: np.ndarray, prompt_lengths: np.ndarray, cache: str | None = None, chunk: int = 32
+    loaded: Loaded,
+    tokens: np.ndarray,
+    prompt_lengths: np.ndarray,
+    cache: str = "paged",
+    page_size: int = 64,
+    chunk: int = 32,
 ) -> Iterator[Forced]:
     """Logits under the policy and storage of a real generation, teacher-forced: a prefill, then one step a token.
 
     Args:
       tokens: `[B, T]`, padded on the right; what is predicted after a sequence's own end is for the caller to drop.
+        A budget that is a share is one of T.
       prompt_lengths: `[B]`, tokens of each sequence that are prefilled.
-      cache: the storage, None for the usual one.
+      cache, page_size: see `dms_jax.CacheConfig`.
       chunk: steps whose logits are in memory at once.
     Yields:
       the prediction of the prefill (one step), then chunks, until token T - 1 of every sequence is predicted.
     """
-    lm, variant = loaded.lm, loaded.variant
-    budget = {} if variant.budget is None else {"budget": variant.budget}
-    setup = decode.Setup(
-        model=Decoder(lm.config, loaded.dms or lm.dms),
-        policy=policies.policy(variant.policy, loaded.dms, **budget),
-        storage=storage(CacheConfig() if cache is None else CacheConfig(storage=cache)),
-        sampling=SamplingConfig(),
-        stop=(),
-    )
+    lm = loaded.lm
     B, T = tokens.shape
     longest = int(prompt_lengths.max())
     require(longest < T, "prompt", longest, f"leaves nothing of {T} tokens to predict")
+    engine = generation.build(lm, T, stop=(), cache=cache, page_size=page_size, **loaded.options)
+    setup, pages = engine.setup, B * worst_case_pages(lm.config, T, page_size)
+    state, logits = _prefill(setup, lm.params, tokens, prompt_lengths, engine.config.prefill_chunk, pages)
+    yield Forced(logits[None], decode.live_tokens(setup, state).mean(axis=(1, 2))[None])
     steps = T - int(prompt_lengths.min()) - 1
     steps += -steps % chunk  # whole chunks: one shape compiles once
-    padded, capacity = (-(-n // decode.BUCKET) * decode.BUCKET for n in (longest, longest + steps))
-    start = np.zeros((B, padded), np.int32)
-    start[:, :longest] = tokens[:, :longest]
-    room = np.full(B, steps + 2, np.int32)  # so that no sequence ever counts as finished
-    keys = np.zeros((B, 2), np.uint32)
-    state, logits, seen = decode.prefill(setup, lm.params, start, prompt_lengths, room, keys, capacity)
-    heads = lm.config.num_layers * lm.config.num_kv_heads
-    yield Forced(logits[None], jnp.asarray(np.asarray(seen)[prompt_lengths - 1, np.arange(B)] / heads)[None])
-    # Step n of sequence b is fed token prompt_length + n; past the end anything will do.
+    # Step n of sequence b is fed token prompt_length + n; past the end a sequence takes no more steps.
     index = np.minimum(prompt_lengths + np.arange(steps)[:, None], T - 1)
     fed = np.take_along_axis(np.asarray(tokens, np.int32).T, index, axis=0)
     for first in range(0, steps, chunk):

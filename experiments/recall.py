@@ -14,16 +14,18 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from dms_jax import generation, metrics, policies
 from dms_jax.config import one_of, require
+from dms_jax.engine import Engine, EngineConfig, Job, Result
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
 from experiments.run import Run, digest, open_run
 from experiments.tasks import mini_recall, ruler
 from experiments.tasks.ruler import Encode, Form, Sample
-from experiments.variants import Loaded, batches
+from experiments.variants import Loaded
 
-COUNTS = ("kv_reads", "prefill_reads", "peak_tokens", "achieved_cr")
+COUNTS = metrics.CacheUse._fields
 CAPTION = (
     f"Score: share of the references that occur in the answer, whatever their case, with its 95% interval "
     f"({stats.METHOD}). KV reads (decoding only), peak live tokens: averaged over layers and KV heads. Achieved CR: "
@@ -43,10 +45,12 @@ class Config(command.ModelOptions):
     """eviction policies; default: full; for mini, full and dms"""
     cr: Annotated[tuple[float, ...], metavar("CR ...")] = ()
     """members of a retrofitted family, for policy dms; default: the model as it is; for mini, 4 8"""
+    page_size: Annotated[int, metavar("TOKENS")] = 64
+    """slots a page; Quest reads whole pages, its authors' of 16; default: 64"""
     limit: Annotated[int, metavar("N")] = 50
     """questions of each task and length; default: 50"""
     batch_size: Annotated[int, metavar("N")] = 10
-    """sequences in one call; default: 10"""
+    """sequences decoded together; default: 10"""
     seed: Annotated[int, metavar("SEED")] = 42
     """of RULER's questions; default: 42, as there; mini's are always the main job's held-out problems"""
 
@@ -82,7 +86,7 @@ def resolve(experiment: Experiment, config: Config) -> Config:
     for key in ("length", "data"):
         value = getattr(config, key)
         require(not (mini and value), key, value, "the mini model has its own questions, and they their own length")
-    for key in ("limit", "batch_size"):
+    for key in ("limit", "batch_size", "page_size"):
         require(getattr(config, key) > 0, key, getattr(config, key), "must be positive")
     require(all(n > 0 for n in config.length), "length", config.length, "must be positive")
     ours = tuple(n for n, task in experiment.tasks.items() if config.data or task.haystack != "essay")
@@ -123,43 +127,56 @@ def questions(experiment: Experiment, config: Config, encode: Encode) -> dict[tu
     return out
 
 
-def answer(cell: Cell, group: list[Sample], padded: list[Sample], new_tokens: int, encode: Encode, bar) -> list[dict]:
-    """The lines of samples.jsonl for a group of questions."""
-    import dms_jax
+def engine_for(config: Config, cell: Cell, longest: int, bar: report.ProgressBar) -> Engine:
+    """A greedy engine for questions of up to `longest` tokens.
 
-    prompts = [encode(sample.prompt, sample.prefix) for sample in padded]
-    lm = cell.loaded.lm
-    out = dms_jax.generate(lm, prompts, max_new_tokens=new_tokens, temperature=0.0, **cell.loaded.options)
-    bar.on_tokens(sum(len(out.tokens[n][0]) for n in range(len(group))))
+    A budget that is a share is one of the cell's length, or of the model's context where questions have their own:
+    how many questions are asked must not change it.
+    """
+    budget = cell.loaded.variant.budget
+    if budget is not None:
+        budget = policies.tokens_of(budget, cell.length or cell.loaded.lm.config.max_positions)
+    return generation.build(
+        cell.loaded.lm,
+        longest,
+        **{**cell.loaded.options, "budget": budget},
+        page_size=config.page_size,
+        engine=EngineConfig(slots=config.batch_size),
+        on_progress=bar.on_progress,
+    )
+
+
+def answer(cell: Cell, sample: Sample, prompt: list[int], result: Result) -> dict:
+    """The line of samples.jsonl for an answer."""
+    text = cell.loaded.lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
     task, length, name = cell.key
-    return [
-        {
-            "id": sample.id,
-            "task": task,
-            "length": length,
-            "variant": name,
-            "score": ruler.share_found(out.text[n][0], sample.answers),
-            "answers": sample.answers,
-            "text": out.text[n][0],
-            "position": sample.position,
-            "prompt_tokens": len(prompts[n]),
-            "tokens": len(out.tokens[n][0]),
-            **{field: float(getattr(out, field)[n, 0]) for field in COUNTS},
-        }
-        for n, sample in enumerate(group)
-    ]
+    return {
+        "id": sample.id,
+        "task": task,
+        "length": length,
+        "variant": name,
+        "score": ruler.share_found(text, sample.answers),
+        "answers": sample.answers,
+        "text": text,
+        "position": sample.position,
+        "prompt_tokens": len(prompt),
+        "tokens": len(result.tokens),
+        **result.use._asdict(),
+    }
 
 
 def sample_all(config: Config, run: Run, cells: list[Cell], asked: dict, encode: Encode, bar) -> None:
-    """Answers what is missing, cell by cell; of a group with an answer missing, all are given again."""
+    """Answers what is missing, cell by cell; an answer is saved as it ends."""
     done = {(s["task"], s["length"], s["variant"], s["id"]) for s in run.samples}
     for cell in cells:
         samples, new_tokens = asked[cell.key[:2]]
         bar.describe(" ".join(str(part) for part in cell.key if part is not None))
-        for group, padded in batches(samples, config.batch_size):
-            if any((*cell.key, sample.id) not in done for sample in group):
-                rows = answer(cell, group, padded, new_tokens, encode, bar)
-                run.append([row for row in rows if (*cell.key, row["id"]) not in done])
+        prompts = generation.encode(cell.loaded.lm, [encode(sample.prompt, sample.prefix) for sample in samples])
+        missing = [n for n, sample in enumerate(samples) if (*cell.key, sample.id) not in done]
+        engine = engine_for(config, cell, max(map(len, prompts)) + new_tokens, bar)
+        key = np.zeros((1, 2), np.uint32)  # greedy: draws nothing
+        for result in engine.run(Job(prompts[n], key, new_tokens, n) for n in missing):
+            run.append([answer(cell, samples[result.name], prompts[result.name], result)])
         bar.on_block(len(samples), len(run.samples))
 
 

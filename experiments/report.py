@@ -63,7 +63,8 @@ COLUMNS = (
     ("tokens", "right", True, lambda row: f"{row['tokens']:,.0f}"),
     ("problems", "right", False, lambda row: str(row["problems"])),
 )
-WIDE = 122
+WIDE = 132
+SECONDS_SILENT = 30.0
 
 
 class ProgressBar:
@@ -72,22 +73,19 @@ class ProgressBar:
     def __init__(self, console: Console, sequences: int, seconds: float | None, start: float):
         self.console, self.sequences, self.seconds, self.start = console, sequences, seconds, start
         self.tokens = self.chains = self.problems = 0
-        self.live, self.pages = 0.0, "0/0"
+        self.cache = ""
         self._lock = threading.Lock()  # workers report tokens at the same time
-        self.first_token = time.monotonic()
+        self.first_token = self.said = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn(
-                "{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s, "
-                "{task.fields[live]:,.0f} live tokens, {task.fields[pages]} pages"
-            ),
+            TextColumn("{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s{task.fields[cache]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0, live=0, pages="0/0")
+        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0, cache="")
 
     def __enter__(self):
         self.bar.start()
@@ -98,15 +96,31 @@ class ProgressBar:
 
     def on_progress(self, progress: EngineProgress) -> None:
         """An engine made more tokens; what it holds is shown for the engine that reported last."""
+        pages = f", {progress.pages_used}/{progress.pages} pages" if progress.pages else ""
+        self.cache = f", {progress.live_tokens:,.0f} live tokens{pages}"
+        self.on_tokens(progress.new_tokens)
+
+    def on_tokens(self, made: int) -> None:
+        """So many more tokens were made."""
         with self._lock:
-            self.tokens += progress.new_tokens
-            self.live, self.pages = progress.live_tokens, f"{progress.pages_used}/{progress.pages}"
+            self.tokens += made
         self._update()
+
+    def on_saved(self, chains: int) -> None:
+        """So many chains are done. A log file gets a line now and then."""
+        self.chains = chains
+        self._update()
+        if time.monotonic() - self.said > SECONDS_SILENT:
+            self._say(self.problems, chains)
 
     def on_block(self, problems: int, chains: int) -> None:
         """A block is done; the totals so far. A log file gets a line where a terminal has the bar."""
         self.problems, self.chains = problems, chains
         self._update()
+        self._say(problems, chains)
+
+    def _say(self, problems: int, chains: int) -> None:
+        self.said = time.monotonic()
         if not self.console.is_terminal:
             total = f"{self.seconds:.0f} s" if self.seconds else f"{self.sequences} chains"
             done = f"{self._elapsed():.0f} s, {problems} problems, {chains} chains (of {total})"
@@ -129,6 +143,5 @@ class ProgressBar:
             completed=completed,
             problems=self.problems,
             speed=self._speed(),
-            live=self.live,
-            pages=self.pages,
+            cache=self.cache,
         )

@@ -28,6 +28,7 @@ class Cell(NamedTuple):
     policy: str
     cr: float
     chains: int
+    max_length: int
 
 
 def majority(answers: Sequence[str | None]) -> int | None:
@@ -115,6 +116,7 @@ def table(samples: Iterable[dict], cells: Sequence[Cell]) -> list[dict]:
                 "policy": cell.policy,
                 "cr": cell.cr,
                 "chains": cell.chains,
+                "max_length": cell.max_length,
                 "problems": len(problems),
                 "accuracy": bootstrap(right)._asdict(),
                 "gain": bootstrap(right - first)._asdict(),

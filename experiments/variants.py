@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dms_jax import policies
 from dms_jax.config import DMSConfig, one_of, require
 
-# Policies that need no training, but to be told how many tokens a head may keep.
-TRAINING_FREE = ("streaming", "tova", "h2o", "quest", "knorm", "random")
+# Policies that need no training, but to be told how many tokens a head may keep (Quest: may read).
+TRAINING_FREE = tuple(name for name in policies.NAMES if name not in ("full", "dms"))
 
 
 class Variant(NamedTuple):
@@ -39,25 +40,25 @@ class Loaded(NamedTuple):
         return {"policy": self.variant.policy, "dms": self.dms, **budget}
 
 
-def variants(policies: Sequence[str], crs: Sequence[float], budgets: Sequence[int | float]) -> list[Variant]:
+def variants(names: Sequence[str], crs: Sequence[float], budgets: Sequence[int | float]) -> list[Variant]:
     """Every policy once: DMS for each ratio, a training-free one for each budget.
 
     Raises:
       ConfigError: a value twice or out of range, a training-free policy without a budget, or a ratio or a budget
         that no policy takes.
     """
-    for key, values in (("policy", policies), ("cr", crs), ("budget", budgets)):
+    for key, values in (("policy", names), ("cr", crs), ("budget", budgets)):
         require(len(set(values)) == len(values), key, tuple(values), "a value occurs twice")
     require(all(cr > 1 for cr in crs), "cr", tuple(crs), "must be above 1; --policy full is the original")
     for budget in budgets:
         fits = budget >= 1 if isinstance(budget, int) else 0 < budget <= 1
         require(fits, "budget", budget, "is tokens per head (1, 2, ...) or a share of the longest (0.0 to 1.0)")
-    trained, free = "dms" in policies, [name for name in policies if name in TRAINING_FREE]
+    trained, free = "dms" in names, [name for name in names if name in TRAINING_FREE]
     require(trained or not crs, "cr", tuple(crs), "only policy dms comes in several ratios")
     require(bool(free) or not budgets, "budget", tuple(budgets), "only training-free policies take one")
     require(bool(budgets) or not free, "policy", free, "needs --budget")
     out = []
-    for policy in policies:
+    for policy in names:
         if policy == "dms":
             out += [Variant(policy, cr=cr) for cr in crs or (None,)]
         else:
@@ -74,7 +75,6 @@ def load(
       ConfigError: an unknown policy, a model without a tokenizer, or DMS on a model that was never retrofitted.
     """
     import dms_jax
-    from dms_jax import policies
 
     for variant in chosen:
         one_of("policy", variant.policy, policies.NAMES)

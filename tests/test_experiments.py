@@ -155,7 +155,7 @@ def made_up_sample(source, problem, chain, answer, correct, **changes):
 
 
 def test_table_counts_votes_costs_and_common_problems_only():
-    cells = [stats.Cell("1-1-1", "base", "full", 1, 1), stats.Cell("1-3-4", "small", "dms", 4, 3)]
+    cells = [stats.Cell("1-1-1", "base", "full", 1, 1, 1024), stats.Cell("1-3-4", "small", "dms", 4, 3, 1024)]
     samples = [
         made_up_sample("small", "b", 2, "5", True, kv_reads=1.0, achieved_cr=5.0),
         made_up_sample("small", "b", 0, "4", False),
@@ -171,7 +171,7 @@ def test_table_counts_votes_costs_and_common_problems_only():
     assert base_row["accuracy"]["mean"] == small["accuracy"]["mean"] == 0.5
     assert small["gain"]["mean"] == 0 and (small["gain"]["low"], small["gain"]["high"]) == (-1, 1)
     assert small["kv_reads"] == (30 + 21) / 2 and small["peak_tokens"] == 15 and small["tokens"] == 12
-    assert small["achieved_cr"] == 15 / 6
+    assert small["achieved_cr"] == 15 / 6 and small["max_length"] == 1024
     assert stats.table(samples[:3], cells) == []
 
 

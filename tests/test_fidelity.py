@@ -62,7 +62,7 @@ def test_a_prompt_as_long_as_the_text_leaves_nothing(dms_lm, tokens):
 def test_measures_against_numpy(dms_lm, tokens):
     """Unequal prompts and lengths; the padding behind the shorter window counts for nothing."""
     windows = [Window(tuple(tokens[0, :31]), 9), Window(tuple(tokens[1]), 14)]
-    rows = fidelity.measure(Loaded(Variant("dms"), dms_lm, dms_lm.dms), dms_lm, windows, None, T)
+    rows = fidelity.measure(Loaded(Variant("dms"), dms_lm, dms_lm.dms), dms_lm, windows, T)
     for n, (row, window) in enumerate(zip(rows, windows, strict=True)):
         ids = np.array([window.tokens])
         span = slice(window.prompt - 1, len(window.tokens) - 1)

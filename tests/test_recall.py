@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import policies
 from dms_jax.config import ConfigError
 from experiments import niah, recall, run, variable_tracking, variants
 from experiments.variants import Variant
@@ -102,38 +101,35 @@ def test_niah_from_end_to_end(job, capsys):
     assert "niah_multikey_2" in capsys.readouterr().out
 
 
+def in_order(samples):
+    return sorted(samples, key=lambda s: (s["task"], s["variant"], s["id"]))
+
+
 def test_an_interrupted_run_goes_on(job, monkeypatch):
     _, whole, results = job("whole", *TWO, "3")
-    generate, calls = dms_jax.generate, itertools.count()
+    answer, calls = recall.answer, itertools.count()
 
-    def interrupted(*arguments, **options):
-        if next(calls) == 3:
+    def interrupted(*arguments):
+        if next(calls) == 7:
             raise KeyboardInterrupt
-        return generate(*arguments, **options)
+        return answer(*arguments)
 
-    monkeypatch.setattr(dms_jax, "generate", interrupted, raising=False)
+    monkeypatch.setattr(recall, "answer", interrupted)
     _, some, nothing = job("parts", *TWO, "3", status=130)
-    assert 0 < len(some) < len(whole) and nothing is None
+    assert len(some) == 7 and nothing is None
     _, resumed, again = job("parts", *TWO, "3")
-    assert resumed == whole and again["rows"] == results["rows"]
+    assert in_order(resumed) == in_order(whole) and again["rows"] == results["rows"]
     before = next(calls)
     _, more, longer = job("parts", *TWO, "4")
-    assert more[: len(whole)] == whole and len(more) == 16 and longer["rows"][0]["samples"] == 4
-    assert next(calls) - before == 4 + 1, "of each cell the second group alone"
+    assert more[: len(whole)] == resumed and len(more) == 16 and longer["rows"][0]["samples"] == 4
+    assert next(calls) - before == 4 + 1, "of each cell the missing answer alone"
 
 
-def test_a_budget_reaches_generate(job, monkeypatch):
-    seen = []
-
-    def generate(lm, prompts, **options):
-        seen.append(options)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(policies, "NAMES", ("full", "tova"))
-    monkeypatch.setattr(dms_jax, "generate", generate, raising=False)
-    job("budget", *REAL, "--policy", "tova", "--budget", "0.25", "64", status=130)
-    (options,) = seen
-    assert options["budget"] == 0.25 and options["policy"] == "tova" and options["dms"] is None
+def test_a_budget_is_a_share_of_the_cells_length(job):
+    """A head holds so many tokens once the prompt was read, however long the prompt happens to be."""
+    _, (s,), _ = job("budget", *REAL[:4], "--length", "768", "--limit", "1", "--policy", "tova", "--budget", "0.25")
+    assert s["kv_reads"] == 192 * (s["tokens"] - 1)
+    assert s["achieved_cr"] == (s["prompt_tokens"] + s["tokens"] - 1) / 192
 
 
 def test_the_mini_model_has_its_own_tasks(job, capsys):
