@@ -12,12 +12,12 @@ import collections
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 
 from dms_jax import decode, metrics
 from dms_jax.cache import paged

@@ -15,7 +15,8 @@ import numpy as np
 
 from dms_jax import generation, sampling
 from dms_jax.config import DMSConfig, SamplingConfig
-from dms_jax.engine import Engine, EngineConfig, Job, Progress, Result
+from dms_jax.engine import Engine
+from dms_jax.jobs import EngineConfig, Job, Progress, Result
 from dms_jax.parallel import run_together
 from experiments.run import Run
 from experiments.tasks.base import Task, judge

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from dms_jax import generation, metrics, policies
 from dms_jax.config import one_of, require
-from dms_jax.engine import Engine, EngineConfig, Job, Result
+from dms_jax.engine import Engine
+from dms_jax.jobs import EngineConfig, Job, Result
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar

@@ -18,7 +18,8 @@ import pytest
 from dms_jax import decode, policies
 from dms_jax.cache import paged, storage
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
-from dms_jax.engine import Engine, EngineConfig, Job
+from dms_jax.engine import Engine
+from dms_jax.jobs import EngineConfig, Job
 from tests import brute_policies as brute
 
 B, K, G, D, L, N, T, CHUNK = 4, 2, 3, 6, 2, 5, 40, 8  # N sequences of T tokens
