@@ -23,6 +23,7 @@ from dms_jax import decode, metrics
 from dms_jax.cache import paged
 from dms_jax.config import CacheConfig
 from dms_jax.decode import Setup
+from dms_jax.jobs import EngineConfig, Job, PoolError, Progress, Result
 from dms_jax.types import Params
 
 BUCKET = 64  # prompt lengths and capacities are rounded up to this, so that few shapes are compiled
