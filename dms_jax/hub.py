@@ -20,7 +20,7 @@ from dms_jax.transformer import Decoder, arange_positions, causal, hard_eviction
 from dms_jax.types import Logits, Params, Tokens
 from dms_jax.weights import DTYPES, gate_specs, lookup, read_params, specs
 
-ASSETS = Path(__file__).parent / "assets"  # mini/base, mini/cr4, ...
+ASSETS = Path(__file__).parent / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Weights, configuration and tokenizers; no pickles, no code.
 PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
@@ -80,7 +80,8 @@ def load(
     Args:
       source: a hub name "org/name", an HF folder, a .gguf file, or "mini", the bundled family.
       dtype: of the parameters: "bfloat16", "float16" or "float32".
-      gate: a safetensors file from `save_gate` to lay over base weights.
+      gate: a safetensors file from `save_gate` to lay over base weights, or "smollm2", the bundled gates for
+        SmolLM2-135M-Instruct, of which `cr` then chooses one (None: the original model).
       cr: the member of a retrofitted family to load: the sub-folder "cr4" for 4.
       tokenizer: used instead of the source's own.
     Raises:
@@ -88,6 +89,8 @@ def load(
       FileNotFoundError: no such source.
     """
     one_of("dtype", dtype, DTYPES)
+    if gate is not None and (ASSETS / str(gate)).is_dir():
+        gate, cr = (None if cr is None else _bundled_gate(str(gate), cr)), None
     path = _locate(source, cr)
     if path.is_file():
         metadata, sources = gguf.open_gguf(path)
@@ -97,6 +100,14 @@ def load(
         config, params, dms = hf.read_folder(path, dtype)
         lm = LM(config, params, tokenizer or _read_tokenizer(path), dms)
     return lm if gate is None else _with_gate(lm, Path(gate), dtype)
+
+
+def _bundled_gate(name: str, cr: float) -> Path:
+    """The file of a gate that comes with the package."""
+    file = ASSETS / name / f"gate_cr{cr:g}.safetensors"
+    there = ", ".join(sorted(path.stem.removeprefix("gate_cr") for path in (ASSETS / name).glob("gate_cr*")))
+    require(file.is_file(), "cr", cr, f"the bundled gates of {name!r} are for CR {there or 'none'}")
+    return file
 
 
 def _locate(source: str | os.PathLike, cr: float | None) -> Path:

@@ -4,6 +4,7 @@ from paper_figures import (
     accuracy_vs_cr,
     accuracy_vs_reads,
     achieved_cr,
+    bench_cache,
     pareto_fronts,
     readme_tables,
     retention,
@@ -20,6 +21,7 @@ FIGURES = {
     achieved_cr: "sweep.json",
     window_ablation: "ablate_window.json",
     retention: "retention.json",
+    bench_cache: "bench_cache.json",
 }
 
 

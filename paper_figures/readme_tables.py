@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 from experiments.report import percent
+from paper_figures import style
+from paper_figures.bench_cache import name_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +57,100 @@ def speed() -> str:
     return f"{markdown(['batch', 'dms_jax', 'transformers', 'ratio'], rows)}\n\n{note}"
 
 
-TABLES = {"mini": mini, "speed": speed}
+def cache() -> str:
+    """Decode steps at the longest contexts measured."""
+    results = json.loads((RESULTS / "bench_cache.json").read_text())
+    rows = [
+        [
+            f"{row['context']:,}",
+            name_of(row),
+            f"{1e3 * row['seconds_per_step']:.0f}",
+            f"{row['of_full']:.2f}",
+            f"{row['bytes_in_pages'] / 1e6:,.0f}" if "bytes_in_pages" in row else "",
+        ]
+        for row in results["rows"]
+        if row["context"] >= 8192
+    ]
+    settings, about = results["settings"], results["environment"]
+    note = (
+        f"SmolLM2-135M's shape, batch {settings['batch']}, {settings['dtype']}, {about['cpu_count']} CPU cores, jax "
+        f"{about['jax']}; medians of {settings['rounds']}; `{about['command'].split(' --out')[0]}`."
+    )
+    return f"{markdown(['context', 'cache', 'ms a step', 'of full', 'MB in pages'], rows)}\n\n{note}"
+
+
+def gpu_decode() -> str:
+    """Whole decode steps of Qwen3-8B's shape against the floor."""
+    results = json.loads((RESULTS / "h100" / "decode_qwen3_8b.json").read_text())
+    rows = [
+        [
+            f"{row['context']:,}",
+            "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}",
+            f"{row['batch']}" + (" (the most that fit)" if row["largest_batch"] else ""),
+            f"{1e3 * row['seconds_per_step']:.1f}",
+            f"{row['over_floor']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+        ]
+        for row in sorted(results["rows"], key=lambda row: (row["context"], row["batch"], row["cr"]))
+    ]
+    about, settings = results["environment"], results["settings"]
+    note = (
+        f"{about['device'].split(' gpu ')[1]}, {settings['dtype']}, random weights, jax {about['jax']}; copy rate "
+        f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run; medians of {settings['rounds']} calls of "
+        f"{settings['steps']} steps."
+    )
+    header = ["context", "cache", "sequences", "ms a step", "over the floor", "tokens/s"]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def gpu_kernels() -> str:
+    """The kernels beside their peers."""
+    results = json.loads((RESULTS / "h200" / "kernels.json").read_text())
+
+    def rate(row: dict) -> list[str]:
+        if "of_copy" in row:
+            return [f"{1e3 * row['seconds']:.3f}", f"{row['of_copy']:.0%} of a copy", ""]
+        share = f"{row['forward_of_matmul']:.0%} / {row['backward_of_matmul']:.0%} of a product"
+        times = f"{1e3 * row['forward_seconds']:.2f} / {1e3 * row['backward_seconds']:.2f}"
+        return [times, share, f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else ""]
+
+    rows = [
+        [row["case"], row.get("peer", "ours"), *rate(row)]
+        for row in results["rows"]
+        if row["name"] in ("decode", "flash") and "error" not in row
+    ]
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
+    note = f"{results['device']}, driver {results['driver']}, {versions}; bfloat16, medians."
+    return f"{markdown(['case', 'by', 'ms (forward / backward)', 'rate', 'MB at peak'], rows)}\n\n{note}"
+
+
+def sweep() -> str:
+    """Every policy with one chain, at the ratios where they part."""
+    results = json.loads((RESULTS / "sweep.json").read_text())
+    ratios = [1.0, 1.25, 1.5, 2.0, 4.0, 8.0]
+    cells = {(row["policy"], row["cr"]): row for row in results["rows"] if row["chains"] == 1}
+    rows = [
+        [
+            style.LABELS[policy],
+            *(percent(cells[policy, cr]["accuracy"]) if (policy, cr) in cells else "" for cr in ratios),
+        ]
+        for policy in style.POLICIES
+    ]
+    note = (
+        f"Accuracy % of one chain, {results['problems']} problems, seed {results['seed']}, 95% intervals by bootstrap "
+        f"over problems; {results['environment']['device']} merged what an H100 sampled. An empty cell was not run."
+    )
+    return f"{markdown(['policy', *(f'CR {cr:g}' for cr in ratios)], rows)}\n\n{note}"
+
+
+TABLES = {
+    "mini": mini,
+    "speed": speed,
+    "cache": cache,
+    "gpu_decode": gpu_decode,
+    "gpu_kernels": gpu_kernels,
+    "sweep": sweep,
+}
 
 
 def render(text: str) -> str:

@@ -113,9 +113,16 @@ def log_tokens(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+TICK_RATIO = 1.19  # ticks of a log axis that are nearer to each other would overlap
+
+
 def ratio_ticks(axis, values: Sequence[float]) -> None:
-    """Ticks at compression ratios, on a log axis."""
-    axis.set_ticks(sorted({*values}))
+    """Ticks at compression ratios, on a log axis; of those too near to each other the first."""
+    ticks: list[float] = []
+    for value in sorted({*values}):
+        if not ticks or value >= TICK_RATIO * ticks[-1]:
+            ticks.append(value)
+    axis.set_ticks(ticks)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

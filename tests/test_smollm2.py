@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_gguf
@@ -13,6 +15,7 @@ import tiny
 import torch
 
 import dms_jax
+from dms_jax import transformer
 from dms_jax.convert import hf
 
 pytestmark = pytest.mark.slow
@@ -102,3 +105,30 @@ def test_bfloat16_and_a_saved_copy(lm, smollm2_file, tmp_path):
     agree = (again.logits(ids).argmax(-1) == lm.logits(ids).argmax(-1)).mean()
     assert agree > 0.9, agree
     assert again.tokenizer(texts.VARIED)["input_ids"] == lm.tokenizer(texts.VARIED)["input_ids"]
+
+
+def test_the_bundled_gates(smollm2_file, lm):
+    """Laid over the real weights they evict about what their CR says, and the model stays near itself."""
+    original = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2")
+    assert original.dms is None
+    ids = np.asarray([lm.tokenizer(texts.real_text())["input_ids"][:700]])
+    want = np.asarray(lm.logits(ids))[0]
+    for cr in (2, 4):
+        gated = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=cr)
+        assert gated.dms.cr == cr and gated.dms.gate == "adapter"
+        got = np.asarray(gated.logits(ids, dms=gated.dms))[0]
+        assert (got.argmax(-1) == want.argmax(-1)).mean() > 0.6
+        assert np.abs(got - want).max() > 0.1, "something is evicted"
+        alphas = transformer_alphas(gated, ids)
+        assert 1 - 1.7 / cr < alphas.mean() < 1 - 0.5 / cr
+    with pytest.raises(dms_jax.ConfigError, match="cr=16: the bundled gates of 'smollm2' are for CR 2, 4"):
+        dms_jax.load(smollm2_file, gate="smollm2", cr=16)
+
+
+def transformer_alphas(lm, ids) -> np.ndarray:
+    """The hard decisions of every layer and head, `[L, B, K, T]`."""
+    tokens = jnp.asarray(ids)
+    attend = transformer.hard_eviction(lm.dms, jnp.array([ids.shape[1]]))
+    positions = transformer.arange_positions(tokens)
+    run = jax.jit(lambda p: transformer.Decoder(lm.config, lm.dms).apply({"params": p}, tokens, positions, attend)[1])
+    return np.stack(run(lm.params))
