@@ -33,6 +33,7 @@ def draw(results: dict) -> Figure:
         contexts = sorted({row["context"] / 1024 for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        style.log_tokens(axes.yaxis)
         axes.set_xticks(contexts, [f"{context:g}K" for context in contexts])
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("milliseconds a decode step")

@@ -138,7 +138,7 @@ def sweep() -> str:
     ]
     note = (
         f"Accuracy % of one chain, {results['problems']} problems, seed {results['seed']}, 95% intervals by bootstrap "
-        f"over problems; {results['environment']['device']} merged what an H100 sampled. An empty cell was not run."
+        "over problems; sampled in parts on one H100, which were then merged. An empty cell was not run."
     )
     return f"{markdown(['policy', *(f'CR {cr:g}' for cr in ratios)], rows)}\n\n{note}"
 
