@@ -113,7 +113,7 @@ def log_tokens(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-TICK_RATIO = 1.19  # ticks of a log axis that are nearer to each other would overlap
+TICK_RATIO = 1.21  # ticks of a log axis that are nearer to each other would overlap
 
 
 def ratio_ticks(axis, values: Sequence[float]) -> None:
