@@ -73,3 +73,15 @@ def tiny_family(tmp_path_factory):
         return dms_jax.LM(config, params, tokenizer, dms)
 
     return load
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Every compiled program maps memory; those of the whole suite would pass what Linux allows a process."""
+    yield
+    import gc
+
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
