@@ -11,6 +11,7 @@ from paper_figures import (
     accuracy_vs_cr,
     accuracy_vs_reads,
     achieved_cr,
+    bench_cache,
     pareto_fronts,
     retention,
     style,
@@ -67,6 +68,18 @@ def ablation():
 def kept():
     shares = {"edges": [0, 100, 200, 300], "live_share": [[0.9, 0.5, 0.1], [0.7, 0.3, 0.1]]}
     return {"policy": "dms", "cr": 4.0, "by_layer_head": [[0.1, 0.2], [0.3, 0.4]], "by_position": shares}
+
+
+@pytest.fixture
+def steps():
+    cells = [("masked", 0.0), ("paged", 0.0), ("paged", 0.875)]
+    rows = [
+        {"context": c, "storage": s, "evicted": e, "seconds_per_step": c * (1 - e) / 1e5}
+        for c in (1024, 4096)
+        for s, e in cells
+    ]
+    settings = {"batch": 8, "dtype": "float32"}
+    return {"rows": rows, "settings": settings, "environment": {"cpu_count": 2}}
 
 
 def lines(axes):
@@ -134,6 +147,12 @@ def test_retention(kept):
     assert list(lines(retention.draw(kept).axes[1])) == ["mean of layers"]
 
 
+def test_bench_cache(steps):
+    drawn = lines(bench_cache.draw(steps).axes[0])
+    assert list(drawn) == ["full, one array a layer", "full, paged", "DMS, 87.5% evicted"]
+    assert drawn["DMS, 87.5% evicted"] == ([1, 4], pytest.approx([1.28, 5.12]))
+
+
 def test_policies_are_told_apart_without_colour():
     looks = [style.policy_look(policy) for policy in (*style.POLICIES, "another")]
     for field in ("color", "marker", "linestyle"):
@@ -143,7 +162,7 @@ def test_policies_are_told_apart_without_colour():
 
 @pytest.mark.parametrize("script", figures.FIGURES)
 def test_scripts_write_both_files_and_the_same_ones_again(script, request, tmp_path):
-    fixture = {window_ablation: "ablation", retention: "kept"}.get(script, "sweep")
+    fixture = {window_ablation: "ablation", retention: "kept", bench_cache: "steps"}.get(script, "sweep")
     path = tmp_path / "results.json"
     path.write_text(json.dumps(request.getfixturevalue(fixture)))
     script.main([str(path)])
