@@ -2,7 +2,7 @@
 
 A model of SmolLM2-135M's shape (random weights), a batch of sequences whose caches hold random keys and values for
 the context; of these a share is evicted, independently in each head. The full cache is measured in both storages.
-New tokens are all evicted (DMS) or all kept (full), so that the cache keeps its size while it is timed.
+New tokens are all marked (DMS) or all kept (full); the few that are timed hardly change what a head holds.
 
     python -m scripts.bench_cache --out paper_figures/results/bench_cache.json
     python -m paper_figures.bench_cache          # draws it

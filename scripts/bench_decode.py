@@ -2,8 +2,8 @@
 
 Random weights, caches filled with random keys and values, in paged storage. "full" is the vanilla model; at another
 CR a head holds context / CR tokens (its window included, heads differ by up to --spread), and every new token is
-evicted when it leaves the window, so that the cache keeps its size. The floor of a step is the bytes of the weights
-and of the live keys and values over the rate of a device copy, measured in the same run.
+marked, so that the cache grows by the steps timed at most, until they leave the window. The floor of a step is the
+bytes of the weights and of the live keys and values over the rate of a device copy, measured in the same run.
 
     python -m scripts.bench_decode --model qwen3_8b --cells 8x8192x1 8x8192x8 --out bench.json
     python -m scripts.bench_decode --model qwen3_8b --cells maxx32768x1 maxx32768x8
