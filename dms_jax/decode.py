@@ -16,7 +16,7 @@ from dms_jax.cache import Storage
 from dms_jax.config import SamplingConfig
 from dms_jax.dms import hard_keep_log
 from dms_jax.policies import Policy
-from dms_jax.policies.base import Span, Step, positions
+from dms_jax.policies.base import Newcomer, Span, Step, positions
 from dms_jax.transformer import Decoder
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
@@ -35,7 +35,7 @@ class DecodeState(NamedTuple):
     """What decoding changes."""
 
     cache: Any
-    policy: tuple[Any, ...]  # the policy's state for each layer
+    policy: Any  # the policy's state; every array in it begins with the axes [B, L]
     token: Counts  # the newest token, not yet in the cache
     position: Counts  # its position: how many tokens the sequence has in the past
     last: Counts  # the position at which a sequence has all the tokens it may have
@@ -58,7 +58,7 @@ def init(setup: Setup, batch: int, dtype, pages: int = 0) -> DecodeState:
     token, position, last = (jnp.zeros(batch, jnp.int32) for _ in range(3))  # three buffers: all are donated
     return DecodeState(
         cache=setup.storage.init(c, batch, dtype, pages),
-        policy=tuple(setup.policy.init(batch, c.num_kv_heads, setup.storage.slots) for _ in range(c.num_layers)),
+        policy=_join([setup.policy.init(batch, c.num_kv_heads, setup.storage.slots)] * c.num_layers),
         token=token,
         position=position,
         last=last,
@@ -78,6 +78,16 @@ def _rows(tree, rows):
 
 def _put_rows(tree, rows, part):
     return jax.tree.map(lambda x, y: x.at[rows].set(y.astype(x.dtype), mode="drop"), tree, part)
+
+
+def _layers(policy_state, layers: int | slice):
+    """The policy's state of one layer, or of several."""
+    return jax.tree.map(lambda x: x[:, layers], policy_state)
+
+
+def _join(states, together=jnp.stack):
+    """The policy's states of all layers as one: each of one layer, or with jnp.concatenate of several."""
+    return jax.tree.map(lambda *xs: together(xs, axis=1), *states)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "width"), donate_argnames=("state",))
@@ -107,15 +117,15 @@ def prefill(
     """
     storage, policy = setup.storage, setup.policy
     A, C = tokens.shape
-    start = _rows(state.position, rows)
+    before, start = _rows((state.policy, state.position), rows)
     query_pos = start[:, None] + jnp.arange(C, dtype=jnp.int32)
     token_pos = jnp.where(jnp.arange(C) < count[:, None], query_pos, -1)
 
     def attend(layer, q, k, v, logit, carried):
         store, states, seen = carried
-        old = storage.view(store, layer, width)
+        old, own = storage.view(store, layer, width), _layers(before, layer)
         span = Span(start, count, old.pos, k, logit, keys)
-        alpha = policy.mark(states[layer], span)
+        alpha = policy.mark(own, span)
         all_k, all_v = (
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
         )
@@ -128,14 +138,14 @@ def prefill(
             index = jnp.arange(C)
             counted = index < count[:, None] if policy.weights == "sum" else index == count[:, None] - 1
             weights = attention.key_weights(q, all_k, query_pos, pos, counted.astype(jnp.float32))
-        stay, carry = policy.retain(states[layer], span, alpha, weights)
+        stay, carry = policy.retain(own, span, alpha, weights)
         moving = old if policy.budget is not None else None  # only a budget makes a cache shrink
         store, slots = storage.extend(store, layer, k, v, token_pos, stay, moving)
-        own = policy.settle(states[layer], span, carry, slots)
+        own = policy.settle(own, span, carry, slots)
         seen += masks.live_counts(pos, alpha, start, C, policy.window).sum(axis=1)
-        return out, (store, (*states[:layer], own, *states[layer + 1 :]), seen)
+        return out, (store, (*states, own), seen)
 
-    begin = (storage.take(state.cache, rows), _rows(state.policy, rows), jnp.zeros((A, C), jnp.int32))
+    begin = (storage.take(state.cache, rows), (), jnp.zeros((A, C), jnp.int32))
     hidden, (store, states, seen) = setup.model.apply({"params": params}, tokens, query_pos, attend, begin)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
@@ -144,11 +154,7 @@ def prefill(
     last = position + max_new - 1
     done = _stopped(token, position, last, setup.stop)
     rows = jnp.where(count > 0, rows, len(state.done))
-    new = _put_rows(
-        (state.policy, state.token, state.position, state.last, state.done, state.keys),
-        rows,
-        (states, token, position, last, done, keys),
-    )
+    new = _put_rows(tuple(state[1:]), rows, (_join(states), token, position, last, done, keys))
     return DecodeState(storage.put(state.cache, rows, store), *new), logits, seen
 
 
@@ -160,31 +166,43 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
     """
     policy, storage = setup.policy, setup.storage
     position, active = state.position, storage.admit(state.cache, ~state.done)
+    step = Step(position, active, storage.live(state.cache), state.keys)
+    mapped = Step(None, None, 0, None)  # the axis of layers; that of a policy's state is 1
+    at_once = 1 if policy.late else setup.model.config.num_layers  # layers in which room is made together
+
+    def make_room(cache, layer, logit):
+        layers = slice(layer, layer + at_once)
+        now = step._replace(live=step.live[layers])
+        victim, own = jax.vmap(policy.choose, (1, mapped, 0), (0, 1))(_layers(state.policy, layers), now, logit)
+        return *storage.place(cache, layer, position, victim, active), own
 
     def attend(layer, q, k, v, logit, carried):
-        store, states, reads = carried
-        last_logit = None if logit is None else logit[..., 0]
-        step = Step(position, active, storage.live(store, layer), k[:, 0], last_logit, state.keys)
-        victim, own = policy.choose(states[layer], step)
-        store, slot = storage.place(store, layer, k[:, 0], v[:, 0], position, victim, active)
-        readable = None
+        cache, slots, owns, new, reads = carried  # slots and owns[-1]: of the layers that room was made for last
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        logit = None if logit is None else logit[..., 0]
+        if layer % at_once == 0:
+            cache, slots, own = make_room(cache, layer, logit[None] if policy.late else None)
+            owns = (*owns, own)
+        slot, readable = slots[layer % at_once], None
         if policy.select is not None:
-            readable, read = policy.select(own, step, q[:, 0])
+            now = step._replace(live=step.live[layer])
+            readable, read = policy.select(_layers(owns[-1], layer % at_once), now, q)
             reads = (*reads, read)
-        out, weights = storage.attend(store, layer, q[:, 0], readable, policy.weights is not None)
-        own = policy.record(own, step, slot, weights)
-        return out[:, None], (store, (*states[:layer], own, *states[layer + 1 :]), reads)
+        cache, out, weights = storage.attend(cache, layer, q, k, v, slot, readable, policy.weights is not None)
+        return out[:, None], (cache, slots, owns, (*new, Newcomer(slot, k, logit, weights)), reads)
 
-    hidden, (store, states, reads) = setup.model.apply(
-        {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, state.policy, ())
+    hidden, (cache, _, owns, new, reads) = setup.model.apply(
+        {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())
     )
+    new = jax.tree.map(lambda *xs: jnp.stack(xs), *new)
+    own = jax.vmap(policy.record, (1, mapped, 0), 1)(_join(owns, jnp.concatenate), step, new)
     logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
-    live = jnp.stack([storage.live(store, n) for n in range(setup.model.config.num_layers)], axis=1)
+    live = jnp.moveaxis(storage.live(cache), 0, 1)
     token = jnp.where(active, sampling.sample(logits, state.keys, position + 1, setup.sampling), state.token)
     position = position + active
     done = state.done | active & _stopped(token, position, state.last, setup.stop)
-    new = DecodeState(store, states, token, position, state.last, done, state.keys)
-    return new, logits, Chunk(token, active, live, jnp.stack(reads, axis=1) if reads else None)
+    state = DecodeState(cache, own, token, position, state.last, done, state.keys)
+    return state, logits, Chunk(token, active, live, jnp.stack(reads, axis=1) if reads else None)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "steps", "batch"), donate_argnames=("state",))
@@ -203,10 +221,9 @@ def decode_chunk(
     if batch is None or batch == len(state.done):
         return jax.lax.scan(body, state, None, length=steps)
     rows = jnp.arange(batch)
-    part = state._replace(cache=setup.storage.take(state.cache, rows))
-    part = DecodeState(part.cache, *jax.tree.map(lambda x: x[:batch], tuple(part[1:])))
+    part = DecodeState(setup.storage.take(state.cache, rows), *_rows(tuple(state[1:]), rows))
     part, made = jax.lax.scan(body, part, None, length=steps)
-    rest = jax.tree.map(lambda x, y: x.at[:batch].set(y), tuple(state[1:]), tuple(part[1:]))
+    rest = _put_rows(tuple(state[1:]), rows, tuple(part[1:]))
     return DecodeState(setup.storage.put(state.cache, rows, part.cache), *rest), made
 
 
@@ -230,11 +247,7 @@ def fork(
     own, position, last = _rows((state.policy, state.position, state.last), source)
     token = sampling.sample(logits, keys, position, setup.sampling)
     done = _stopped(token, position, last, setup.stop)
-    new = _put_rows(
-        (state.policy, state.token, state.position, state.last, state.done, state.keys),
-        target,
-        (own, token, position, last, done, keys),
-    )
+    new = _put_rows(tuple(state[1:]), target, (own, token, position, last, done, keys))
     return DecodeState(cache, *new)
 
 
@@ -251,8 +264,7 @@ def release(setup: Setup, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeS
 @functools.partial(jax.jit, static_argnames=("setup",))
 def live_tokens(setup: Setup, state: DecodeState) -> Int[Array, "B L K"]:
     """Live tokens of every row, layer and head."""
-    layers = range(setup.model.config.num_layers)
-    return jnp.stack([setup.storage.live(state.cache, n) for n in layers], axis=1)
+    return jnp.moveaxis(setup.storage.live(state.cache), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("setup",))

@@ -88,12 +88,11 @@ def _fill_masked(cache, layer: int, k, v):
     def put(xs, x):
         return (*xs[:layer], x, *xs[layer + 1 :])
 
-    pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*cache.used[layer].shape, T))
     return cache._replace(
         k=put(cache.k, cache.k[layer].at[..., :T].set(k.transpose(0, 2, 3, 1))),
         v=put(cache.v, cache.v[layer].at[:, :, :T].set(v.swapaxes(1, 2))),
-        pos=put(cache.pos, cache.pos[layer].at[..., :T].set(pos)),
-        used=put(cache.used, jnp.full_like(cache.used[layer], T)),
+        pos=cache.pos.at[layer, ..., :T].set(jnp.arange(T)),
+        used=cache.used.at[layer].set(T),
     )
 
 

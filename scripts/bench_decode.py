@@ -138,7 +138,7 @@ def filled(setup: decode.Setup, live: np.ndarray, context: int, pages: int, sett
         free=jnp.asarray(np.concatenate([ids[used:], ids[:used]])),
         top=jnp.asarray(pages - used, jnp.int32),
     )
-    states = tuple(setup.policy.init(B, K, setup.storage.slots) for _ in range(L))
+    states = decode.init(setup, B, settings.dtype, 1).policy
     return decode.DecodeState(
         cache, states, jnp.zeros(B, jnp.int32), jnp.full(B, context, jnp.int32), jnp.full(B, 2**30, jnp.int32),
         jnp.zeros(B, bool), jnp.zeros((B, 2), jnp.uint32),

@@ -18,7 +18,7 @@ from dms_jax.cache import paged, storage
 from dms_jax.config import CacheConfig, DMSConfig
 from dms_jax.dms import hard_keep_log
 from dms_jax.policies import policy
-from dms_jax.policies.base import Span, Step, positions
+from dms_jax.policies.base import Newcomer, Span, Step, positions
 
 QUICK = {"xla_backend_optimization_level": 0}
 B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
@@ -73,16 +73,16 @@ def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
 
 @functools.partial(jax.jit, static_argnames=("rule",), compiler_options=QUICK)
 def one_step(rule, cache, states, q, k, v, logit, position, active):
-    """What `decode.decode_step` does in each layer."""
+    """What `decode.decode_step` does, layer by layer."""
     dms, store = rules(*rule)
     admitted = store.admit(cache, active)
     outs, new = [], []
     for n in range(L):
-        step = Step(position, admitted, store.live(cache, n), k[n], logit[n], KEYS)
-        victim, own = dms.choose(states[n], step)
-        cache, slot = store.place(cache, n, k[n], v[n], position, victim, admitted)
-        out, _ = store.attend(cache, n, q[n], None, False)
-        new.append(dms.record(own, step, slot, None))
+        step = Step(position, admitted, store.live(cache)[n], KEYS)
+        victim, own = dms.choose(states[n], step, logit[n])
+        cache, slot = store.place(cache, n, position, victim[None], admitted)
+        cache, out, _ = store.attend(cache, n, q[n], k[n], v[n], slot[0], None, False)
+        new.append(dms.record(own, step, Newcomer(slot[0], k[n], logit[n], None)))
         outs.append(out)
     return cache, tuple(new), jnp.stack(outs), admitted
 
@@ -140,13 +140,12 @@ def test_masked_and_paged_equal_the_definition_turn_by_turn(rule, seed, shares, 
             position = position + count
             # After token p, who is live is who token p could see.
             live = np.where(position[:, None] > 0, seen[:, np.arange(B), :, position - 1].sum(-1).swapaxes(0, 1), 0)
-            got = np.stack([store.live(cache, n) for n in range(L)])
-            np.testing.assert_array_equal(got, live)
+            np.testing.assert_array_equal(store.live(cache), live)
             if kind == "paged":
                 check_pages(cache, live)
         cache = store.release(cache, np.array([True, False, True]))
         live[:, [0, 2]] = 0
-        np.testing.assert_array_equal(np.stack([store.live(cache, n) for n in range(L)]), live)
+        np.testing.assert_array_equal(store.live(cache), live)
         if kind == "paged":
             check_pages(cache, live)
             cache = store.release(cache, np.ones(B, bool))

@@ -27,7 +27,7 @@ def test_three_turns_are_one_sequence(cache):
     # What lives is what the last token in the cache could see: evicted tokens of earlier turns are gone.
     last = len(talk.tokens) - 2
     seen = (np.arange(64) <= last) & ((last - np.arange(64) <= DMS.window) | ~alpha[:, 0])
-    live = [talk.setup.storage.live(talk.state.cache, n)[0] for n in range(2)]
+    live = talk.setup.storage.live(talk.state.cache)[:, 0]
     np.testing.assert_array_equal(jnp.stack(live), seen.sum(-1))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.types import Counts, NewKV, PerHead, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.types import Counts, NewKV, Positions, SlotFlags, Slots, StoredKV
 
 
 class View(NamedTuple):
@@ -28,14 +28,15 @@ class Storage(NamedTuple):
     slots: addressable slots a head.
     init: an empty cache for a batch, with so many pages in all; masked storage has none.
     admit: which of the active sequences have room for one more token in every head.
-    place: writes one token a sequence; inactive sequences write nothing and get slot `slots`.
-    attend: one query a sequence over its live slots, or those of them in `readable` pages; on request also the
-      softmax weight of each slot, summed over the G query heads of its KV head.
+    place: the slot of one new token a sequence, for M layers from `layer`; inactive sequences get slot `slots`.
+    attend: writes the new token's key and value in its slot; then one query a sequence over its live slots, or those
+      of them in `readable` pages; on request also the softmax weight of each slot, summed over the G query heads of
+      its KV head.
     view: the first `width` slots, for a prompt to be read beside them.
     extend: writes the tokens of a prompt that stay and drops the old slots that do not; `stay` covers the W slots of
       the view, then the tokens. Returns the new slot of each, -1 for those that are gone. Slots that stay are moved
       only if the cache shrinks, and only where `old` hands over what they hold.
-    live: live tokens of each head.
+    live: live tokens of each layer and head.
     take, put: the part of a cache that belongs to some sequences, and its return; a row beyond the batch is empty.
     fork: copies whole sequences into empty rows, or moves them there; no head may hold more than `width` tokens.
     release: empties the sequences marked.
@@ -47,13 +48,15 @@ class Storage(NamedTuple):
     slots: int
     init: Callable[..., Any]  # (model config, batch, dtype, pages) -> cache
     admit: Callable[[Any, Bool[Array, "B"]], Bool[Array, "B"]]
-    place: Callable[..., tuple[Any, PerHead]]  # (cache, layer, k [B, K, D], v, position [B], victim, active [B])
+    place: Callable[
+        ..., tuple[Any, Int[Array, "M B K"]]
+    ]  # (cache, layer, position [B], victim [M, B, K], active [B]) -> cache, slots
     attend: Callable[
-        ..., tuple[Float[Array, "B H D"], Float[Array, "B K S"] | None]
-    ]  # (cache, layer, q, readable, weights)
+        ..., tuple[Any, Float[Array, "B H D"], Float[Array, "B K S"] | None]
+    ]  # (cache, layer, q, k [B, K, D], v, slot [B, K], readable, weights) -> cache, out, weights
     view: Callable[[Any, int, int], View]  # (cache, layer, width)
     extend: Callable[[Any, int, NewKV, NewKV, Positions, SlotFlags, View | None], tuple[Any, Slots]]
-    live: Callable[[Any, int], PerHead]
+    live: Callable[[Any], Int[Array, "L B K"]]
     take: Callable[[Any, Counts], Any]
     put: Callable[[Any, Counts, Any], Any]
     fork: Callable[..., Any]  # (cache, source rows [A], target rows [A], moved [A], width)

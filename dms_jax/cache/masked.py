@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache.base import Storage, View
 from dms_jax.config import CacheConfig, ModelConfig
@@ -16,21 +16,16 @@ from dms_jax.types import NEGATIVE, Counts, NewKV, PerHead, PerHeadKV, Positions
 
 
 class MaskedCache(NamedTuple):
-    """One array a layer; the batch is the leading axis of each."""
+    """Keys and values: one array a layer, the batch its leading axis."""
 
     k: tuple[Float[Array, "B K D S"], ...]
     v: tuple[StoredKV, ...]  # [B, K, S, D]
-    pos: tuple[Slots, ...]  # [B, K, S], -1 for empty or hidden
-    used: tuple[PerHead, ...]  # [B, K], the next fresh slot
+    pos: Int[Array, "L B K S"]  # -1 for empty or hidden
+    used: Int[Array, "L B K"]  # the next fresh slot
 
 
 def _replace(items: tuple, layer: int, item) -> tuple:
     return (*items[:layer], item, *items[layer + 1 :])
-
-
-def _rows_and_heads(used: PerHead) -> tuple[Array, Array]:
-    B, K = used.shape
-    return jnp.arange(B)[:, None], jnp.arange(K)[None, :]
 
 
 def masked_storage(config: CacheConfig) -> Storage:
@@ -42,44 +37,39 @@ def masked_storage(config: CacheConfig) -> Storage:
         return MaskedCache(
             k=tuple(jnp.zeros((batch, K, D, S), dtype) for _ in range(L)),
             v=tuple(jnp.zeros((batch, K, S, D), dtype) for _ in range(L)),
-            pos=tuple(jnp.full((batch, K, S), -1, jnp.int32) for _ in range(L)),
-            used=tuple(jnp.zeros((batch, K), jnp.int32) for _ in range(L)),
+            pos=jnp.full((L, batch, K, S), -1, jnp.int32),
+            used=jnp.zeros((L, batch, K), jnp.int32),
         )
 
     def admit(cache: MaskedCache, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
-        return active & (jnp.stack(cache.used).max(axis=(0, 2)) < S)
-
-    def place(cache, layer, k: PerHeadKV, v: PerHeadKV, position: Counts, victim: PerHead, active):
-        b, h = _rows_and_heads(cache.used[layer])
-        slot = jnp.where(active[:, None], cache.used[layer], S)  # S is out of range, and what goes there is dropped
-        hidden = jnp.where(active[:, None] & (victim >= 0), victim, S)
-        pos = cache.pos[layer].at[b, h, hidden].set(-1, mode="drop")
-        cache = cache._replace(
-            k=_replace(cache.k, layer, cache.k[layer].at[b, h, :, slot].set(k, mode="drop")),
-            v=_replace(cache.v, layer, cache.v[layer].at[b, h, slot].set(v, mode="drop")),
-            pos=_replace(cache.pos, layer, pos.at[b, h, slot].set(position[:, None], mode="drop")),
-            used=_replace(cache.used, layer, cache.used[layer] + active[:, None]),
-        )
-        return cache, slot
+        return active & (cache.used.max(axis=(0, 2)) < S)
 
     return Storage(S, init, admit, place, attend, view, extend, live, take, put, fork, release)
 
 
-def attend(
-    cache: MaskedCache, layer: int, q: Float[Array, "B H D"], readable: Bool[Array, "B K P"] | None, weights: bool
-):
-    B, H, D = q.shape
-    pos = cache.pos[layer]
-    K, S = pos.shape[1:]
-    read = pos >= 0
+def place(cache: MaskedCache, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]):
+    S, layers = cache.pos.shape[-1], slice(layer, layer + len(victim))
+    used, on = cache.used[layers], active[:, None]
+    slot = jnp.where(on, used, S)  # S is out of range, and what goes there is dropped
+    n, b, h = jnp.ogrid[tuple(slice(size) for size in used.shape)]
+    pos = cache.pos.at[n + layer, b, h, jnp.where(on & (victim >= 0), victim, S)].set(-1, mode="drop")
+    pos = pos.at[n + layer, b, h, slot].set(position[:, None], mode="drop")
+    return cache._replace(pos=pos, used=cache.used.at[layers].add(on.astype(jnp.int32))), slot
+
+
+def attend(cache: MaskedCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slot: PerHead, readable, weights: bool):
+    (B, H, D), (K, S) = q.shape, cache.pos.shape[2:]
+    b, h = jnp.ogrid[:B, :K]
+    keys = cache.k[layer].at[b, h, :, slot].set(k, mode="drop")
+    values = cache.v[layer].at[b, h, slot].set(v, mode="drop")
+    cache = cache._replace(k=_replace(cache.k, layer, keys), v=_replace(cache.v, layer, values))
+    read = cache.pos[layer] >= 0
     if readable is not None:
         read &= jnp.repeat(readable, -(-S // readable.shape[-1]), axis=-1)[..., :S]
-    scores = jnp.einsum(
-        "BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), cache.k[layer], preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), keys, preferred_element_type=jnp.float32)
     probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, NEGATIVE)[:, :, None], axis=-1)
-    out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), cache.v[layer]).reshape(B, H, D)
-    return out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
+    out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), values).reshape(B, H, D)
+    return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
 
 
 def view(cache: MaskedCache, layer: int, width: int) -> View:
@@ -92,38 +82,42 @@ def extend(
 ) -> tuple[MaskedCache, Slots]:
     """Every token takes a slot, also one that does not stay; nothing is ever moved."""
     W = stay.shape[-1] - position.shape[1]
-    used = cache.used[layer]
-    S = cache.pos[layer].shape[-1]
-    b, h = (x[..., None] for x in _rows_and_heads(used))
+    used, S = cache.used[layer], cache.pos.shape[-1]
+    b, h = (x[..., None] for x in jnp.ogrid[: used.shape[0], : used.shape[1]])
     real = position >= 0
     fresh = used[..., None] + jnp.cumsum(real, axis=1)[:, None] - 1
     fresh = jnp.where(real[:, None], fresh, S)
     kept = jnp.where(stay[..., :W], cache.pos[layer][..., :W], -1)
-    pos = cache.pos[layer].at[..., :W].set(kept)
-    pos = pos.at[b, h, fresh].set(jnp.where(stay[..., W:], position[:, None], -1), mode="drop")
+    pos = cache.pos.at[layer, :, :, :W].set(kept)
+    pos = pos.at[layer, b, h, fresh].set(jnp.where(stay[..., W:], position[:, None], -1), mode="drop")
     cache = cache._replace(
         k=_replace(cache.k, layer, cache.k[layer].at[b, h, :, fresh].set(k.swapaxes(1, 2), mode="drop")),
         v=_replace(cache.v, layer, cache.v[layer].at[b, h, fresh].set(v.swapaxes(1, 2), mode="drop")),
-        pos=_replace(cache.pos, layer, pos),
-        used=_replace(cache.used, layer, used + real.sum(axis=1, dtype=jnp.int32)[:, None]),
+        pos=pos,
+        used=cache.used.at[layer].add(real.sum(axis=1, dtype=jnp.int32)[:, None]),
     )
     old_slots = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32), (*used.shape, W))
     slots = jnp.concatenate([old_slots, fresh.astype(jnp.int32)], axis=-1)
     return cache, jnp.where(stay, slots, -1)
 
 
-def live(cache: MaskedCache, layer: int) -> PerHead:
-    return jnp.sum(cache.pos[layer] >= 0, axis=-1, dtype=jnp.int32)
+def live(cache: MaskedCache) -> Int[Array, "L B K"]:
+    return jnp.sum(cache.pos >= 0, axis=-1, dtype=jnp.int32)
 
 
 def take(cache: MaskedCache, rows: Counts) -> MaskedCache:
-    k, v, used = (tuple(x.at[rows].get(mode="fill", fill_value=0) for x in xs) for xs in (cache.k, cache.v, cache.used))
-    pos = tuple(x.at[rows].get(mode="fill", fill_value=-1) for x in cache.pos)
-    return MaskedCache(k, v, pos, used)
+    k, v = (tuple(x.at[rows].get(mode="fill", fill_value=0) for x in xs) for xs in (cache.k, cache.v))
+    pos = cache.pos.at[:, rows].get(mode="fill", fill_value=-1)
+    return MaskedCache(k, v, pos, cache.used.at[:, rows].get(mode="fill", fill_value=0))
 
 
 def put(cache: MaskedCache, rows: Counts, part: MaskedCache) -> MaskedCache:
-    return jax.tree.map(lambda whole, x: whole.at[rows].set(x, mode="drop"), cache, part)
+    k, v = (
+        tuple(x.at[rows].set(new, mode="drop") for x, new in zip(xs, parts, strict=True))
+        for xs, parts in ((cache.k, part.k), (cache.v, part.v))
+    )
+    pos = cache.pos.at[:, rows].set(part.pos, mode="drop")
+    return MaskedCache(k, v, pos, cache.used.at[:, rows].set(part.used, mode="drop"))
 
 
 def fork(cache: MaskedCache, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int) -> MaskedCache:
@@ -132,7 +126,5 @@ def fork(cache: MaskedCache, source: Counts, target: Counts, moved: Bool[Array, 
 
 
 def release(cache: MaskedCache, rows: Bool[Array, "B"]) -> MaskedCache:
-    return cache._replace(
-        pos=tuple(jnp.where(rows[:, None, None], -1, x) for x in cache.pos),
-        used=tuple(jnp.where(rows[:, None], 0, x) for x in cache.used),
-    )
+    gone = rows[None, :, None]
+    return cache._replace(pos=jnp.where(gone[..., None], -1, cache.pos), used=jnp.where(gone, 0, cache.used))

@@ -62,8 +62,8 @@ def paged_storage(config: CacheConfig) -> Storage:
             top=jnp.asarray(N, jnp.int32),
         )
 
-    def place(cache, layer, k: PerHeadKV, v: PerHeadKV, position: Counts, victim: PerHead, active):
-        return _place(cache, layer, k, v, position, victim, active, config.quant)
+    def attend(cache, layer, q, k: PerHeadKV, v: PerHeadKV, slot: PerHead, readable, weights: bool):
+        return _attend(cache, layer, q, k, v, slot, readable, weights, config.quant)
 
     def extend(cache, layer, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None):
         return _extend(cache, layer, k, v, position, stay, old, config.quant)
@@ -116,54 +116,55 @@ def _give_pages(cache: PagedCache, pages: Int[Array, "..."], given: Bool[Array, 
     return cache._replace(free=free, top=cache.top + rank[-1])
 
 
-def _write(cache: PagedCache, page, offset, k, v, pos, kind: str) -> PagedCache:
+def _write(cache: PagedCache, page, offset, k, v, kind: str) -> PagedCache:
     """Writes keys and values `[..., D]` at (page, offset); page N is out of range and dropped."""
 
     def put(target, value):
-        return target.at[page, offset].set(value, mode="drop")
+        return target.at[page, offset].set(value.astype(target.dtype), mode="drop")
 
-    cache = cache._replace(pos=put(cache.pos, pos))
     if kind == "none":
-        return cache._replace(k=put(cache.k, k.astype(cache.k.dtype)), v=put(cache.v, v.astype(cache.v.dtype)))
+        return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
     (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
     cache = cache._replace(k=put(cache.k, k), v=put(cache.v, v))
     return cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
 
 
-def _place(cache: PagedCache, layer: int, k, v, position, victim, active, kind: str) -> tuple[PagedCache, PerHead]:
-    page, (_, B, K, P) = page_size(cache), cache.table.shape
-    length = cache.length[layer]
-    active = active[:, None]
-    grows = active & (victim < 0)
+def _page_of(cache: PagedCache, table: Int[Array, "... P"], slot: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The page that a slot lies in; N, which is no page, for a slot past the table."""
+    page, P = page_size(cache), table.shape[-1]
+    ids = jnp.take_along_axis(table, jnp.clip(slot // page, 0, P - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where(slot < P * page, ids, len(cache.free))
+
+
+def place(cache: PagedCache, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]):
+    page, layers = page_size(cache), slice(layer, layer + len(victim))
+    length, P = cache.length[layers], cache.table.shape[-1]
+    grows = active[:, None] & (victim < 0)
     cache, fresh = _take_pages(cache, grows & (length % page == 0))
-    b, h = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
+    n, b, h = jnp.ogrid[tuple(slice(size) for size in length.shape)]
     # Where no page was taken `fresh` is N; an index of P is out of range, so nothing is written there.
     edge = jnp.where(fresh < len(cache.free), length // page, P)
-    table = cache.table.at[layer, b, h, edge].set(fresh, mode="drop")
-    slot = jnp.where(grows, length, victim)
-    target = table.at[layer, b, h, jnp.clip(slot // page, 0, P - 1)].get(mode="clip")
-    target = jnp.where(active, target, len(cache.free))
-    cache = cache._replace(table=table, length=cache.length.at[layer].add(grows.astype(jnp.int32)))
-    at = jnp.broadcast_to(position[:, None], (B, K))
-    cache = _write(cache, target, slot % page, k, v, at, kind)
-    return cache, jnp.where(active, slot, P * page)
+    table = cache.table.at[n + layer, b, h, edge].set(fresh, mode="drop")
+    slot = jnp.where(active[:, None], jnp.where(grows, length, victim), P * page)
+    at = _page_of(cache, table[layers], slot), slot % page
+    pos = cache.pos.at[at].set(jnp.broadcast_to(position[:, None], slot.shape), mode="drop")
+    length = cache.length.at[layers].add(grows.astype(jnp.int32))
+    return cache._replace(table=table, pos=pos, length=length), slot
 
 
-def attend(
-    cache: PagedCache, layer: int, q: Float[Array, "B H D"], readable: Bool[Array, "B K P"] | None, weights: bool
-):
+def _attend(cache: PagedCache, layer: int, q, k, v, slot: PerHead, readable, weights: bool, kind: str):
+    table, length = cache.table[layer], cache.length[layer]
+    if kind == "none" and readable is None:  # in one launch on a GPU
+        attended, k, v = kernels.paged_decode_attention_update(
+            q, k, v, cache.k, cache.v, table, length, slot, weights=weights
+        )
+        return cache._replace(k=k, v=v), attended.out, attended.weights
+    cache = _write(cache, _page_of(cache, table, slot), slot % page_size(cache), k, v, kind)
+    scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
     attended = kernels.paged_decode_attention(
-        q,
-        cache.k,
-        cache.v,
-        cache.table[layer],
-        cache.length[layer],
-        k_scale=cache.k_scale,
-        v_scale=cache.v_scale,
-        readable=readable,
-        weights=weights,
+        q, cache.k, cache.v, table, length, readable=readable, weights=weights, **scales
     )
-    return attended.out, attended.weights
+    return cache, attended.out, attended.weights
 
 
 def view(cache: PagedCache, layer: int, width: int) -> View:
@@ -227,11 +228,12 @@ def _extend(cache: PagedCache, layer: int, k, v, position, stay, old: View | Non
         at = jnp.concatenate([old.pos, at], axis=2)
     target = jnp.take_along_axis(table, jnp.clip(new_slots // page, 0, P - 1), axis=-1)
     target = jnp.where(new_written, target, len(cache.free))
-    return _write(cache, target, new_slots % page, k, v, at, kind), slots
+    cache = cache._replace(pos=cache.pos.at[target, new_slots % page].set(at, mode="drop"))
+    return _write(cache, target, new_slots % page, k, v, kind), slots
 
 
-def live(cache: PagedCache, layer: int) -> PerHead:
-    return cache.length[layer]
+def live(cache: PagedCache) -> Int[Array, "L B K"]:
+    return cache.length
 
 
 def take(cache: PagedCache, rows: Counts) -> PagedCache:

@@ -61,19 +61,19 @@ def sharded_storage(store: Storage, parts: int, quantized: bool) -> Storage:
 
         return on_each(local, ("B",), "B")(cache, active)
 
-    def place(cache, layer, k, v, position, victim, active):
+    def place(cache, layer, position, victim, active):
         def local(cache, *arguments):
             return store.place(cache, layer, *arguments)
 
-        inputs = ("B K D", "B K D", "B", "B K", "B")
-        return on_each(local, inputs, ("B K",), changes=True)(cache, k, v, position, victim, active)
+        return on_each(local, ("B", "L B K", "B"), ("L B K",), changes=True)(cache, position, victim, active)
 
-    def attend(cache, layer, q, readable, weights):
-        def local(cache, q, readable):
-            return store.attend(cache, layer, q, readable, weights)
+    def attend(cache, layer, q, k, v, slot, readable, weights):
+        def local(cache, *arguments):
+            return store.attend(cache, layer, *arguments, weights)
 
-        pages = None if readable is None else "B K P"
-        return on_each(local, ("B H D", pages), ("B H D", "B K S" if weights else None))(cache, q, readable)
+        inputs = ("B H D", "B K D", "B K D", "B K", None if readable is None else "B K P")
+        outputs = ("B H D", "B K S" if weights else None)
+        return on_each(local, inputs, outputs, changes=True)(cache, q, k, v, slot, readable)
 
     def view(cache, layer, width):
         return on_each(lambda cache: store.view(cache, layer, width), (), VIEW)(cache)
@@ -85,8 +85,8 @@ def sharded_storage(store: Storage, parts: int, quantized: bool) -> Storage:
         inputs = ("B T K D", "B T K D", "B T", "B K S", None if old is None else VIEW)
         return on_each(local, inputs, ("B K S",), changes=True)(cache, k, v, position, stay, old)
 
-    def live(cache, layer):
-        return on_each(lambda cache: store.live(cache, layer), (), "B K")(cache)
+    def live(cache):
+        return on_each(store.live, (), "L B K")(cache)
 
     def take(cache, rows):
         return on_each(store.take, ("B",), (), changes=True)(cache, rows)

@@ -2,8 +2,10 @@
 
 A policy decides which slot a new token drives out, and what of a prompt stays. It never touches what is stored, so
 it does not know how. While decoding it is asked, in this order: `choose` (who leaves), `select` (what is read),
-`record` (what was read, and where the newcomer went). While a prompt is read, chunk by chunk: `mark` (what the
-later tokens of the chunk no longer see), `retain` (what stays after the chunk), `settle` (where it lies).
+`record` (what was read, and where the newcomer went). Who leaves follows from what was seen before the step (unless
+the policy is `late`), so `choose` runs for all layers before the first of them, and `record` after the last: both are
+written for one layer and mapped over all. While a prompt is read, chunk by chunk: `mark` (what the later tokens of
+the chunk no longer see), `retain` (what stays after the chunk), `settle` (where it lies).
 """
 
 from collections.abc import Callable
@@ -21,9 +23,16 @@ class Step(NamedTuple):
     position: Counts  # of the new token
     active: Bool[Array, "B"]
     live: PerHead  # live tokens before it comes
+    keys: Keys  # a random key for each sequence
+
+
+class Newcomer(NamedTuple):
+    """What a layer showed of the new token."""
+
+    slot: PerHead  # where it lies; no slot where its sequence is not active
     k: PerHeadKV  # its key
     logit: Float[Array, "B K"] | None  # its eviction logit, None for a model without a gate
-    keys: Keys  # a random key for each sequence
+    weights: Float[Array, "B K S"] | None  # its attention, where the policy asks for weights
 
 
 class Span(NamedTuple):
@@ -44,6 +53,7 @@ class Policy(NamedTuple):
     budget: the most live tokens a head may hold after a chunk or a step; None where no number bounds it.
     weights: whether it needs attention weights. They are summed over the query heads of a KV head; for a prompt also
       over its queries ("sum"), or they are those of the last query alone ("last").
+    late: whether who leaves depends on the newcomer's own eviction logit.
     """
 
     name: str
@@ -54,9 +64,10 @@ class Policy(NamedTuple):
     mark: Callable[[Any, Span], SlotFlags]  # -> alpha [B, K, W + C]
     retain: Callable[..., tuple[SlotFlags, Any]]  # (state, Span, alpha, weights [B, K, W + C]) -> stay, carry
     settle: Callable[..., Any]  # (state, Span, carry, slots [B, K, W + C]) -> state
-    choose: Callable[[Any, Step], tuple[PerHead, Any]]  # -> victim's slot, -1 for none
+    choose: Callable[..., tuple[PerHead, Any]]  # (state, Step, logit [B, K] if late) -> victim's slot or -1, state
     select: Callable[..., Bool[Array, "B K P"]] | None  # (state, Step, q [B, H, D]) -> readable pages; None: all
-    record: Callable[..., Any]  # (state, Step, slot [B, K], weights [B, K, S] | None) -> state
+    record: Callable[[Any, Step, Newcomer], Any]  # -> state
+    late: bool = False
 
 
 def present(span: Span) -> SlotFlags:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dms_jax.config import require
-from dms_jax.policies.base import Policy, Span, Step, nothing_marked, positions
+from dms_jax.policies.base import Newcomer, Policy, Span, Step, nothing_marked, positions
 from dms_jax.types import Counts, NewKV, PerHead, SlotFlags, Slots
 
 
@@ -83,7 +83,7 @@ def budgeted(
             new.score.at[b, h, target].set(score, mode="drop"),
         )
 
-    def choose(state: Scores, step: Step) -> tuple[PerHead, Scores]:
+    def choose(state: Scores, step: Step, _) -> tuple[PerHead, Scores]:
         candidate = (state.pos >= 0) & ~safe(state.pos, step.position)
         score = jnp.where(candidate, state.score, jnp.inf)
         lowest = candidate & (score == score.min(axis=-1, keepdims=True))
@@ -92,15 +92,15 @@ def budgeted(
         gone = jnp.arange(state.pos.shape[-1]) == victim[..., None]
         return victim, state._replace(pos=jnp.where(gone, -1, state.pos))
 
-    def record(state: Scores, step: Step, slot: PerHead, seen) -> Scores:
-        at = jnp.arange(state.pos.shape[-1]) == slot[..., None]
-        fresh = jnp.broadcast_to(step.position[:, None], slot.shape)
-        score = begin(step.k[:, None], fresh[..., None], step.keys)
+    def record(state: Scores, step: Step, new: Newcomer) -> Scores:
+        at = jnp.arange(state.pos.shape[-1]) == new.slot[..., None]
+        fresh = jnp.broadcast_to(step.position[:, None], new.slot.shape)
+        score = begin(new.k[:, None], fresh[..., None], step.keys)
         state = Scores(jnp.where(at, fresh[..., None], state.pos), jnp.where(at, score, state.score))
-        if seen is None:
+        if new.weights is None:
             return state
         active = step.active[:, None, None]
-        return state._replace(score=jnp.where(active, update(state.score, seen), state.score))
+        return state._replace(score=jnp.where(active, update(state.score, new.weights), state.score))
 
     return Policy(name, 0, budget, weights, init, nothing_marked, retain, settle, choose, None, record)
 

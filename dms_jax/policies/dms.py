@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from dms_jax import dms, masks
 from dms_jax.config import DMSConfig
-from dms_jax.policies.base import Policy, Span, Step, positions, present
+from dms_jax.policies.base import Newcomer, Policy, Span, Step, positions, present
 from dms_jax.types import Counts, PerHead, SlotFlags, Slots
 
 
@@ -31,6 +31,7 @@ def delayed_eviction(config: DMSConfig) -> Policy:
     """The policy for a window, an offset and a gate. Cached, so that equal configs share compiled code."""
     width = config.window + 1
     offset = config.decision_offset
+    late = offset == width  # the token that tells is the one at which the other leaves
 
     def init(batch: int, heads: int, slots: int) -> Ring:
         shape = (batch, heads, width)
@@ -71,22 +72,26 @@ def delayed_eviction(config: DMSConfig) -> Policy:
         evict = jnp.take_along_axis(alpha, index, axis=-1)
         return Ring(jnp.take_along_axis(slots, index, axis=-1), evict)
 
-    def choose(state: Ring, step: Step) -> tuple[PerHead, Ring]:
-        position = step.position
-        if offset > 0:  # this token tells the fate of the one `offset` before it
-            told = step.active & (position >= offset)
-            state = state._replace(
-                evict=_set(state.evict, (position - offset) % width, dms.hard_decisions(step.logit), told)
-            )
-        leaving = _get(state.evict, position % width) & (step.active & (position >= width))[:, None]
-        return jnp.where(leaving, _get(state.slot, position % width), -1), state
+    def tell(state: Ring, step: Step, logit) -> Ring:
+        """The newcomer's logit is the decision for the token `offset` before it."""
+        told = step.active & (step.position >= offset)
+        evict = _set(state.evict, (step.position - offset) % width, dms.hard_decisions(logit), told)
+        return state._replace(evict=evict)
 
-    def record(state: Ring, step: Step, slot: PerHead, weights) -> Ring:
-        evict = dms.hard_decisions(step.logit) if offset == 0 else jnp.zeros_like(slot, bool)
+    def choose(state: Ring, step: Step, logit) -> tuple[PerHead, Ring]:
         index = step.position % width
-        return Ring(_set(state.slot, index, slot, step.active), _set(state.evict, index, evict, step.active))
+        if late:
+            state = tell(state, step, logit)
+        leaving = _get(state.evict, index) & (step.active & (step.position >= width))[:, None]
+        return jnp.where(leaving, _get(state.slot, index), -1), state
 
-    return Policy("dms", config.window, None, None, init, mark, retain, settle, choose, None, record)
+    def record(state: Ring, step: Step, new: Newcomer) -> Ring:
+        index, undecided = step.position % width, jnp.zeros_like(new.slot, bool)
+        evict = _set(state.evict, index, undecided, step.active)
+        state = Ring(_set(state.slot, index, new.slot, step.active), evict)
+        return state if late else tell(state, step, new.logit)
+
+    return Policy("dms", config.window, None, None, init, mark, retain, settle, choose, None, record, late)
 
 
 def _get(ring: Array, index: Int[Array, "B"]) -> Array:
@@ -94,6 +99,5 @@ def _get(ring: Array, index: Int[Array, "B"]) -> Array:
 
 
 def _set(ring: Array, index: Int[Array, "B"], value: Array, where: Bool[Array, "B"]) -> Array:
-    B, K, R = ring.shape
-    index = jnp.where(where, index, R)  # out of range: dropped
-    return ring.at[jnp.arange(B)[:, None], jnp.arange(K)[None, :], index[:, None]].set(value, mode="drop")
+    at = (jnp.arange(ring.shape[-1]) == index[:, None]) & where[:, None]  # rings are short: cheaper than a scatter
+    return jnp.where(at[:, None], value[..., None], ring)

@@ -19,7 +19,7 @@ def full() -> Policy:
         mark=nothing_marked,
         retain=lambda state, span, alpha, weights: (present(span), ()),
         settle=lambda state, span, carry, slots: (),
-        choose=lambda state, step: (jnp.full_like(step.live, -1), state),
+        choose=lambda state, step, _: (jnp.full_like(step.live, -1), state),
         select=None,
-        record=lambda state, step, slot, weights: state,
+        record=lambda state, step, new: state,
     )

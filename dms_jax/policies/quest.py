@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dms_jax.config import require
-from dms_jax.policies.base import Policy, Span, Step, nothing_marked, present
+from dms_jax.policies.base import Newcomer, Policy, Span, Step, nothing_marked, present
 from dms_jax.types import PerHead, Slots
 
 
@@ -59,10 +59,6 @@ def quest(budget: int, page_size: int, head_dim: int) -> Policy:
         page = jnp.where(new < 0, state.low.shape[2], new // page_size)
         return _widen(state, page, span.k.swapaxes(1, 2))
 
-    def choose(state: Summaries, step: Step) -> tuple[PerHead, Summaries]:
-        page = jnp.where(step.active[:, None], step.live // page_size, state.low.shape[2])
-        return jnp.full_like(step.live, -1), _widen(state, page[..., None], step.k[:, :, None])
-
     def select(state: Summaries, step: Step, q) -> tuple[Bool[Array, "B K P"], PerHead]:
         B, K, P, D = state.low.shape
         held = jnp.arange(P) <= (step.live // page_size)[..., None]  # the newcomer is stored by now
@@ -78,6 +74,10 @@ def quest(budget: int, page_size: int, head_dim: int) -> Policy:
         tokens = (readable.sum(axis=-1) - 1) * page_size + in_newest
         return readable, (tokens + held.sum(axis=-1)).astype(jnp.int32)
 
+    def record(state: Summaries, step: Step, new: Newcomer) -> Summaries:
+        page = jnp.where(step.active[:, None], new.slot // page_size, state.low.shape[2])
+        return _widen(state, page[..., None], new.k[:, :, None])
+
     return Policy(
         name="quest",
         window=0,
@@ -87,7 +87,7 @@ def quest(budget: int, page_size: int, head_dim: int) -> Policy:
         mark=nothing_marked,
         retain=lambda state, span, alpha, weights: (present(span), ()),
         settle=settle,
-        choose=choose,
+        choose=lambda state, step, _: (jnp.full_like(step.live, -1), state),
         select=select,
-        record=lambda state, step, slot, weights: state,
+        record=record,
     )
