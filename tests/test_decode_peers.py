@@ -1,4 +1,4 @@
-"""The peers of the decode benchmark are what they claim: transformers' own step, on a cache that holds what it should."""
+"""The peers of the decode benchmark are what they claim: transformers' own step, on a cache that holds its tokens."""
 
 import dataclasses
 import json
