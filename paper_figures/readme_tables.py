@@ -79,28 +79,53 @@ def cache() -> str:
     return f"{markdown(['context', 'cache', 'ms a step', 'of full', 'MB in pages'], rows)}\n\n{note}"
 
 
-def gpu_decode() -> str:
-    """Whole decode steps of Qwen3-8B's shape against the floor."""
-    results = json.loads((RESULTS / "h100" / "decode_qwen3_8b.json").read_text())
-    rows = [
-        [
-            f"{row['context']:,}",
-            "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}",
-            f"{row['batch']}" + (" (the most that fit)" if row["largest_batch"] else ""),
-            f"{1e3 * row['seconds_per_step']:.1f}",
-            f"{row['over_floor']:.2f}",
-            f"{row['tokens_per_second']:,.0f}",
-        ]
-        for row in sorted(results["rows"], key=lambda row: (row["context"], row["batch"], row["cr"]))
-    ]
-    about, settings = results["environment"], results["settings"]
-    note = (
-        f"{about['device'].split(' gpu ')[1]}, {settings['dtype']}, random weights, jax {about['jax']}; copy rate "
-        f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run; medians of {settings['rounds']} calls of "
-        f"{settings['steps']} steps."
+def decode_row(row: dict) -> list[str]:
+    """A row of bench_decode or, where it has no ratio, of decode_peers."""
+    if "cr" in row:
+        cache = "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}"
+    else:
+        cache = ", ".join(["transformers", *([row["mode"]] if "mode" in row else [])])
+    sequences = f"{row['batch']}" + (
+        " (the most that fit)" if row.get("largest_batch") and row.get("fits", True) else ""
     )
+    if "seconds_per_step" in row:
+        floor = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
+        numbers = [f"{1e3 * row['seconds_per_step']:.1f}", floor, f"{row['tokens_per_second']:,.0f}"]
+    else:
+        numbers = ["failed" if row.get("fits", True) else "does not fit", "", ""]
+    return [f"{row['context']:,}", cache, sequences, *numbers]
+
+
+def decode_note(results: dict) -> str:
+    """How the rows of one record were made."""
+    about, settings = results["environment"], results["settings"]
+    device = about["device"].split(" gpu ")[1]
+    made = f"{settings['dtype']}, random weights; medians of {settings['rounds']} calls of {settings['steps']} steps"
+    if "copy_bytes_per_second" not in results:
+        return f"transformers {about['transformers']} (torch {about['torch']}): {device}, {made}."
+    rate = f"copy rate {results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run"
+    return f"{settings['model']}'s shape: {device}, {made}; jax {about['jax']}; {rate}."
+
+
+def decode_table(records: list[dict]) -> str:
+    """What was recorded on one machine for one model's shape: ours, then transformers."""
+    rows = [row for results in records for row in results["rows"]]
+    rows.sort(key=lambda row: (row["context"], row["batch"], row.get("cr", float("inf"))))
     header = ["context", "cache", "sequences", "ms a step", "over the floor", "tokens/s"]
-    return f"{markdown(header, rows)}\n\n{note}"
+    notes = " ".join(decode_note(results) for results in records)
+    return f"{markdown(header, [decode_row(row) for row in rows])}\n\n{notes}"
+
+
+def gpu_decode() -> str:
+    """Whole decode steps against the floor: a table for each folder and NAME of decode_NAME, decode_peers_NAME."""
+    found = {}
+    for path in sorted(RESULTS.glob("*/decode_*.json")):
+        name = path.stem.removeprefix("decode_")
+        key = path.parent.name, name.removeprefix("peers_")
+        found.setdefault(key, {})[name.startswith("peers_")] = json.loads(path.read_text())
+    return "\n\n".join(
+        decode_table([records[peer] for peer in sorted(records)]) for _, records in sorted(found.items())
+    )
 
 
 def gpu_kernels() -> str:

@@ -10,13 +10,14 @@ bytes of the weights and of the live keys and values over the rate of a device c
 """
 
 import dataclasses
+import functools
 import json
-import math
 import os
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -39,6 +40,7 @@ MODELS = {
     "tiny": ModelConfig("qwen3", 64, 2, 32, 4, 2, 16, 64, qk_norm=True),
 }
 WINDOW = 256
+GATE = DMSConfig(window=WINDOW, gate="adapter", offset=-5.0)  # of zeros: every new token is evicted
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,83 @@ def lengths(config: ModelConfig, batch: int, context: int, cr: float, spread: fl
     return np.clip(np.round(share * context / cr / share.mean()), min(WINDOW, context // cr), context).astype(int)
 
 
-def random_pool(shape: tuple[int, ...], dtype: str, seed: int):
-    """A pool of random numbers, made in pieces: the float32 form of the whole would not fit."""
+class Plan(NamedTuple):
+    """A cell and what it needs, known before anything is allocated."""
+
+    batch: int
+    largest: bool  # the batch was asked for as "max"
+    context: int
+    cr: float
+    live: np.ndarray  # [L, B, K] tokens that the heads hold at the start
+    pages: int  # for those and the steps timed
+    pool_bytes: int
+    bytes_needed: int  # the pool and the weights
+    fits: bool  # within nine tenths of the memory: a step needs more besides
+
+    @property
+    def program(self) -> tuple:
+        """Cells that agree in this and in the pages of their pool are one compiled program."""
+        return self.batch, self.context, self.cr == 1
+
+
+def cache_of(settings: Settings, context: int) -> CacheConfig:
+    return CacheConfig("paged", context + settings.steps * (settings.rounds + 1), settings.page_size)
+
+
+def setup_of(settings: Settings, plan: Plan) -> decode.Setup:
+    chosen, dms = (policy("full", None), None) if plan.cr == 1 else (policy("dms", GATE), GATE)
+    model = transformer.Decoder(MODELS[settings.model], dms)
+    return decode.Setup(model, chosen, storage(cache_of(settings, plan.context)), SamplingConfig(), ())
+
+
+def planned(settings: Settings, cell: tuple[str, int, float], weights: int, memory: int) -> Plan:
+    """What a cell needs; a batch of "max" becomes the largest that fits, or 1 where none does."""
+    config, (asked, context, cr) = MODELS[settings.model], cell
+    cache = cache_of(settings, context)
+    per_page = paged.bytes_per_page(config, cache, settings.dtype)
+    room = 0.9 * memory - weights
+
+    def plan(B: int) -> Plan:
+        live = lengths(config, B, context, cr, settings.spread, settings.seed)
+        # No token leaves a head while it is in the window, so every head grows by the steps timed.
+        pages = int((-(-(live + cache.capacity - context) // settings.page_size)).sum())
+        size = pages * per_page
+        return Plan(B, asked == "max", context, cr, live, pages, size, weights + size, size <= room)
+
+    if asked != "max":
+        return plan(int(asked))
+    B = max(1, int(room // plan(1).pool_bytes) + 1)
+    while B > 1 and not plan(B).fits:  # the spread of the lengths differs a little from batch to batch
+        B -= 1
+    return plan(B)
+
+
+def row_of(settings: Settings, plan: Plan) -> dict:
+    """The part of a row that is known beforehand."""
+    about = {"model": settings.model, "batch": plan.batch, "largest_batch": plan.largest, "context": plan.context}
+    needs = {"fits": plan.fits, "bytes_needed": plan.bytes_needed, "pool_bytes": plan.pool_bytes}
+    return {**about, "cr": plan.cr, **needs}
+
+
+def bytes_of(params) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_pool(key, shape: tuple[int, ...], dtype: str):
+    """A pool of random numbers, a 64th of them over and over: to make them all takes long."""
     piece = 1 + (shape[0] - 1) // 64
+    noise = jax.random.normal(key, (piece, *shape[1:]), dtype)
 
     def body(n, pool):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), n), (piece, *shape[1:]), dtype)
         return jax.lax.dynamic_update_slice(pool, noise, (jnp.minimum(n * piece, shape[0] - piece), 0, 0))
 
-    return jax.jit(lambda: jax.lax.fori_loop(0, 64, body, jnp.zeros(shape, dtype)))()
+    return jax.lax.fori_loop(0, 64, body, jnp.zeros(shape, dtype))
 
 
-def filled(setup: decode.Setup, live: np.ndarray, context: int, pages: int, settings: Settings) -> decode.DecodeState:
+def filled(setup: decode.Setup, plan: Plan, pages: int, settings: Settings) -> decode.DecodeState:
     """A state in which every head holds `live` random tokens, in pages scattered over the pool."""
+    live = plan.live
     L, B, K = live.shape
     page, D = settings.page_size, setup.model.config.head_dim
     held = -(-live // page)
@@ -127,9 +193,10 @@ def filled(setup: decode.Setup, live: np.ndarray, context: int, pages: int, sett
     mask = np.arange(P) < held[..., None]
     used = int(mask.sum())
     table[mask] = ids[:used]
+    key, pool = jax.random.split(jax.random.key(settings.seed)), (pages, page, D)
     cache = paged.PagedCache(
-        k=random_pool((pages, page, D), settings.dtype, settings.seed),
-        v=random_pool((pages, page, D), settings.dtype, settings.seed + 1),
+        k=random_pool(key[0], pool, settings.dtype),
+        v=random_pool(key[1], pool, settings.dtype),
         pos=jnp.zeros((pages, page), jnp.int32),
         k_scale=None,
         v_scale=None,
@@ -140,39 +207,16 @@ def filled(setup: decode.Setup, live: np.ndarray, context: int, pages: int, sett
     )
     states = decode.init(setup, B, settings.dtype, 1).policy
     return decode.DecodeState(
-        cache, states, jnp.zeros(B, jnp.int32), jnp.full(B, context, jnp.int32), jnp.full(B, 2**30, jnp.int32),
+        cache, states, jnp.zeros(B, jnp.int32), jnp.full(B, plan.context, jnp.int32), jnp.full(B, 2**30, jnp.int32),
         jnp.zeros(B, bool), jnp.zeros((B, 2), jnp.uint32),
     )  # fmt: skip
 
 
-def measure(settings: Settings, params, batch: str, context: int, cr: float, rate: float, memory: int) -> dict:
-    config = MODELS[settings.model]
-    timed = settings.steps * (settings.rounds + 1)
-    dms = DMSConfig(window=WINDOW, gate="adapter", offset=-5.0)  # a gate of zeros: every new token is evicted
-    chosen = policy("full", None) if cr == 1 else policy("dms", dms)
-    cache = CacheConfig("paged", context + timed, settings.page_size)
-    setup = decode.Setup(
-        transformer.Decoder(config, None if cr == 1 else dms), chosen, storage(cache), SamplingConfig(), ()
-    )
-    item = jnp.dtype(settings.dtype).itemsize
-    weights = sum(x.size for x in jax.tree.leaves(params)) * item
-    per_page = paged.bytes_per_page(config, cache, settings.dtype)
-    grown = timed if cr == 1 else 0
-
-    def pages_for(B: int) -> int:
-        live = lengths(config, B, context, cr, settings.spread, settings.seed)
-        return int((-(-(live + grown) // settings.page_size)).sum()) + live.size
-
-    if batch == "max":
-        # Weights, pools, and a tenth for what a step needs besides.
-        room = 0.9 * memory - weights
-        B = max(1, math.floor(room / (pages_for(1) * per_page)))
-    else:
-        B = int(batch)
-    live = lengths(config, B, context, cr, settings.spread, settings.seed)
-    pages = pages_for(B)
-    state = filled(setup, live, context, pages, settings)
+def measure(settings: Settings, params, plan: Plan, pages: int, rate: float) -> dict:
+    """The numbers of one row. pages: of the pool, at least what the plan needs."""
+    config, setup, B = MODELS[settings.model], setup_of(settings, plan), plan.batch
     begun = time.perf_counter()
+    state = filled(setup, plan, pages, settings)
     seconds = []
     for _ in range(settings.rounds + 1):
         start = time.perf_counter()
@@ -180,16 +224,12 @@ def measure(settings: Settings, params, batch: str, context: int, cr: float, rat
         assert np.asarray(chunk.active).all(), "a sequence waited for a page"
         seconds.append((time.perf_counter() - start) / settings.steps)
     step = statistics.median(seconds[1:])
+    item = jnp.dtype(settings.dtype).itemsize
     # The embedding is a lookup of B rows, unless it is the unembedding too.
-    read = weights - (0 if config.tie_embeddings else config.vocab_size * config.model_dim * item)
+    read = bytes_of(params) - (0 if config.tie_embeddings else config.vocab_size * config.model_dim * item)
     kv = float(np.asarray(chunk.live).sum(axis=(1, 2, 3)).mean()) * 2 * config.head_dim * item
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
-        "model": settings.model,
-        "batch": B,
-        "largest_batch": batch == "max",
-        "context": context,
-        "cr": cr,
         "seconds_per_step": step,
         "rounds": seconds[1:],
         "tokens_per_second": B / step,
@@ -197,8 +237,7 @@ def measure(settings: Settings, params, batch: str, context: int, cr: float, rat
         "over_floor": step / ((read + kv) / rate),
         "weight_bytes": read,
         "live_kv_bytes": kv,
-        "pool_bytes": pages * per_page,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "peak_bytes_so_far": stats.get("peak_bytes_in_use"),  # of this and the cells before
         "compile_and_first_call_seconds": seconds[0] * settings.steps,
         "seconds_in_all": time.perf_counter() - begun,
     }
@@ -219,20 +258,27 @@ def main(settings: Settings) -> None:
     memory = settings.memory or limit
     rate = copy_rate(2**22 if jax.default_backend() == "cpu" else 2**30)
     # The gate's parameters are there for every CR; vanilla does not look at them.
-    dms = DMSConfig(window=WINDOW, gate="adapter")
-    params = random_params(config, dms, settings.dtype, settings.seed)
+    params = random_params(config, GATE, settings.dtype, settings.seed)
     record = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": environment()}
     record |= {"copy_bytes_per_second": rate, "memory_limit": memory, "rows": []}
-    for batch, context, cr in cells:
-        try:
-            row = measure(settings, params, batch, context, cr, rate, memory)
-        except Exception as error:  # out of memory, say: the other cells go on
-            row = {"batch": batch, "context": context, "cr": cr, "error": f"{type(error).__name__}: {error}"[:300]}
+    plans = [planned(settings, cell, bytes_of(params), memory) for cell in cells]
+    compiled = None
+    for plan in plans:
+        row = row_of(settings, plan)
+        if plan.fits:
+            if compiled not in (None, plan.program):
+                jax.clear_caches()
+            compiled = plan.program
+            # Ratios of one batch and context share the largest pool, and so one compiled program.
+            pages = max(other.pages for other in plans if other.fits and other.program == plan.program)
+            try:
+                row |= measure(settings, params, plan, pages, rate)
+            except Exception as error:  # out of memory, say: the other cells go on
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
         record["rows"].append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "rounds"}), flush=True)
         if settings.out:
             settings.out.write_text(json.dumps(record, indent=1) + "\n")
-        jax.clear_caches()
 
 
 if __name__ == "__main__":

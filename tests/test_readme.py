@@ -1,5 +1,7 @@
 """The README's tables are those of the recorded results."""
 
+import json
+
 import pytest
 
 from paper_figures import readme_tables
@@ -15,3 +17,26 @@ def test_tables_are_drawn_from_the_results():
 def test_a_wrong_number_is_seen(name):
     text = f"<!-- table {name} -->\n| 99.9 |\n<!-- end -->"
     assert "99.9 |\n" not in readme_tables.render(text)
+
+
+def test_decode_rows_of_peers_and_of_cells_that_do_not_fit(tmp_path, monkeypatch):
+    about = {"device": "1 x gpu NVIDIA X", "jax": "1", "transformers": "5", "torch": "2"}
+    common = {"settings": {"model": "m", "dtype": "bfloat16", "rounds": 3, "steps": 16}, "environment": about}
+    cell = {"batch": 64, "context": 8192, "largest_batch": False, "fits": True}
+    timed = {"seconds_per_step": 0.01, "tokens_per_second": 6400.0}
+    ours = [{**cell, "cr": 8.0, **timed, "over_floor": 1.5}, {**cell, "cr": 1.0, "fits": False}]
+    theirs = [{**cell, "mode": "eager", **timed}, {**cell, "mode": "compiled", "error": "x"}, {**cell, "fits": False}]
+    (tmp_path / "x").mkdir()
+    for name, rows in (("decode_m", ours), ("decode_peers_m", theirs)):
+        record = common | ({"copy_bytes_per_second": 3e12} if rows is ours else {}) | {"rows": rows}
+        (tmp_path / "x" / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    lines = readme_tables.gpu_decode().splitlines()
+    assert lines[2:7] == [
+        "| 8,192 | vanilla | 64 | does not fit |  |  |",
+        "| 8,192 | DMS CR8 | 64 | 10.0 | 1.50 | 6,400 |",
+        "| 8,192 | transformers, eager | 64 | 10.0 |  | 6,400 |",
+        "| 8,192 | transformers, compiled | 64 | failed |  |  |",
+        "| 8,192 | transformers | 64 | does not fit |  |  |",
+    ]
+    assert "m's shape: NVIDIA X" in lines[-1] and "transformers 5 (torch 2): NVIDIA X" in lines[-1]
