@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import subprocess
-import time
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,25 +106,42 @@ def about_this_run() -> dict:
     }
 
 
-def median_time(fn: Callable, inputs: list[tuple], repeats: int, few: int = 2) -> float:
-    """Median seconds of one call of `fn`.
+def median_time(fn: Callable, inputs: list[tuple], repeats: int) -> float:
+    """Median seconds of one call of `fn` on the device, gaps between its kernels included, as CUDA events would tell.
 
-    One jitted function makes all calls, on inputs that differ, so that none is saved. What a dispatch costs is taken
-    out by the difference to a function that makes `few` of the calls.
+    One jitted function makes all calls, on inputs that differ, so that none is saved. A run lasts from the start of
+    its first kernel to the end of its last, by the profiler's record.
     """
+    run = jax.jit(lambda batch: [fn(*arguments) for arguments in batch])
+    for _ in range(2):
+        jax.block_until_ready(run(inputs))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                jax.block_until_ready(run(inputs))
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        return run_seconds(kernel_events(path), repeats) / len(inputs)
 
-    def median(inputs):
-        run = jax.jit(lambda batch: [fn(*arguments) for arguments in batch])
-        for _ in range(2):
-            jax.block_until_ready(run(inputs))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(run(inputs))
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
 
-    return (median(inputs) - median(inputs[:few])) / (len(inputs) - few)
+def kernel_events(path: Path) -> list[tuple[float, float]]:
+    """Start and end, in nanoseconds, of everything that ran on the GPU."""
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+    return [(e.start_ns, e.start_ns + e.duration_ns) for line in lines if "Stream" in line.name for e in line.events]
+
+
+def run_seconds(events: list[tuple[float, float]], runs: int) -> float:
+    """Median seconds from the first start to the last end of a run; every run has as many events, one after the other.
+
+    Raises:
+      RuntimeError: no events, or a number of them that the runs cannot have.
+    """
+    each, rest = divmod(len(events), runs)
+    if not each or rest:
+        raise RuntimeError(f"the profiler recorded {len(events)} events for {runs} equal runs")
+    events = sorted(events)
+    parts = [events[n * each : (n + 1) * each] for n in range(runs)]
+    return statistics.median(max(end for _, end in part) - part[0][0] for part in parts) / 1e9
 
 
 def machine_rates(record: Record, settings: Settings) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """The kernel benchmark: its comparisons, its clock, its record, and that FlexAttention is given the same mask."""
 
 import json
-import time
 
 import jax
 import numpy as np
@@ -46,16 +45,19 @@ def test_decode_inputs_fit_the_lengths():
     assert case.live_bytes() == 160 * 2 * (4 + 4)
 
 
-def test_clock_measures_one_call():
-    def sleep(x):
-        time.sleep(0.02)
-        return np.asarray(x)
+def test_a_run_lasts_from_its_first_kernel_to_its_last():
+    """Three runs of three kernels, out of order, with gaps in and between them; the second is the median."""
+    runs = [(0, [(0, 5), (6, 8), (8, 9)]), (100, [(0, 5), (7, 8), (9, 11)]), (300, [(0, 9), (2, 20), (3, 4)])]
+    events = [(start + a, start + b) for start, kernels in runs for a, b in kernels]
+    assert bench_kernels.run_seconds(events[::-1], 3) == pytest.approx(11e-9)
+    for wrong in (events[:-1], []):
+        with pytest.raises(RuntimeError, match=f"{len(wrong)} events for 3"):
+            bench_kernels.run_seconds(wrong, 3)
 
-    inputs = [(jax.numpy.float32(i),) for i in range(6)]
-    seconds = bench_kernels.median_time(
-        lambda x: jax.pure_callback(sleep, jax.ShapeDtypeStruct((), "float32"), x), inputs, repeats=3
-    )
-    assert 0.015 < seconds < 0.04
+
+def test_the_profile_of_a_cpu_has_no_gpu_events():
+    with pytest.raises(RuntimeError, match="0 events"):
+        bench_kernels.median_time(lambda x: x + 1, [(jax.numpy.ones(3) * i,) for i in range(3)], repeats=2)
 
 
 def test_record_survives_a_failing_peer(tmp_path, capsys):
