@@ -113,7 +113,7 @@ def test_the_bundled_gates(smollm2_file, lm):
     assert original.dms is None
     ids = np.asarray([lm.tokenizer(texts.real_text())["input_ids"][:700]])
     want = np.asarray(lm.logits(ids))[0]
-    for cr in (2, 4):
+    for cr in (2, 4, 8):
         gated = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=cr)
         assert gated.dms.cr == cr and gated.dms.gate == "adapter"
         got = np.asarray(gated.logits(ids, dms=gated.dms))[0]
@@ -121,7 +121,7 @@ def test_the_bundled_gates(smollm2_file, lm):
         assert np.abs(got - want).max() > 0.1, "something is evicted"
         alphas = transformer_alphas(gated, ids)
         assert 1 - 1.7 / cr < alphas.mean() < 1 - 0.5 / cr
-    with pytest.raises(dms_jax.ConfigError, match="cr=16: the bundled gates of 'smollm2' are for CR 2, 4"):
+    with pytest.raises(dms_jax.ConfigError, match="cr=16: the bundled gates of 'smollm2' are for CR 2, 4, 8"):
         dms_jax.load(smollm2_file, gate="smollm2", cr=16)
 
 
