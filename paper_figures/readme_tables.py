@@ -130,7 +130,8 @@ def gpu_decode() -> str:
 
 def gpu_kernels() -> str:
     """The kernels beside their peers: decode and flash attention were measured in runs of their own."""
-    records = {name: json.loads((RESULTS / "h200" / f"kernels_{name}.json").read_text()) for name in ("decode", "flash")}
+    paths = {name: RESULTS / "h200" / f"kernels_{name}.json" for name in ("decode", "flash")}
+    records = {name: json.loads(path.read_text()) for name, path in paths.items()}
     results = records["decode"]
 
     def rate(row: dict) -> list[str]:
@@ -193,8 +194,8 @@ def fidelity() -> str:
         f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2, the last "
         f"{config['length'] - config['prompt']} decoded through the cache ({config['dtype']}, pages of "
         f"{config['page_size']}); KL in nats a token and agreement with the original's greedy choice, 95% intervals by "
-        f"bootstrap over windows; the original has perplexity {first['perplexity_reference']['mean']:.2f}. Quest stores "
-        f"everything and reads that share. {results['environment']['device'].split(' gpu ')[1]}, jax "
+        f"bootstrap over windows; the original has perplexity {first['perplexity_reference']['mean']:.2f}. Quest "
+        f"stores everything and reads that share. {results['environment']['device'].split(' gpu ')[1]}, jax "
         f"{results['environment']['jax']}."
     )
     header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity"]
