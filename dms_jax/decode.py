@@ -221,9 +221,9 @@ def decode_chunk(
     if batch is None or batch == len(state.done):
         return jax.lax.scan(body, state, None, length=steps)
     rows = jnp.arange(batch)
-    part = DecodeState(setup.storage.take(state.cache, rows), *_rows(tuple(state[1:]), rows))
+    part = DecodeState(setup.storage.take(state.cache, rows), *jax.tree.map(lambda x: x[:batch], tuple(state[1:])))
     part, made = jax.lax.scan(body, part, None, length=steps)
-    rest = _put_rows(tuple(state[1:]), rows, tuple(part[1:]))
+    rest = jax.tree.map(lambda x, y: x.at[:batch].set(y), tuple(state[1:]), tuple(part[1:]))
     return DecodeState(setup.storage.put(state.cache, rows, part.cache), *rest), made
 
 

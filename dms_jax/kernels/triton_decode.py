@@ -39,7 +39,7 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     """Tiles of 16 KB of keys, two of them in flight; of quantized keys 8 KB, converted by twice the warps.
 
     With as many values that is 64 KB or more a program, and two run on a multiprocessor at a time, within the registers
-    and the shared memory of an A100. A third share for each of them evens out the end: 3 to 4% faster on an H200.
+    and the shared memory of an A100. A third share for each of them evens out the end.
     """
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
     return Tiling(block, num_warps=8 if itemsize == 1 else 4)
