@@ -183,13 +183,14 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
         if layer % at_once == 0:
             cache, slots, own = make_room(cache, layer, logit[None] if policy.late else None)
             owns = (*owns, own)
-        slot, readable = slots[layer % at_once], None
+        readable = None
         if policy.select is not None:
             now = step._replace(live=step.live[layer])
             readable, read = policy.select(_layers(owns[-1], layer % at_once), now, q)
             reads = (*reads, read)
-        cache, out, weights = storage.attend(cache, layer, q, k, v, slot, readable, policy.weights is not None)
-        return out[:, None], (cache, slots, owns, (*new, Newcomer(slot, k, logit, weights)), reads)
+        cache, out, weights = storage.attend(cache, layer, q, k, v, slots, readable, policy.weights is not None)
+        newcomer = Newcomer(slots[layer % at_once], k, logit, weights)
+        return out[:, None], (cache, slots, owns, (*new, newcomer), reads)
 
     hidden, (cache, _, owns, new, reads) = setup.model.apply(
         {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())

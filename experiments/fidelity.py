@@ -12,6 +12,10 @@ examples:
   python -m experiments.fidelity
   python -m experiments.fidelity --model org/name --data text.txt --length 4096 --prompt 2048
   python -m experiments.fidelity --model file.gguf --data text.txt --policy full tova h2o --budget 0.25 0.5
+  python -m experiments.fidelity --model file.gguf --data text.txt --chat "Write an article."
+
+A chat model is at home in its chat template: the first token of a window is one to which later ones attend whatever
+it says, and a gate that was trained on chats knows it only where a chat begins. --chat puts the windows there.
 
 An interrupted run continues when the same command is given again.
 """
@@ -52,6 +56,8 @@ CAPTION = (
 class Config(command.ModelOptions):
     data: Annotated[Path | None, metavar("FILE")] = None
     """text file; mini has its own problems"""
+    chat: Annotated[str | None, metavar("MESSAGE")] = None
+    """each window's text is the model's answer to this message, in its chat template; default: the text alone"""
     reference: Annotated[str | None, metavar("MODEL")] = None
     """the uncompressed model; default: the model's own weights with eviction off; for mini, the original"""
     policy: Annotated[tuple[str, ...], metavar("NAME ...")] = ()
@@ -87,6 +93,7 @@ def resolve(config: Config) -> Config:
     """
     mini = config.model == MINI
     require(not mini or config.data is None, "data", config.data, "the mini model has its own problems")
+    require(not mini or config.chat is None, "chat", config.chat, "the mini model does not chat")
     require(mini or config.data is not None, "data", None, "a text file is needed")
     for key in ("limit", "batch_size", "page_size"):
         require(getattr(config, key) > 0, key, getattr(config, key), "must be positive")
@@ -99,15 +106,30 @@ def resolve(config: Config) -> Config:
     )
 
 
-def text_windows(text: str, tokenizer, length: int, prompt: int, limit: int) -> list[Window]:
-    """Pieces of `length` tokens without overlap, each begun as the tokenizer begins a text.
+def opening_of(tokenizer, chat: str | None) -> tuple[int, ...]:
+    """What stands before a window's text: what the tokenizer begins a text with, or a chat up to the answer.
 
     Raises:
-      ConfigError: a text shorter than one window.
+      ConfigError: a chat, and a tokenizer without a template for one.
     """
-    opening = tuple(tokenizer("")["input_ids"])
+    if chat is None:
+        return tuple(tokenizer("")["input_ids"])
+    require(getattr(tokenizer, "chat_template", None), "chat", chat, "the model's tokenizer has no chat template")
+    turn = [{"role": "user", "content": chat}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def text_windows(text: str, tokenizer, length: int, prompt: int, limit: int, chat: str | None = None) -> list[Window]:
+    """Pieces of `length` tokens, `opening_of` included; the text in them does not overlap.
+
+    Raises:
+      ConfigError: a text shorter than one window, or no room for it behind the opening.
+    """
+    opening = opening_of(tokenizer, chat)
     step = length - len(opening)
-    require(step > 1, "length", length, "too short")
+    require(step > 1, "length", length, f"too short: {len(opening)} tokens stand before the text")
+    require(prompt >= len(opening), "prompt", prompt, f"{len(opening)} tokens stand before the text")
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     pieces = [ids[n : n + step] for n in range(0, min(len(ids), limit * step), step)]
     windows = [Window(opening + piece, prompt) for piece in pieces if len(piece) == step]
@@ -200,11 +222,12 @@ def load_models(config: Config) -> tuple[list[Loaded], list[Any]]:
     return loaded, [reference] * len(loaded)
 
 
-def load_windows(config: Any, tokenizer, prompt: int) -> list[Window]:
-    """The windows that `data`, `length` and `limit` of a config ask for, the mini model's own without `data`."""
+def load_windows(config: Any, tokenizer, prompt: int, chat: str | None = None) -> list[Window]:
+    """The windows that `data`, `length` and `limit` of a config ask for, or the mini model's own."""
     if config.model == MINI:
         return mini_windows(tokenizer, config.limit)
-    return text_windows(ruler.read_text(config.data), tokenizer, config.length, prompt, config.limit)
+    text = ruler.read_text(config.data)
+    return text_windows(text, tokenizer, config.length, prompt, config.limit, chat)
 
 
 def measure_all(config: Config, run: Run, models: list, windows: list[Window], bar) -> None:
@@ -271,7 +294,7 @@ def execute(config: Config, console: Console, start: float) -> int:
 
     config = resolve(config)
     loaded, references = load_models(config)
-    windows = load_windows(config, loaded[0].lm.tokenizer, config.prompt)
+    windows = load_windows(config, loaded[0].lm.tokenizer, config.prompt, config.chat)
     models = list(zip(loaded, references, strict=True))
     weights = {one.variant.name: [fingerprint(one.lm), fingerprint(reference)] for one, reference in models}
     saved = {**command.identity(config), "weights": weights, "text": digest(windows[0])}

@@ -1,8 +1,8 @@
 """A stand-in for jax_triton that runs kernels in Triton's interpreter, so that the whole launch is checked on a CPU.
 
 It takes what jax-triton's `triton_call` takes, of version 0.3 (`out_shape`) or 0.4 (`out_type`), and is as strict:
-arrays only, each output after the inputs, constexpr parameters by name. Outputs start as garbage (NaN, or a large
-number), as device memory does; an aliased output shares its input's buffer, in the way of each version.
+arrays and plain integers, each output after the inputs, constexpr parameters by name. Outputs start as garbage (NaN,
+or a large number), as device memory does; an aliased output shares its input's buffer, in the way of each version.
 """
 
 import types
@@ -53,7 +53,7 @@ def garbage(shape, dtype) -> torch.Tensor:
 
 def run(kernel, inputs: int, grid, out, options, arrays, shared) -> list[np.ndarray]:
     """Runs it on copies; `shared`: output index -> index of the array whose buffer it is."""
-    tensors = [to_torch(x) for x in arrays]
+    tensors = [x if isinstance(x, int) else to_torch(x) for x in arrays]
     outputs = [tensors[shared[i]] if i in shared else garbage(x.shape, x.dtype) for i, x in enumerate(out)]
     kernel[grid](*tensors[:inputs], *outputs, **options)
     return [to_numpy(tensor, spec.dtype) for tensor, spec in zip(outputs, out, strict=True)]
@@ -61,13 +61,20 @@ def run(kernel, inputs: int, grid, out, options, arrays, shared) -> list[np.ndar
 
 def call(arrays, inputs: int, kernel, grid, out, options, shared):
     """`arrays`: the inputs that the kernel gets under their own names, then buffers that it gets as outputs."""
-    assert all(isinstance(x, jax.Array) for x in arrays)
+    traced = [x for x in arrays if not isinstance(x, int)]
+    assert all(isinstance(x, jax.Array) for x in traced)
     for output, source in shared.items():
         assert (arrays[source].shape, arrays[source].dtype) == (out[output].shape, out[output].dtype)
     names = kernel.arg_names[inputs + len(out) :]
     assert set(options) == {*names, "num_warps", "num_stages"}, set(options) ^ {*names}
     result = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out)
-    return list(jax.pure_callback(lambda *x: run(kernel, inputs, grid, out, options, x, shared), result, *arrays))
+
+    def on_host(*traced):
+        values = iter(traced)
+        given = [x if isinstance(x, int) else next(values) for x in arrays]
+        return run(kernel, inputs, grid, out, options, given, shared)
+
+    return list(jax.pure_callback(on_host, result, *traced))
 
 
 def triton_call_03(*arrays, kernel, out_shape, grid, input_output_aliases=None, **options):

@@ -78,8 +78,9 @@ class Decode:
             return kernels.paged_decode_attention(*arrays, **scales, implementation="triton").out
         from dms_jax.kernels import triton_decode
 
-        scales = {"k_scale": None, "v_scale": None} | scales
-        return triton_decode.decode(*arrays, **scales, readable=None, weights=False, cut=cut)[0]
+        q, k_pages, v_pages, table, lengths = arrays
+        options = {"k_scale": None, "v_scale": None, **scales, "readable": None, "weights": False, "cut": cut}
+        return triton_decode.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **options)[0]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from dms_jax import kernels
 
 SHAPES = {"Llama-3.2-1B": (32, 8, 64), "Qwen3-8B": (32, 8, 128), "Qwen-R1-32B": (40, 8, 128)}  # H, K, D
 ARCHS = (80, 90)  # A100; H100 and H200
-POINTERS = {
+TYPES = {
+    "int": "i32",
     "bfloat16": "*bf16",
     "float16": "*fp16",
     "float32": "*fp32",
@@ -57,7 +58,9 @@ def traced_launches(call, *shapes) -> list[tuple]:
     launches = []
 
     def triton_call(*arrays, kernel, out_shape, grid, input_output_aliases, **options):
-        launches.append((kernel, [str(x.dtype) for x in (*arrays, *out_shape)], options))
+        launches.append(
+            (kernel, ["int" if isinstance(x, int) else str(x.dtype) for x in (*arrays, *out_shape)], options)
+        )
         return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
 
     stand_in = types.ModuleType("jax_triton")
@@ -115,7 +118,7 @@ def resources(kernel, dtypes: list[str], options: dict, arch: int) -> dict:
 
     options = dict(options)
     build = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    pointers = {name: POINTERS[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
+    pointers = {name: TYPES[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
     signature = pointers | dict.fromkeys(options, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
     source = ASTSource(kernel, signature=signature, constexprs=options, attrs=aligned)

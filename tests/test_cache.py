@@ -80,9 +80,9 @@ def one_step(rule, cache, states, q, k, v, logit, position, active):
     for n in range(L):
         step = Step(position, admitted, store.live(cache)[n], KEYS)
         victim, own = dms.choose(states[n], step, logit[n])
-        cache, slot = store.place(cache, n, position, victim[None], admitted)
-        cache, out, _ = store.attend(cache, n, q[n], k[n], v[n], slot[0], None, False)
-        new.append(dms.record(own, step, Newcomer(slot[0], k[n], logit[n], None)))
+        cache, slots = store.place(cache, n, position, victim[None], admitted)
+        cache, out, _ = store.attend(cache, n, q[n], k[n], v[n], slots, None, False)
+        new.append(dms.record(own, step, Newcomer(slots[0], k[n], logit[n], None)))
         outs.append(out)
     return cache, tuple(new), jnp.stack(outs), admitted
 

@@ -92,6 +92,20 @@ def test_text_windows():
     assert fidelity.text_windows(text, Tokenizer(), 5, 2, limit=1) == windows[:1]
     with pytest.raises(ConfigError, match="length=20: the text has only 11 tokens"):
         fidelity.text_windows(text, Tokenizer(), 20, 2, 1)
+    with pytest.raises(ConfigError, match="chat='7': the model's tokenizer has no chat template"):
+        fidelity.text_windows(text, Tokenizer(), 5, 2, 1, chat="7")
+
+    class Chats(Tokenizer):
+        chat_template = "a template"
+
+        def apply_chat_template(self, turns, add_generation_prompt, tokenize):
+            assert add_generation_prompt and not tokenize and [turn["role"] for turn in turns] == ["user"]
+            return f"2 {turns[0]['content']} 3"
+
+    chats = fidelity.text_windows(text, Chats(), 6, 4, 9, chat="7")
+    assert chats[0] == Window((2, 7, 3, 10, 11, 12), 4) and chats[1].tokens[3:] == (13, 14, 15)
+    with pytest.raises(ConfigError, match="prompt=2: 3 tokens stand before the text"):
+        fidelity.text_windows(text, Chats(), 6, 2, 9, chat="7")
 
 
 @pytest.fixture
@@ -136,6 +150,7 @@ def test_the_job(job, capsys):
         (["--length", "9000"], "the text has only"),
         (["--model", "mini"], "the mini model has its own problems"),
         (["--policy", "tova"], "needs --budget"),
+        (["--chat", "Hello"], "has no chat template"),
     ],
 )
 def test_mistakes_end_with_one_line(job, capsys, arguments, message):

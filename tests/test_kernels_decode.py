@@ -152,18 +152,27 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
     want = kernels.paged_decode_attention(*arrays, implementation="reference")
     for programs in (1, 200):
         cut = few_programs.Tiling(16, programs=programs)
-        out, lse, *_ = few_programs.decode(*arrays, **none, cut=cut)
+        q, k_pages, v_pages, table, lengths = arrays
+        out, lse, *_ = few_programs.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **none, cut=cut)
         close(out, want.out, 1e-5), close(lse, want.lse, 1e-5)
 
 
-@pytest.mark.parametrize("version", ["0.3", "0.4"])
-def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version):
-    """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written."""
+@pytest.mark.parametrize("version, layer, own", [("0.3", 0, True), ("0.3", 1, False), ("0.4", 2, False)])
+def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own):
+    """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written.
+
+    The other layers' tables, lengths and slots are of no account; own: the slots are this layer's alone.
+    """
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[1, 40, 17], [48, 3, 0]])
     new = jnp.asarray(rng.normal(size=(2, 2, 3, 10)), jnp.float32)
     slots = jnp.asarray([[0, 5, 16], [47, -1, 0]], jnp.int32)
-    args = (q, *new, k_pages, v_pages, table, lengths, slots)
+
+    def among_others(x, other):
+        return jnp.full((3, *x.shape), other, x.dtype).at[layer].set(x)
+
+    tables, all_lengths = among_others(table, len(k_pages) + 99), among_others(lengths, 31)
+    args = (q, *new, k_pages, v_pages, tables, all_lengths, slots[None] if own else among_others(slots, 2), layer)
     got, *got_pools = kernels.paged_decode_attention_update(*args, weights=True, implementation="triton")
     want, *want_pools = kernels.paged_decode_attention_update(*args, weights=True, implementation="reference")
     for x, y in zip(got, want, strict=True):

@@ -31,7 +31,7 @@ class Storage(NamedTuple):
     place: the slot of one new token a sequence, for M layers from `layer`; inactive sequences get slot `slots`.
     attend: writes the new token's key and value in its slot; then one query a sequence over its live slots, or those
       of them in `readable` pages; on request also the softmax weight of each slot, summed over the G query heads of
-      its KV head.
+      its KV head. `slots` is what `place` returned: of all layers, or of this one.
     view: the first `width` slots, for a prompt to be read beside them.
     extend: writes the tokens of a prompt that stay and drops the old slots that do not; `stay` covers the W slots of
       the view, then the tokens. Returns the new slot of each, -1 for those that are gone. Slots that stay are moved
@@ -53,7 +53,7 @@ class Storage(NamedTuple):
     ]  # (cache, layer, position [B], victim [M, B, K], active [B]) -> cache, slots
     attend: Callable[
         ..., tuple[Any, Float[Array, "B H D"], Float[Array, "B K S"] | None]
-    ]  # (cache, layer, q, k [B, K, D], v, slot [B, K], readable, weights) -> cache, out, weights
+    ]  # (cache, layer, q, k [B, K, D], v, slots [M, B, K], readable, weights) -> cache, out, weights
     view: Callable[[Any, int, int], View]  # (cache, layer, width)
     extend: Callable[[Any, int, NewKV, NewKV, Positions, SlotFlags, View | None], tuple[Any, Slots]]
     live: Callable[[Any], Int[Array, "L B K"]]

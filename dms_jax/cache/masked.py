@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache.base import Storage, View
 from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.types import NEGATIVE, Counts, NewKV, PerHead, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.types import NEGATIVE, Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
 
 
 class MaskedCache(NamedTuple):
@@ -57,9 +57,9 @@ def place(cache: MaskedCache, layer: int, position: Counts, victim: Int[Array, "
     return cache._replace(pos=pos, used=cache.used.at[layers].add(on.astype(jnp.int32))), slot
 
 
-def attend(cache: MaskedCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slot: PerHead, readable, weights: bool):
+def attend(cache: MaskedCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slots, readable, weights: bool):
     (B, H, D), (K, S) = q.shape, cache.pos.shape[2:]
-    b, h = jnp.ogrid[:B, :K]
+    b, h, slot = *jnp.ogrid[:B, :K], slots[layer % len(slots)]
     keys = cache.k[layer].at[b, h, :, slot].set(k, mode="drop")
     values = cache.v[layer].at[b, h, slot].set(v, mode="drop")
     cache = cache._replace(k=_replace(cache.k, layer, keys), v=_replace(cache.v, layer, values))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from dms_jax import kernels, quant
 from dms_jax.cache.base import Storage, View
 from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.types import Counts, NewKV, PerHead, PerHeadKV, Positions, SlotFlags, Slots
+from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots
 
 
 class PagedCache(NamedTuple):
@@ -62,8 +62,8 @@ def paged_storage(config: CacheConfig) -> Storage:
             top=jnp.asarray(N, jnp.int32),
         )
 
-    def attend(cache, layer, q, k: PerHeadKV, v: PerHeadKV, slot: PerHead, readable, weights: bool):
-        return _attend(cache, layer, q, k, v, slot, readable, weights, config.quant)
+    def attend(cache, layer, q, k: PerHeadKV, v: PerHeadKV, slots, readable, weights: bool):
+        return _attend(cache, layer, q, k, v, slots, readable, weights, config.quant)
 
     def extend(cache, layer, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None):
         return _extend(cache, layer, k, v, position, stay, old, config.quant)
@@ -152,13 +152,13 @@ def place(cache: PagedCache, layer: int, position: Counts, victim: Int[Array, "M
     return cache._replace(table=table, pos=pos, length=length), slot
 
 
-def _attend(cache: PagedCache, layer: int, q, k, v, slot: PerHead, readable, weights: bool, kind: str):
-    table, length = cache.table[layer], cache.length[layer]
+def _attend(cache: PagedCache, layer: int, q, k, v, slots, readable, weights: bool, kind: str):
     if kind == "none" and readable is None:  # in one launch on a GPU
         attended, k, v = kernels.paged_decode_attention_update(
-            q, k, v, cache.k, cache.v, table, length, slot, weights=weights
+            q, k, v, cache.k, cache.v, cache.table, cache.length, slots, layer, weights=weights
         )
         return cache._replace(k=k, v=v), attended.out, attended.weights
+    table, length, slot = cache.table[layer], cache.length[layer], slots[layer % len(slots)]
     cache = _write(cache, _page_of(cache, table, slot), slot % page_size(cache), k, v, kind)
     scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
     attended = kernels.paged_decode_attention(

@@ -67,13 +67,13 @@ def sharded_storage(store: Storage, parts: int, quantized: bool) -> Storage:
 
         return on_each(local, ("B", "L B K", "B"), ("L B K",), changes=True)(cache, position, victim, active)
 
-    def attend(cache, layer, q, k, v, slot, readable, weights):
+    def attend(cache, layer, q, k, v, slots, readable, weights):
         def local(cache, *arguments):
             return store.attend(cache, layer, *arguments, weights)
 
-        inputs = ("B H D", "B K D", "B K D", "B K", None if readable is None else "B K P")
+        inputs = ("B H D", "B K D", "B K D", "L B K", None if readable is None else "B K P")
         outputs = ("B H D", "B K S" if weights else None)
-        return on_each(local, inputs, outputs, changes=True)(cache, q, k, v, slot, readable)
+        return on_each(local, inputs, outputs, changes=True)(cache, q, k, v, slots, readable)
 
     def view(cache, layer, width):
         return on_each(lambda cache: store.view(cache, layer, width), (), VIEW)(cache)

@@ -60,7 +60,7 @@ def paged_decode_attention(
         return reference.paged_decode_attention(q, k_pages, v_pages, table, lengths, **options)
     from dms_jax.kernels import triton_decode
 
-    out, lse, by_slot, _ = triton_decode.decode(q, k_pages, v_pages, table, lengths, **options)
+    out, lse, by_slot, _ = triton_decode.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **options)
     return DecodeAttention(out, lse, by_slot)
 
 
@@ -70,27 +70,32 @@ def paged_decode_attention_update(
     v_new: Float[Array, "B K D"],
     k_pages: Float[Array, "N page D"],
     v_pages: Float[Array, "N page D"],
-    table: Int[Array, "B K P"],
-    lengths: PerHead,
-    slots: PerHead,
+    table: Int[Array, "L B K P"],
+    lengths: Int[Array, "L B K"],
+    slots: Int[Array, "M B K"],
+    layer: int = 0,
     *,
     weights: bool = False,
     implementation: str | None = None,
 ) -> tuple[DecodeAttention, Float[Array, "N page D"], Float[Array, "N page D"]]:
-    """`paged_decode_attention` after writing the new key and value of each head at `slots`, in one launch.
+    """`paged_decode_attention` of one of L layers after writing each head's new key and value, in one launch.
 
-    `lengths` counts the new token. A slot that is negative or no less than its length is not written. The pools are
-    updated in place where the caller gives them away (donates them, or carries them through a scan); pages must not
-    be quantized.
+    Table, lengths and slots are taken whole, since a kernel could read one layer's part only from a copy; with M = 1
+    the slots are this layer's own. `lengths` counts the new token. A slot that is negative or no less than its length
+    is not written. The pools are updated in place where the caller gives them away (donates them, or carries them
+    through a scan); pages must not be quantized.
 
     Returns: DecodeAttention, and the pools.
     """
-    _check_decode(q, k_pages, v_pages, table, lengths, None, None)
-    B, K, _ = table.shape
+    require(table.ndim == 4 and len(table) > layer >= 0, "table", table.shape, f"expected [L, B, K, P], L > {layer}")
+    require(lengths.shape == table.shape[:3], "lengths", lengths.shape, f"expected [L, B, K], {table.shape[:3]}")
+    _check_decode(q, k_pages, v_pages, table[layer], lengths[layer], None, None)
+    L, B, K, _ = table.shape
     for name, x in (("k_new", k_new), ("v_new", v_new)):
         require(x.shape == (B, K, q.shape[2]), name, x.shape, f"expected [B, K, D], {(B, K, q.shape[2])}")
-    require(slots.shape == (B, K), "slots", slots.shape, f"expected [B, K], {(B, K)}")
+    require(slots.shape in {(L, B, K), (1, B, K)}, "slots", slots.shape, f"expected {(L, B, K)} or {(1, B, K)}")
     if choose(implementation) == "reference":
+        table, lengths, slots = table[layer], lengths[layer], slots[layer % len(slots)]
         slots = jnp.where(slots < lengths, slots, -1)
         k_pages = reference.write_token(k_pages, k_new, table, slots)
         v_pages = reference.write_token(v_pages, v_new, table, slots)
@@ -101,7 +106,7 @@ def paged_decode_attention_update(
     from dms_jax.kernels import triton_decode
 
     out, lse, by_slot, pools = triton_decode.decode(
-        *(q, k_pages, v_pages, table, lengths),
+        *(q, k_pages, v_pages, table, lengths, layer),
         **{"k_scale": None, "v_scale": None, "readable": None, "weights": weights, "new": (k_new, v_new, slots)},
     )
     return DecodeAttention(out, lse, by_slot), *pools

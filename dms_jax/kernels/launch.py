@@ -57,6 +57,7 @@ def launch(kernel, *arrays, out: tuple, grid: tuple, aliases: dict[int, int] | N
 
     Args:
       kernel: a `triton.jit` function: pointers of inputs, pointers of outputs, then constexpr parameters.
+      arrays: the inputs; plain integers may follow, for parameters that change from call to call of one program.
       out: `jax.ShapeDtypeStruct` of each output.
       aliases: input index -> output index that shares its buffer. The kernel must read and write such a buffer
         through the pointer of the output: the other one may point nowhere.
@@ -69,7 +70,9 @@ def launch(kernel, *arrays, out: tuple, grid: tuple, aliases: dict[int, int] | N
     else:
         outputs = call(*arrays, out_shape=out, input_output_aliases=aliases or {}, **arguments)
     # Under shard_map the call does not say over which mesh axes its results vary: over all that its inputs vary over.
-    axes = tuple(sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))))
+    axes = tuple(
+        sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays if not isinstance(x, int))))
+    )
     if axes:
         outputs = [jax.lax.pcast(x, axes, to="varying") for x in outputs]
     return tuple(outputs)

@@ -36,13 +36,13 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_dim: int, itemsize: int) -> Tiling:
-    """Tiles of 16 KB of keys, two of them in flight; of quantized keys 8 KB, converted by twice the warps.
+    """Tiles of 16 KB of keys, of quantized keys 8 KB, two of them in flight.
 
     With as many values that is 64 KB or more a program, and two run on a multiprocessor at a time, within the registers
     and the shared memory of an A100. A third share for each of them evens out the end.
     """
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
-    return Tiling(block, num_warps=8 if itemsize == 1 else 4)
+    return Tiling(block)
 
 
 @triton.jit
@@ -67,27 +67,35 @@ def pages_of(
 
 @triton.jit
 def partials(
-    q, k_pages, v_pages, table, lengths, spans, order, k_scale, v_scale, k_new, v_new, new_slots,
+    q, k_pages, v_pages, table, lengths, spans, upto, order, k_scale, v_scale, k_new, v_new, new_slots, first,
     acc_out, top_out, sum_out, scores_out, k_out, v_out,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
+    SLOTS_OF_ALL: tl.constexpr,
 ):  # fmt: skip
     """Attention over this program's share of the tiles, one partial result for each head that it touches.
 
-    "head" is a KV head of a sequence, `b * K + k`. `spans` is how many tokens of a head are walked over: its length,
-    or with ORDERED the whole pages that `order` lists.
+    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and upto hold those of all layers, this
+    layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
+    over: its length, or with ORDERED the whole pages that `order` lists. `upto` counts the tiles up to each head's
+    last.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    all_heads = tl.arange(0, HEADS_PAD)
-    tiles = tl.cdiv(tl.load(spans + all_heads, mask=all_heads < HEADS, other=0), BLOCK)
-    upto = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0).to(tl.int64)
+    table += first * PAGES
+    lengths += first
+    spans += first
+    upto += first
+    if SLOTS_OF_ALL:
+        new_slots += first
+    total = tl.load(upto + HEADS - 1).to(tl.int64)
     start = (program * total // programs).to(tl.int32)
     left = ((program + 1) * total // programs).to(tl.int32) - start
-    head = tl.sum((upto <= start).to(tl.int32), 0)  # the head that tile `start` lies in
-    tile = start - tl.sum(tl.where(upto <= start, tiles, 0), 0)
+    all_heads = tl.arange(0, HEADS_PAD)
+    before = tl.load(upto + all_heads, mask=all_heads < HEADS, other=2147483647)
+    head = tl.sum((before <= start).to(tl.int32), 0)  # the head that tile `start` lies in
+    tile = start - tl.max(tl.where(before <= start, before, 0), 0)
 
     if WRITE:  # an aliased pool is at hand as the output
         k_pages = k_out
@@ -172,19 +180,17 @@ def partials(
 
 @triton.jit
 def combine(
-    acc_in, top_in, sum_in, spans,
+    acc_in, top_in, sum_in, upto, first,
     out, lse,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
+    HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial results of one query head. Those of a head lie side by side, at index program + head."""
     head = tl.program_id(0)
     g = tl.program_id(1)
-    all_heads = tl.arange(0, HEADS_PAD)
-    tiles = tl.cdiv(tl.load(spans + all_heads, mask=all_heads < HEADS, other=0), BLOCK).to(tl.int64)
-    total = tl.sum(tiles, 0)
-    before = tl.sum(tl.where(all_heads < head, tiles, 0), 0)
-    after = tl.sum(tl.where(all_heads <= head, tiles, 0), 0)
+    total = tl.load(upto + first + HEADS - 1).to(tl.int64)
+    before = tl.load(upto + first + head - 1, mask=head > 0, other=0).to(tl.int64)
+    after = tl.load(upto + first + head).to(tl.int64)
     # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
     first = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
     last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
@@ -230,30 +236,49 @@ def read_order(readable, lengths, page):
 
 
 def decode(
-    q, k_pages, v_pages, table, lengths, *, k_scale, v_scale, readable, weights, new=None, cut: Tiling | None = None
+    q,
+    k_pages,
+    v_pages,
+    table,
+    lengths,
+    layer,
+    *,
+    k_scale,
+    v_scale,
+    readable,
+    weights,
+    new=None,
+    cut: Tiling | None = None,
 ):
     """`(out, lse, weights or None, pools or None)`; arguments are checked by the caller.
 
-    new: `(k_new [B, K, D], v_new [B, K, D], slots [B, K])` to be written first; pools is then (k_pages, v_pages).
+    table, lengths: `[L, B, K, P]` and `[L, B, K]`, whole: a layer's part of them would have to be copied for a kernel.
+    new: `(k_new [B, K, D], v_new [B, K, D], slots)` to be written first, the slots `[L, B, K]`, or `[1, B, K]` for
+    this layer alone; pools is then (k_pages, v_pages).
     """
     B, H, D = q.shape
-    K, P, page = table.shape[1], table.shape[2], k_pages.shape[1]
+    K, P, page = *table.shape[2:], k_pages.shape[1]
     G, heads = H // K, B * K
     cut = cut or tiling(D, k_pages.dtype.itemsize)
     programs = cut.programs or 3 * multiprocessors()
     quantized = k_scale is not None
     compute = q.dtype if quantized else jnp.promote_types(q.dtype, k_pages.dtype)
-    order, spans = (unused(), lengths) if readable is None else read_order(readable, lengths, page)
+    order, spans = unused(), lengths
+    if readable is not None:
+        table, lengths, layer = table[layer], lengths[layer], 0
+        order, spans = read_order(readable, lengths, page)
+    # Of all layers, so that XLA makes it once in a step.
+    upto = jnp.cumsum(-(-spans.reshape(-1, heads) // cut.block), axis=1, dtype=jnp.int32)
     k_new, v_new, slots = (unused(k_pages.dtype), unused(k_pages.dtype), unused()) if new is None else new
     f32 = jnp.float32
     shape = jax.ShapeDtypeStruct
-    shared = {"HEADS": heads, "HEADS_PAD": power_of_two(heads), "G": G, "D": D, "D_PAD": power_of_two(D, 16)}
+    shared = {"HEADS": heads, "G": G, "D": D, "D_PAD": power_of_two(D, 16)}
     pool = shape(k_pages.shape if new else (1,), k_pages.dtype)
     acc, top, denominator, scores, *pools = launch(
         partials,
-        *(q.astype(compute), k_pages, v_pages, table, lengths, spans, order),
+        *(q.astype(compute), k_pages, v_pages, table, lengths, spans, upto, order),
         *(unused(f32) if scale is None else scale for scale in (k_scale, v_scale)),
-        *(k_new, v_new, slots),
+        *(k_new, v_new, slots, layer * heads),
         out=(
             shape((programs + heads, G, D), f32),
             shape((programs + heads, G), f32),
@@ -267,25 +292,32 @@ def decode(
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
         **shared,
-        **{"PAGES": P, "PAGE": page, "G_PAD": power_of_two(G, 16), "BLOCK": cut.block, "SCALE": D**-0.5 * LOG2E},
-        **{"QUANTIZED": quantized, "ORDERED": readable is not None, "SCORES": weights, "WRITE": new is not None},
+        **{"HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "G_PAD": power_of_two(G, 16)},
+        **{"BLOCK": cut.block, "SCALE": D**-0.5 * LOG2E, "QUANTIZED": quantized, "ORDERED": readable is not None},
+        **{"SCORES": weights, "WRITE": new is not None, "SLOTS_OF_ALL": slots.shape == lengths.shape},
     )
     out, lse = launch(
         combine,
-        *(acc, top, denominator, spans),
+        *(acc, top, denominator, upto, layer * heads),
         out=(shape(q.shape, q.dtype), shape((B, H), f32)),
         grid=(heads, G),
         num_warps=4,
         num_stages=2,
         **shared,
-        **{"BLOCK": cut.block, "PROGRAMS": programs, "CHUNK": 16, "LN2": LN2},
+        **{"PROGRAMS": programs, "CHUNK": 16, "LN2": LN2},
     )
-    by_slot = None
-    if weights:
-        live = jnp.arange(P * page)[None, None, :] < lengths[..., None]
-        if readable is not None:
-            live &= jnp.repeat(readable, page, axis=2)
-        # The scores of dead slots were never written: they may hold anything.
-        log = scores - lse.reshape(B, K, G, 1) * LOG2E
-        by_slot = jnp.where(live[:, :, None], jnp.exp2(log), 0.0).sum(axis=2)
-    return out, lse, by_slot, tuple(pools) if new else None
+    if not weights:
+        return out, lse, None, tuple(pools) if new else None
+    own = lengths if readable is not None else lengths[layer]
+    return out, lse, _weights(scores, lse, own, readable, page), tuple(pools) if new else None
+
+
+def _weights(scores, lse, lengths, readable, page):
+    """Softmax weights `[B, K, S]`, summed over a KV head's query heads, from scores `[B, K, G, S]`."""
+    B, K, G, S = scores.shape
+    live = jnp.arange(S) < lengths[..., None]
+    if readable is not None:
+        live &= jnp.repeat(readable, page, axis=2)
+    # The scores of dead slots were never written: they may hold anything.
+    log = scores - lse.reshape(B, K, G, 1) * LOG2E
+    return jnp.where(live[:, :, None], jnp.exp2(log), 0.0).sum(axis=2)
