@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from dms_jax import decode, generation
-from dms_jax.cache.paged import worst_case_pages
+from dms_jax.cache import fitted
 from dms_jax.config import SamplingConfig, require
 from dms_jax.engine import round_up
 
@@ -25,7 +25,8 @@ class Conversation:
         sampling = SamplingConfig(temperature, top_p=top_p)
         engine = generation.build(lm, length, sampling=sampling, **options)
         self.lm, self.length, self.setup, self.params = lm, length, engine.setup, engine.params
-        pages = worst_case_pages(lm.config, engine.cache.capacity, engine.cache.page_size)
+        expected = np.full((1, lm.config.num_layers, lm.config.num_kv_heads), engine.expected(length))
+        pages = int(self.setup.storage.pages(expected).max())
         self.state = decode.init(self.setup, 1, self.params["embed"]["embedding"].dtype, pages)
         self.chunk = engine.config.prefill_chunk
         self.key = np.asarray(jax.random.PRNGKey(seed), np.uint32)[None]
@@ -52,7 +53,7 @@ class Conversation:
             part = new[start : start + self.chunk]
             padded = np.zeros((1, min(round_up(len(part)), self.chunk)), np.int32)
             padded[0, : len(part)] = part
-            live = int(np.asarray(decode.live_tokens(self.setup, self.state)).max())
+            live = int(self._make_room(len(part)).max())
             one = (np.zeros(1, np.int32), padded, np.array([len(part)]), np.array([max_new_tokens]), self.key)
             width = min(round_up(live), self.setup.storage.slots)
             self.state, _, _ = decode.prefill(self.setup, self.params, self.state, *one, width)
@@ -60,7 +61,9 @@ class Conversation:
         if on_tokens:
             on_tokens(answer[:])
         while not bool(self.state.done[0]):
-            self.state, made = decode.decode_chunk(self.setup, self.params, self.state, min(64, max_new_tokens))
+            steps = min(64, max_new_tokens)
+            self._make_room(steps)
+            self.state, made = decode.decode_chunk(self.setup, self.params, self.state, steps)
             fresh = np.asarray(made.tokens)[np.asarray(made.active)].tolist()
             answer += fresh
             if on_tokens:
@@ -68,3 +71,9 @@ class Conversation:
         self.tokens += answer
         tokenizer = self.lm.tokenizer
         return answer if tokenizer is None else tokenizer.decode(answer, skip_special_tokens=True)
+
+    def _make_room(self, tokens: int) -> np.ndarray:
+        """Live tokens `[1, L, K]`; the cache has room for `tokens` more in every head."""
+        live = np.asarray(decode.live_tokens(self.setup, self.state))
+        self.state = self.state._replace(cache=fitted(self.setup.storage, self.state.cache, live + tokens))
+        return live

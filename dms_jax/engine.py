@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dms_jax import decode, metrics
-from dms_jax.cache import paged
+from dms_jax.cache import fitted
 from dms_jax.config import CacheConfig
 from dms_jax.decode import Setup
 from dms_jax.jobs import EngineConfig, Job, PoolError, Progress, Result
@@ -108,47 +108,37 @@ class Engine:
 
     def _first_pool(self) -> int:
         """Pages of each pool at first: what all rows will need if heads compress as expected."""
-        model, page, parts = self.setup.model.config, self.cache.page_size, self.setup.storage.parts
-        window, budget = self.setup.policy.window, self.setup.policy.budget
         longest = max(len(job.prompt) + job.max_new for job, _ in self._todo)
         prompt = max(len(job.prompt) for job, _ in self._todo)
-        each = longest if budget is None else min(longest, budget)
-        each = min(longest, round(1.25 * each / self.expected_cr) + window + page)  # heads and chains differ
-        parked = len(self._rows) - self._slots
-        pages = self._slots * paged.worst_case_pages(model, each, page)
-        pages = self.config.pages or (pages + parked * paged.worst_case_pages(model, prompt, page)) // parts
+        tokens = np.full((len(self._rows), *self._heads), self.expected(longest))
+        tokens[self._slots :] = min(prompt, self.expected(prompt) + self.config.prefill_chunk)
+        pages = self.config.pages or int(self.setup.storage.pages(tokens).max())
         return min(pages, self.config.max_pages or pages)
 
-    def _pages(self, tokens: np.ndarray) -> np.ndarray:
-        """Pages of each pool for so many tokens in each head, `[..., L, K]` -> `[parts]`."""
-        pages = paged.pages_of(tokens, self.cache.page_size)
-        return pages.reshape(-1, self.setup.storage.parts, self._heads[1] // self.setup.storage.parts).sum(axis=(0, 2))
+    def expected(self, length: int) -> int:
+        """Live tokens a head of a sequence, with something to spare: heads and chains differ."""
+        policy = self.setup.policy
+        each = length if policy.budget is None else min(length, policy.budget)
+        return min(length, round(1.25 * each / self.expected_cr) + policy.window + self.cache.page_size)
 
-    def _pages_needed(self, rows, more: int | np.ndarray) -> np.ndarray:
-        """Pages for `more` tokens in every head of these rows, if every one stays, `[parts]`."""
-        return self._pages(self._live[rows] + more) - self._pages(self._live[rows])
+    def _after(self, rows, more: int | np.ndarray) -> np.ndarray:
+        """Live tokens of all rows once these have `more` in every head, if every one stays."""
+        live = self._live.copy()
+        live[rows] += more
+        return live
 
-    def _ensure(self, pages: np.ndarray) -> bool:
-        """Whether so many pages are free in each pool, after growing them if they may grow."""
-        storage = self.setup.storage
-        if storage.pool is None:
-            return True
-        free, size = storage.pool(self._state.cache)
-        short = int((pages - free).max())
-        if short <= 0:
-            return True
-        wanted = max(size + short, size + size // 2)
-        if self.config.max_pages is not None:
-            wanted = min(wanted, self.config.max_pages)
-        if wanted < size + short:
+    def _ensure(self, live: np.ndarray) -> bool:
+        """Whether the pools hold so many tokens `[rows, L, K]`, after growing if they may grow."""
+        cache = self._call(fitted, self.setup.storage, self._state.cache, live, self.config.max_pages)
+        if cache is None:
             return False
-        self._state = self._state._replace(cache=self._call(storage.grow, self._state.cache, wanted))
+        self._state = self._state._replace(cache=cache)
         return True
 
     def _too_small(self, tokens: int) -> PoolError:
-        model, most = self.setup.model.config, self.config.max_pages
-        pages = paged.worst_case_pages(model, tokens, self.cache.page_size) // self.setup.storage.parts
-        size = paged.bytes_per_page(model, self.cache, self.params["embed"]["embedding"].dtype)
+        most, storage = self.config.max_pages, self.setup.storage
+        pages = int(storage.pages(np.full((1, *self._heads), tokens)).max())
+        size = storage.pool(self._state.cache).page_bytes
         return PoolError(
             f"max_pages={most}: one sequence of {tokens} tokens needs up to {pages} pages ({pages * size:,} bytes), "
             f"and the pool may hold {most} ({most * size:,} bytes)"
@@ -202,7 +192,7 @@ class Engine:
         for start in range(0, tokens.shape[1], C):
             part = tokens[:, start : start + C]
             count = np.clip(counts - start, 0, part.shape[1])
-            if not self._ensure(self._pages_needed(real, count[: len(real), None, None])):
+            if not self._ensure(self._after(real, count[: len(real), None, None])):
                 return None
             width = min(round_up(int(self._live[real].max())), self.setup.storage.slots)
             self._state, new, saw = self._call(
@@ -234,7 +224,7 @@ class Engine:
         """Whether the pool has pages for the copies planned and one of `source`, which may be a move."""
         rows = [parked for n, (parked, _, _) in enumerate(moves) if not self._moves(moves, n)]
         rows += [source] * (len(self._rows[source].waiting) > 1)
-        return self._ensure(self._pages(self._live[rows]))
+        return self._ensure(np.concatenate([self._live, self._live[rows]]))
 
     def _moves(self, moves, n: int) -> bool:
         """Whether the n-th of the moves planned is its prompt's last chain."""
@@ -289,7 +279,7 @@ class Engine:
 
     def _find_room(self, rows: np.ndarray, stuck: bool) -> None:
         """Grows the pool for rows that could not step; where it cannot grow and nothing moves, one starts over."""
-        if self._ensure(self._pages_needed(rows, self.config.steps)) or self._ensure(self._pages_needed(rows, 1)):
+        if any(self._ensure(self._after(rows, more)) for more in (self.config.steps, 1)):
             return
         if not stuck:
             return
@@ -362,6 +352,10 @@ class Engine:
 
     def _report_progress(self, made: int) -> None:
         if self.on_progress:
-            free, size = self.setup.storage.pool(self._state.cache) if self.setup.storage.pool else (np.zeros(1), 0)
+            used = pages = 0
+            if self.setup.storage.pool:
+                pool = self.setup.storage.pool(self._state.cache)
+                pages = len(pool.free) * pool.size
+                used = pages - int(pool.free.sum())
             live = float(self._live.sum()) / (self._heads[0] * self._heads[1])
-            self.on_progress(Progress(made, live, int(len(free) * size - free.sum()), len(free) * size))
+            self.on_progress(Progress(made, live, used, pages))

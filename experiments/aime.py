@@ -71,7 +71,7 @@ class Config:
     """default: 0.95; for mini, 1"""
     budget: Annotated[float | None, _metavar("SHARE")] = None
     """of a policy that needs one: the share of the maximum length that a head may hold, 1 / CR"""
-    cache: Annotated[Literal["paged", "masked"], _metavar("KIND")] = "paged"
+    cache: Annotated[Literal["paged", "dense", "masked"], _metavar("KIND")] = "paged"
     """paged (memory falls) or masked (evicted tokens are hidden); default: paged"""
     page_size: Annotated[int | None, _metavar("TOKENS")] = None
     """slots a page; default: 64"""

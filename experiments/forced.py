@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from dms_jax import decode, generation
-from dms_jax.cache.paged import worst_case_pages
 from dms_jax.config import require
 from experiments.variants import Loaded
 
@@ -73,7 +72,8 @@ def forced_logits(
     longest = int(prompt_lengths.max())
     require(longest < T, "prompt", longest, f"leaves nothing of {T} tokens to predict")
     engine = generation.build(lm, T, stop=(), cache=cache, page_size=page_size, **loaded.options)
-    setup, pages = engine.setup, B * worst_case_pages(lm.config, T, page_size)
+    worst = np.full((B, lm.config.num_layers, lm.config.num_kv_heads), T)
+    setup, pages = engine.setup, int(engine.setup.storage.pages(worst).max())
     state, logits = _prefill(setup, lm.params, tokens, prompt_lengths, engine.config.prefill_chunk, pages)
     yield Forced(logits[None], decode.live_tokens(setup, state).mean(axis=(1, 2))[None])
     steps = T - int(prompt_lengths.min()) - 1

@@ -1,8 +1,9 @@
 """Times one decode step against the context length, for the full cache and for DMS at several eviction rates.
 
 A model of SmolLM2-135M's shape (random weights), a batch of sequences whose caches hold random keys and values for
-the context; of these a share is evicted, independently in each head. The full cache is measured in both storages.
-New tokens are all marked (DMS) or all kept (full); the few that are timed hardly change what a head holds.
+the context; of these a share is evicted, independently in each head. The full cache is measured with one array a
+layer and in pages, DMS in pages and in dense storage, each with room for what lives and the steps timed. New tokens
+are all marked (DMS) or all kept (full); the few that are timed hardly change what a head holds.
 
     python -m scripts.bench_cache --out paper_figures/results/bench_cache.json
     python -m paper_figures.bench_cache          # draws it
@@ -25,7 +26,8 @@ from rich.progress import track
 from rich.table import Table
 
 from dms_jax import decode, transformer
-from dms_jax.cache import paged, storage
+from dms_jax.cache import storage
+from dms_jax.cache.paged import PagedCache
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
 from dms_jax.policies import policy
 from experiments.run import environment
@@ -62,37 +64,46 @@ def _fill(store, cache, layer, k, v, stay):
     return store.extend(cache, layer, k, v, position, stay, None)[0]
 
 
-def filled(setup: decode.Setup, settings: Settings, context: int, evicted: float, pages: int) -> decode.DecodeState:
-    """A state after `context` tokens, of which a share is gone from each head; the newest window + 1 all live."""
-    rng, B = np.random.default_rng(settings.seed), settings.batch
+def survivors(settings: Settings, context: int, evicted: float) -> np.ndarray:
+    """Who lives after `context` tokens, `[B, L, K, T]`: each head loses a share; the newest window + 1 all live."""
+    rng, c = np.random.default_rng(settings.seed), SMOLLM2
+    stay = rng.random((settings.batch, c.num_layers, c.num_kv_heads, context), np.float32) >= evicted
+    stay[..., -settings.window - 1 :] = True
+    return stay
+
+
+def filled(setup: decode.Setup, settings: Settings, stay: np.ndarray, pages: int) -> decode.DecodeState:
+    """A state of random keys and values for the tokens that stay."""
+    rng, c = np.random.default_rng(settings.seed), setup.model.config
+    B, _, _, context = stay.shape
     state = decode.init(setup, B, settings.dtype, pages)
-    cache, c = state.cache, setup.model.config
-    shape = (B, context, c.num_kv_heads, c.head_dim)
+    cache, shape = state.cache, (B, context, c.num_kv_heads, c.head_dim)
     for layer in range(c.num_layers):
         k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), settings.dtype) for _ in range(2))
-        stay = rng.random((B, c.num_kv_heads, context)) >= evicted
-        stay[..., -settings.window - 1 :] = True
-        if setup.storage is storage(CacheConfig("masked", setup.storage.slots)):
-            cache = _fill_masked(cache, layer, k, v)
+        if isinstance(cache, PagedCache):
+            cache = _fill(setup.storage, cache, layer, k, v, stay[:, layer])
         else:
-            cache = _fill(setup.storage, cache, layer, k, v, stay)
+            cache = _fill_arrays(cache, layer, k, v, stay[:, layer])
     length = jnp.full(B, context, jnp.int32)
     ready = state._replace(cache=cache, position=length, last=length + 10_000, done=jnp.zeros(B, bool))
     return ready._replace(position=jnp.array(length), last=jnp.array(ready.last))
 
 
-def _fill_masked(cache, layer: int, k, v):
-    """The full cache without a scatter over everything."""
-    T = k.shape[1]
+def _fill_arrays(cache, layer: int, k, v, stay):
+    """Masked (where all stay) and dense storage: survivors side by side, without a scatter over everything."""
+    order, count = np.argsort(~stay, axis=-1, kind="stable"), stay.sum(axis=-1)
+    W = int(count.max())
+    order = order[..., :W]
+    k, v = (jnp.take_along_axis(x.swapaxes(1, 2), order[..., None], axis=2) for x in (k, v))
 
     def put(xs, x):
         return (*xs[:layer], x, *xs[layer + 1 :])
 
     return cache._replace(
-        k=put(cache.k, cache.k[layer].at[..., :T].set(k.transpose(0, 2, 3, 1))),
-        v=put(cache.v, cache.v[layer].at[:, :, :T].set(v.swapaxes(1, 2))),
-        pos=cache.pos.at[layer, ..., :T].set(jnp.arange(T)),
-        used=cache.used.at[layer].set(T),
+        k=put(cache.k, cache.k[layer].at[..., :W].set(k.swapaxes(2, 3))),
+        v=put(cache.v, cache.v[layer].at[:, :, :W].set(v)),
+        pos=cache.pos.at[layer, ..., :W].set(np.where(np.arange(W) < count[..., None], order, -1)),
+        used=cache.used.at[layer].set(count),
     )
 
 
@@ -105,10 +116,9 @@ def measure(settings: Settings, params, context: int, kind: str, evicted: float)
     chosen = policy("dms", dms) if evicted else policy("full", None)
     store = storage(config)
     setup = decode.Setup(transformer.Decoder(SMOLLM2, dms), chosen, store, SamplingConfig(), ())
-    live = settings.window + 1 + (1 - evicted) * (context - settings.window - 1) * 1.03 + 4 * settings.page_size
-    each = min(live, context) + timed + settings.page_size
-    pages = settings.batch * paged.worst_case_pages(SMOLLM2, int(each), settings.page_size)
-    state = filled(setup, settings, context, evicted, pages)
+    stay = survivors(settings, context, evicted)
+    pages = int(store.pages(stay.sum(axis=-1) + timed).max())
+    state = filled(setup, settings, stay, pages)
     weights = params["gated"] if evicted else params["plain"]
     seconds = []
     for _ in range(settings.rounds + 1):
@@ -126,9 +136,10 @@ def measure(settings: Settings, params, context: int, kind: str, evicted: float)
         "all_rounds": seconds[1:],
         "live_tokens": float(held[-1].mean()),
     }
-    if kind == "paged":
-        used = pages - int(state.cache.top)
-        row |= {"pages_used": used, "bytes_in_pages": used * paged.bytes_per_page(SMOLLM2, config, settings.dtype)}
+    if store.pool is not None:
+        pool = store.pool(state.cache)
+        used = pool.size - int(pool.free.sum())
+        row |= {"pages_used": used, "bytes_in_pages": used * pool.page_bytes}
     return row
 
 
@@ -137,7 +148,8 @@ def run(settings: Settings) -> list[dict]:
     plain = transformer.init(jax.random.key(settings.seed), SMOLLM2)
     gated = transformer.init(jax.random.key(settings.seed), SMOLLM2, DMSConfig(gate="adapter"))
     params = jax.tree.map(lambda x: x.astype(settings.dtype), {"plain": plain, "gated": gated})
-    cells = [("masked", 0.0), ("paged", 0.0), *(("paged", share) for share in settings.evicted)]
+    cells = [("masked", 0.0), ("paged", 0.0)]
+    cells += [(kind, share) for kind in ("paged", "dense") for share in settings.evicted]
     plan = [(context, *cell) for context in settings.contexts for cell in cells]
     rows = []
     for context, kind, evicted in track(plan, description="decode steps"):

@@ -1,4 +1,4 @@
-"""Storage and the DMS policy without a model: masked == paged == the mask's definition, and no page is ever lost.
+"""Storage and the DMS policy without a model: every storage == the mask's definition, and no page is ever lost.
 
 A history of random queries, keys, values and eviction logits is fed in turns (chunks of a prompt and single steps,
 different for each sequence); every attention output is compared with dense attention over the whole history.
@@ -97,6 +97,17 @@ def check_pages(cache, expected_lengths):
     assert sorted(free + owned) == list(range(len(cache.free))), "a page is lost or owned twice"
 
 
+def check_packed(cache, expected_lengths):
+    """The live slots of every head are [0, length)."""
+    np.testing.assert_array_equal(cache.used, expected_lengths)
+    S = cache.pos.shape[-1]
+    np.testing.assert_array_equal(cache.pos >= 0, np.arange(S) < np.asarray(expected_lengths)[..., None])
+
+
+def check(kind, cache, expected_lengths):
+    {"paged": check_pages, "dense": check_packed, "masked": lambda *_: None}[kind](cache, expected_lengths)
+
+
 STATIC = [(0, 0), (0, 1), (3, 0), (3, 2), (3, 4), (16, 1), (50, 0)]
 
 
@@ -107,14 +118,14 @@ STATIC = [(0, 0), (0, 1), (3, 0), (3, 2), (3, 4), (16, 1), (50, 0)]
     shares=st.lists(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=K, max_size=K), min_size=L, max_size=L),
     turns=st.lists(st.one_of(st.none(), st.lists(st.integers(0, CHUNK), min_size=B, max_size=B)), max_size=7),
 )
-def test_masked_and_paged_equal_the_definition_turn_by_turn(rule, seed, shares, turns):
+def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, turns):
     """A turn is a chunk of so many tokens for each sequence, or None: a decode step for all."""
     window, offset, page = rule
     q, k, v, logit = history(seed, shares)
     want, seen = (np.asarray(x) for x in oracle(q, k, v, logit, window, offset))
-    for kind in ("masked", "paged"):
+    for kind in ("masked", "paged", "dense"):
         dms, store = rules(window, offset, kind, page)
-        cache = store.init(MODEL, B, jnp.float32, L * B * K * -(-CAPACITY // page))
+        cache = store.init(MODEL, B, jnp.float32, int(store.pages(np.full((B, L, K), CAPACITY)).max()))
         states = tuple(dms.init(B, K, store.slots) for _ in range(L))
         position = np.zeros(B, np.int32)
         for turn in [[1, CHUNK, 3], *turns, None]:
@@ -141,12 +152,11 @@ def test_masked_and_paged_equal_the_definition_turn_by_turn(rule, seed, shares, 
             # After token p, who is live is who token p could see.
             live = np.where(position[:, None] > 0, seen[:, np.arange(B), :, position - 1].sum(-1).swapaxes(0, 1), 0)
             np.testing.assert_array_equal(store.live(cache), live)
-            if kind == "paged":
-                check_pages(cache, live)
+            check(kind, cache, live)
         cache = store.release(cache, np.array([True, False, True]))
         live[:, [0, 2]] = 0
         np.testing.assert_array_equal(store.live(cache), live)
-        if kind == "paged":
-            check_pages(cache, live)
-            cache = store.release(cache, np.ones(B, bool))
-            assert int(cache.top) == len(cache.free), "pages leak"
+        check(kind, cache, live)
+        if kind != "masked":
+            pool = store.pool(store.release(cache, np.ones(B, bool)))
+            assert pool.free == pool.size, "pages leak"

@@ -1,13 +1,15 @@
 """Level 3. Masked storage: slot = order of arrival; a victim keeps its slot and is hidden. Memory never falls.
 
-For research, for debugging and as the oracle of paged storage. Keys are kept transposed: on a CPU the product with
-a query is then twice as fast.
+For research, for debugging and as the oracle of the other storages. Keys are kept transposed: on a CPU the product
+with a query is then twice as fast. Dense storage shares all that does not choose slots.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache.base import Storage, View
@@ -15,7 +17,7 @@ from dms_jax.config import CacheConfig, ModelConfig
 from dms_jax.types import NEGATIVE, Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
 
 
-class MaskedCache(NamedTuple):
+class ArrayCache(NamedTuple):
     """Keys and values: one array a layer, the batch its leading axis."""
 
     k: tuple[Float[Array, "B K D S"], ...]
@@ -24,7 +26,8 @@ class MaskedCache(NamedTuple):
     used: Int[Array, "L B K"]  # the next fresh slot
 
 
-def _replace(items: tuple, layer: int, item) -> tuple:
+def replaced(items: tuple, layer: int, item) -> tuple:
+    """`items` with another one for a layer."""
     return (*items[:layer], item, *items[layer + 1 :])
 
 
@@ -32,22 +35,31 @@ def masked_storage(config: CacheConfig) -> Storage:
     """Masked storage of `capacity` slots a head."""
     S = config.capacity
 
-    def init(model: ModelConfig, batch: int, dtype, pages: int = 0) -> MaskedCache:
-        L, K, D = model.num_layers, model.num_kv_heads, model.head_dim
-        return MaskedCache(
-            k=tuple(jnp.zeros((batch, K, D, S), dtype) for _ in range(L)),
-            v=tuple(jnp.zeros((batch, K, S, D), dtype) for _ in range(L)),
-            pos=jnp.full((L, batch, K, S), -1, jnp.int32),
-            used=jnp.zeros((L, batch, K), jnp.int32),
-        )
+    def init(model: ModelConfig, batch: int, dtype, pages: int = 0) -> ArrayCache:
+        return empty(model, batch, dtype, S)
 
-    def admit(cache: MaskedCache, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
+    def admit(cache: ArrayCache, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
         return active & (cache.used.max(axis=(0, 2)) < S)
 
-    return Storage(S, init, admit, place, attend, view, extend, live, take, put, fork, release)
+    reading = functools.partial(attend, page=config.page_size)
+    return Storage(S, init, admit, place, reading, view, extend, live, take, put, fork, release, no_pages)
 
 
-def place(cache: MaskedCache, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]):
+def empty(model: ModelConfig, batch: int, dtype, slots: int) -> ArrayCache:
+    L, K, D = model.num_layers, model.num_kv_heads, model.head_dim
+    return ArrayCache(
+        k=tuple(jnp.zeros((batch, K, D, slots), dtype) for _ in range(L)),
+        v=tuple(jnp.zeros((batch, K, slots, D), dtype) for _ in range(L)),
+        pos=jnp.full((L, batch, K, slots), -1, jnp.int32),
+        used=jnp.zeros((L, batch, K), jnp.int32),
+    )
+
+
+def no_pages(tokens: Int[np.ndarray, "... L K"]) -> Int[np.ndarray, "parts"]:
+    return np.zeros(1, int)
+
+
+def place(cache: ArrayCache, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]):
     S, layers = cache.pos.shape[-1], slice(layer, layer + len(victim))
     used, on = cache.used[layers], active[:, None]
     slot = jnp.where(on, used, S)  # S is out of range, and what goes there is dropped
@@ -57,29 +69,30 @@ def place(cache: MaskedCache, layer: int, position: Counts, victim: Int[Array, "
     return cache._replace(pos=pos, used=cache.used.at[layers].add(on.astype(jnp.int32))), slot
 
 
-def attend(cache: MaskedCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slots, readable, weights: bool):
+def attend(cache: ArrayCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slots, readable, weights: bool, page: int):
+    """The products read whole arrays: no key or value is copied."""
     (B, H, D), (K, S) = q.shape, cache.pos.shape[2:]
     b, h, slot = *jnp.ogrid[:B, :K], slots[layer % len(slots)]
     keys = cache.k[layer].at[b, h, :, slot].set(k, mode="drop")
     values = cache.v[layer].at[b, h, slot].set(v, mode="drop")
-    cache = cache._replace(k=_replace(cache.k, layer, keys), v=_replace(cache.v, layer, values))
+    cache = cache._replace(k=replaced(cache.k, layer, keys), v=replaced(cache.v, layer, values))
     read = cache.pos[layer] >= 0
     if readable is not None:
-        read &= jnp.repeat(readable, -(-S // readable.shape[-1]), axis=-1)[..., :S]
+        read &= jnp.repeat(readable, page, axis=-1)[..., :S]
     scores = jnp.einsum("BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), keys, preferred_element_type=jnp.float32)
     probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, NEGATIVE)[:, :, None], axis=-1)
     out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), values).reshape(B, H, D)
     return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
 
 
-def view(cache: MaskedCache, layer: int, width: int) -> View:
+def view(cache: ArrayCache, layer: int, width: int) -> View:
     k = cache.k[layer][..., :width].swapaxes(2, 3)
     return View(k, cache.v[layer][:, :, :width], cache.pos[layer][:, :, :width])
 
 
 def extend(
-    cache: MaskedCache, layer: int, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None
-) -> tuple[MaskedCache, Slots]:
+    cache: ArrayCache, layer: int, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None
+) -> tuple[ArrayCache, Slots]:
     """Every token takes a slot, also one that does not stay; nothing is ever moved."""
     W = stay.shape[-1] - position.shape[1]
     used, S = cache.used[layer], cache.pos.shape[-1]
@@ -91,8 +104,8 @@ def extend(
     pos = cache.pos.at[layer, :, :, :W].set(kept)
     pos = pos.at[layer, b, h, fresh].set(jnp.where(stay[..., W:], position[:, None], -1), mode="drop")
     cache = cache._replace(
-        k=_replace(cache.k, layer, cache.k[layer].at[b, h, :, fresh].set(k.swapaxes(1, 2), mode="drop")),
-        v=_replace(cache.v, layer, cache.v[layer].at[b, h, fresh].set(v.swapaxes(1, 2), mode="drop")),
+        k=replaced(cache.k, layer, cache.k[layer].at[b, h, :, fresh].set(k.swapaxes(1, 2), mode="drop")),
+        v=replaced(cache.v, layer, cache.v[layer].at[b, h, fresh].set(v.swapaxes(1, 2), mode="drop")),
         pos=pos,
         used=cache.used.at[layer].add(real.sum(axis=1, dtype=jnp.int32)[:, None]),
     )
@@ -101,30 +114,30 @@ def extend(
     return cache, jnp.where(stay, slots, -1)
 
 
-def live(cache: MaskedCache) -> Int[Array, "L B K"]:
+def live(cache: ArrayCache) -> Int[Array, "L B K"]:
     return jnp.sum(cache.pos >= 0, axis=-1, dtype=jnp.int32)
 
 
-def take(cache: MaskedCache, rows: Counts) -> MaskedCache:
+def take(cache: ArrayCache, rows: Counts) -> ArrayCache:
     k, v = (tuple(x.at[rows].get(mode="fill", fill_value=0) for x in xs) for xs in (cache.k, cache.v))
     pos = cache.pos.at[:, rows].get(mode="fill", fill_value=-1)
-    return MaskedCache(k, v, pos, cache.used.at[:, rows].get(mode="fill", fill_value=0))
+    return ArrayCache(k, v, pos, cache.used.at[:, rows].get(mode="fill", fill_value=0))
 
 
-def put(cache: MaskedCache, rows: Counts, part: MaskedCache) -> MaskedCache:
+def put(cache: ArrayCache, rows: Counts, part: ArrayCache) -> ArrayCache:
     k, v = (
         tuple(x.at[rows].set(new, mode="drop") for x, new in zip(xs, parts, strict=True))
         for xs, parts in ((cache.k, part.k), (cache.v, part.v))
     )
     pos = cache.pos.at[:, rows].set(part.pos, mode="drop")
-    return MaskedCache(k, v, pos, cache.used.at[:, rows].set(part.used, mode="drop"))
+    return ArrayCache(k, v, pos, cache.used.at[:, rows].set(part.used, mode="drop"))
 
 
-def fork(cache: MaskedCache, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int) -> MaskedCache:
+def fork(cache: ArrayCache, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int) -> ArrayCache:
     """Always copies; a row that moves is left as it is, for `release` to empty."""
     return put(cache, target, take(cache, source))
 
 
-def release(cache: MaskedCache, rows: Bool[Array, "B"]) -> MaskedCache:
+def release(cache: ArrayCache, rows: Bool[Array, "B"]) -> ArrayCache:
     gone = rows[None, :, None]
     return cache._replace(pos=jnp.where(gone[..., None], -1, cache.pos), used=jnp.where(gone, 0, cache.used))

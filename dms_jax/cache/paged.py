@@ -9,7 +9,7 @@ edge. With page_size = 2, a head of 3 tokens, pages 7 and 4 of the pool, and fre
 
 The pool is shared by all layers, sequences and KV heads. Nothing here fails for want of a page: `admit` says
 beforehand which sequences surely have room for a step, and a caller of `extend` or `fork` must see to it that
-`pages_needed` of them are free.
+`pages` of them are to be had.
 """
 
 import math
@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dms_jax import kernels, quant
-from dms_jax.cache.base import Storage, View
+from dms_jax.cache.base import Pool, Storage, View, packed
 from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots
+from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags
 
 
 class PagedCache(NamedTuple):
@@ -68,9 +68,11 @@ def paged_storage(config: CacheConfig) -> Storage:
     def extend(cache, layer, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None):
         return _extend(cache, layer, k, v, position, stay, old, config.quant)
 
-    return Storage(
-        P * config.page_size, init, admit, place, attend, view, extend, live, take, put, fork, release, pool, grow
-    )
+    def pages(tokens: Int[np.ndarray, "... L K"]) -> Int[np.ndarray, "parts"]:
+        return pages_of(tokens, config.page_size).sum().reshape(1)
+
+    slots = P * config.page_size
+    return Storage(slots, init, admit, place, attend, view, extend, live, take, put, fork, release, pages, pool, grow)
 
 
 def pages_of(tokens, page: int):
@@ -181,55 +183,20 @@ def view(cache: PagedCache, layer: int, width: int) -> View:
     return View(quant.decode(read(cache.k), k_scale, dtype), quant.decode(read(cache.v), v_scale, dtype), pos)
 
 
-def _new_slots(stay: SlotFlags, width: int) -> tuple[Slots, SlotFlags]:
-    """The slot of everything that stays, -1 for the rest, and what has to be written there.
-
-    The new length n is the number of those that stay. Old slots under n that stay remain; the newcomers, after the
-    old ones at n and beyond, take the holes under n in order. With three old slots and two tokens:
-
-        stay   [1 0 1 | 1 1]   n = 4, holes 1 3   slots [0 -1 2 | 1 3]   written [0 0 0 | 1 1]
-        stay   [0 0 1 | 1 0]   n = 2, holes 0 1   slots [-1 -1 0 | 1 -1] written [0 0 1 | 1 0]
-    """
-    all_slots = jnp.arange(stay.shape[-1])
-    n = stay.sum(axis=-1, keepdims=True)
-    in_place = stay & (all_slots < n) & (all_slots < width)
-    hole = (all_slots < n) & ~in_place
-    written = stay & ~in_place
-
-    def rank(flags):
-        return jnp.cumsum(flags, axis=-1) - 1
-
-    b, h = jnp.arange(stay.shape[0])[:, None, None], jnp.arange(stay.shape[1])[None, :, None]
-    index = jnp.where(hole, rank(hole), stay.shape[-1])
-    holes = jnp.zeros(stay.shape, jnp.int32).at[b, h, index].set(all_slots.astype(jnp.int32), mode="drop")
-    taken = jnp.take_along_axis(holes, jnp.maximum(rank(written), 0), axis=-1)
-    return jnp.where(written, taken, jnp.where(in_place, all_slots, -1)), written
-
-
 def _extend(cache: PagedCache, layer: int, k, v, position, stay, old: View | None, kind: str):
     page, P = page_size(cache), cache.table.shape[-1]
-    width = stay.shape[-1] - position.shape[1]
     before, after = cache.length[layer], stay.sum(axis=-1, dtype=jnp.int32)
-    slots, written = _new_slots(stay, width)
+    slots, new = packed(k, v, position, stay, old)
     held, kept = pages_of(before, page)[..., None], pages_of(after, page)[..., None]
     column = jnp.arange(P)
     cache, fresh = _take_pages(cache, (column >= held) & (column < kept))
     table = jnp.where(fresh < len(cache.free), fresh, cache.table[layer])
     cache = _give_pages(cache, table, (column >= kept) & (column < held))
     cache = cache._replace(table=cache.table.at[layer].set(table), length=cache.length.at[layer].set(after))
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    at = jnp.broadcast_to(position[:, None], k.shape[:3])
-    new_slots, new_written = slots, written
-    if old is None:  # nothing moves: without a View the caller knows that the cache does not shrink
-        new_slots, new_written = slots[..., width:], written[..., width:]
-    else:
-        k = jnp.concatenate([old.k.astype(k.dtype), k], axis=2)
-        v = jnp.concatenate([old.v.astype(v.dtype), v], axis=2)
-        at = jnp.concatenate([old.pos, at], axis=2)
-    target = jnp.take_along_axis(table, jnp.clip(new_slots // page, 0, P - 1), axis=-1)
-    target = jnp.where(new_written, target, len(cache.free))
-    cache = cache._replace(pos=cache.pos.at[target, new_slots % page].set(at, mode="drop"))
-    return _write(cache, target, new_slots % page, k, v, kind), slots
+    target = jnp.take_along_axis(table, jnp.clip(new.slot // page, 0, P - 1), axis=-1)
+    target = jnp.where(new.slot >= 0, target, len(cache.free))
+    cache = cache._replace(pos=cache.pos.at[target, new.slot % page].set(new.pos, mode="drop"))
+    return _write(cache, target, new.slot % page, new.k, new.v, kind), slots
 
 
 def live(cache: PagedCache) -> Int[Array, "L B K"]:
@@ -275,9 +242,10 @@ def release(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
     return cache._replace(length=jnp.where(rows, 0, cache.length))
 
 
-def pool(cache: PagedCache) -> tuple[np.ndarray, int]:
-    """Free pages, and all of them."""
-    return np.asarray(cache.top).reshape(1), len(cache.free)
+def pool(cache: PagedCache) -> Pool:
+    arrays = (cache.k, cache.v, cache.pos, cache.k_scale, cache.v_scale)
+    size = sum(x.nbytes // len(x) for x in arrays if x is not None)
+    return Pool(np.asarray(cache.top).reshape(-1), len(cache.free), size)
 
 
 def grow(cache: PagedCache, pages: int) -> PagedCache:

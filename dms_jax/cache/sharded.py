@@ -109,9 +109,13 @@ def sharded_storage(store: Storage, parts: int, quantized: bool) -> Storage:
     def grow(cache, pages):
         return jax.jit(on_each(lambda cache: store.grow(cache, pages), (), (), changes=True))(cache)
 
+    def pages(tokens):
+        return np.concatenate([store.pages(own) for own in np.split(tokens, parts, axis=-1)])
+
     def pool(cache):
-        return np.asarray(cache.top), len(cache.free) // parts
+        together = store.pool(cache)
+        return together._replace(size=together.size // parts)
 
     return Storage(
-        store.slots, init, admit, place, attend, view, extend, live, take, put, fork, release, pool, grow, parts
+        store.slots, init, admit, place, attend, view, extend, live, take, put, fork, release, pages, pool, grow, parts
     )
