@@ -10,6 +10,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +107,41 @@ def check_packed(cache, expected_lengths):
 
 def check(kind, cache, expected_lengths):
     {"paged": check_pages, "dense": check_packed, "masked": lambda *_: None}[kind](cache, expected_lengths)
+
+
+def test_what_a_page_is_in_each_storage():
+    """Pages of two rows of 2 x 2 heads, in pages of 3 slots; a capacity of 40 is 14 pages."""
+    tokens = np.array([[[0, 1], [3, 4]], [[7, 50], [0, 0]]])
+    made = {kind: storage(CacheConfig(kind, CAPACITY, 3)) for kind in ("masked", "paged", "dense")}
+    want = {"masked": 0, "paged": 0 + 1 + 1 + 2 + 3 + 17, "dense": 14}
+    assert {kind: store.pages(tokens).tolist() for kind, store in made.items()} == {k: [n] for k, n in want.items()}
+    page = 3 * (2 * D * 4 + 4)
+    for kind, size in (("paged", page), ("dense", B * L * K * page)):
+        store = made[kind]
+        cache = store.grow(store.init(MODEL, B, jnp.float32, 2), 5)
+        free, pages, page_bytes = store.pool(cache)
+        assert (free.tolist(), pages, page_bytes) == ([5], 5, size)
+    assert store.pool(store.grow(cache, 99)).size == 14, "no longer than the capacity"
+
+
+@pytest.mark.parametrize("kind", ("masked", "paged", "dense"))
+def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
+    """A page size that does not divide the capacity: of 9 tokens in pages of 4, those of pages 0 and 2 are read."""
+    store, T = storage(CacheConfig(kind, 9, 4)), 9
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, T, n, D)).astype(np.float32) for n in (K * G, K, K))
+    cache, at = store.init(MODEL, B, jnp.float32, L * B * K * 3), np.broadcast_to(np.arange(T), (B, T))
+    for n in range(T):
+        cache, slot = store.place(cache, 0, at[:, n], np.full((1, B, K), -1), np.ones(B, bool))
+        cache, *_ = store.attend(cache, 0, q[:, n], k[:, n], v[:, n], slot[0], None, False)
+    readable = np.broadcast_to([True, False, True], (B, K, 3))
+    _, out, weights = store.attend(cache, 0, q[:, 0], k[:, 0], v[:, 0], jnp.full((B, K), store.slots), readable, True)
+    pages = np.repeat([True, False, True], 4)[:T]
+    kept = np.zeros((B, K, int(pages.sum())), np.float32)
+    want = attention.dense(q[:, :1], k[:, pages], v[:, pages], np.full((B, 1), T), at[:, pages], kept, 0)
+    np.testing.assert_allclose(out, want[:, 0], atol=1e-5)
+    assert weights.shape == (B, K, store.slots)
+    np.testing.assert_array_equal(weights[0, 0] > 0, np.pad(pages, (0, store.slots - T)))
 
 
 STATIC = [(0, 0), (0, 1), (3, 0), (3, 2), (3, 4), (16, 1), (50, 0)]

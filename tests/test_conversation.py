@@ -8,13 +8,14 @@ from test_decode import full_forward, random_lm, tiny
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.conversation import Conversation
 
-DMS = DMSConfig(window=3, scale=3.0, offset=0.3)
+DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
 
 
-@pytest.mark.parametrize("cache", ("paged", "masked"))
+@pytest.mark.parametrize("cache", ("paged", "masked", "dense"))
 def test_three_turns_are_one_sequence(cache):
     lm = random_lm(tiny(), DMS)
     talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])
+    size = 0 if cache == "masked" else talk.setup.storage.pool(talk.state.cache).size
     for turn in ([5, 6, 7, 8, 9], [12], [2] * 9):
         begun = len(talk.tokens) + len(turn)
         answer = talk.say(turn, 8)
@@ -29,6 +30,7 @@ def test_three_turns_are_one_sequence(cache):
     seen = (np.arange(64) <= last) & ((last - np.arange(64) <= DMS.window) | ~alpha[:, 0])
     live = talk.setup.storage.live(talk.state.cache)[:, 0]
     np.testing.assert_array_equal(jnp.stack(live), seen.sum(-1))
+    assert cache == "masked" or talk.setup.storage.pool(talk.state.cache).size > size
 
 
 def test_a_turn_that_is_too_long_loses_nothing():

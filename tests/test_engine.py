@@ -71,8 +71,9 @@ def test_chains_do_not_depend_on_their_company(lm, wanted):
     assert_same(few, wanted)
 
 
-def test_masked_storage_gives_the_same_chains(lm, wanted):
-    assert_same(by_name(build(lm, cache="masked").run(jobs())), wanted)
+@pytest.mark.parametrize("cache", ("masked", "dense"))
+def test_other_storages_give_the_same_chains(lm, wanted, cache):
+    assert_same(by_name(build(lm, cache=cache).run(jobs())), wanted)
 
 
 def test_long_prompts_are_read_in_chunks(lm, wanted):
@@ -94,37 +95,47 @@ def test_results_stream_and_tokens_are_reported_once(lm, wanted):
     assert all(0 < p.pages_used <= p.pages and p.live_tokens > 0 for p in shown[:3])
 
 
-def pages_for(lm, tokens):
-    return paged.worst_case_pages(lm.config, tokens, 4)
+def need(lm, engine, tokens):
+    """What a PoolError has to say of one sequence: its pages, and their bytes."""
+    c, store = lm.config, engine.setup.storage
+    pages = int(store.pages(np.full((1, c.num_layers, c.num_kv_heads), tokens)).max())
+    size = paged.bytes_per_page(c, engine.cache, jnp.float32)
+    if engine.cache.storage == "dense":  # a page is one of every head
+        size *= len(engine._rows) * c.num_layers * c.num_kv_heads
+    return f"{tokens} tokens needs up to {pages} pages ({pages * size:,} bytes)"
 
 
-def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted):
+# One shape of pool a size: few sizes, from far too small to just enough.
+@pytest.mark.parametrize("cache, sizes", [("paged", (1, 40, 120)), ("dense", (1, 3, 9))])
+def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted, cache, sizes):
     """From a pool of one page upward: an error that counts pages and bytes, or the very same results."""
     outcomes = []
-    # One shape of pool a size: few sizes, from far too small to just enough.
-    for pages in (1, 40, 120):
-        engine = build(lm, engine={"pages": 1, "max_pages": pages})
+    for pages in sizes:
+        engine = build(lm, cache=cache, engine={"pages": 1, "max_pages": pages})
         try:
             results = by_name(engine.run(jobs()[:4]))
         except PoolError as error:
             outcomes.append(False)
-            assert re.search(
-                rf"max_pages={pages}: one sequence of \d+ tokens needs up to \d+ pages \([\d,]+ bytes", str(error)
+            tokens = int(re.match(rf"max_pages={pages}: one sequence of (\d+) tokens", str(error))[1])
+            assert tokens in {len(job.prompt) + job.max_new for job in jobs()[:4]} and need(lm, engine, tokens) in str(
+                error
             )
             continue
         outcomes.append(True)
         assert len(results) == 12
         assert_same(results, wanted)
-        pool = engine._state.cache
-        assert len(pool.free) <= pages and int(pool.top) == len(pool.free), "all pages are back"
+        pool = engine.setup.storage.pool(engine._state.cache)
+        assert pool.free == pool.size <= pages, "all pages are back"
     assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
-    assert pages_for(lm, 12 + NEW) < 120 < 4 * pages_for(lm, 12 + NEW), "the largest pool cannot hold all rows at once"
+    one = paged.worst_case_pages(lm.config, 12 + NEW, 4)
+    assert cache == "dense" or one < 120 < 4 * one, "the largest pool cannot hold all rows at once"
 
 
-def test_the_pool_grows_without_a_limit(lm, wanted):
-    engine = build(lm, engine={"pages": 1})
+@pytest.mark.parametrize("cache", ("paged", "dense"))
+def test_the_pool_grows_without_a_limit(lm, wanted, cache):
+    engine = build(lm, cache=cache, engine={"pages": 1})
     assert_same(by_name(engine.run(jobs())), wanted)
-    assert len(engine._state.cache.free) > 1
+    assert engine.setup.storage.pool(engine._state.cache).size > 1
 
 
 def test_quantized_storage_is_close(lm):
@@ -163,18 +174,20 @@ def test_retention_by_head_and_position(wanted):
             assert shares[:, -1].min() == 1, "the newest token is in the window"
 
 
-def test_no_pool_sized_buffer_is_copied():
+# Numbers of pages that occur nowhere else, as 63 * 16 = 1008 slots do not.
+@pytest.mark.parametrize("cache, pages, shape", [("paged", 3001, "3001,16"), ("dense", 63, r"4,2,(10,1008|1008,10)\]")])
+def test_no_pool_sized_buffer_is_copied(cache, pages, shape):
     """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
     lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, offset=0.3))
-    setup = setup_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
-    pages = 3001  # a number that occurs nowhere else
+    setup = setup_for(lm, "dms", CacheConfig(cache, 1024, page_size=16))
     state = jax.eval_shape(lambda: decode.init(setup, 4, jnp.float32, pages))
     compiled = decode.decode_chunk.lower(setup, lm.params, state, 8).compile()
-    made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{pages},16", line)]
+    made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{shape}", line)]
     assert any("scatter" in line for line in made), "the pool is written"
     copies = [line for line in made if re.search(r"^\s*(ROOT )?%[\w.-]*copy", line) or " copy(" in line]
     assert not copies, copies
-    memory, pool = compiled.memory_analysis(), 2 * pages * 16 * 10 * 4
+    arrays = (state.cache.k, state.cache.v)
+    memory, pool = compiled.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(arrays))
     assert memory.alias_size_in_bytes >= pool, "the state is donated"
     assert memory.temp_size_in_bytes < pool / 4
 

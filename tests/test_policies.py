@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dms_jax import decode, policies
-from dms_jax.cache import paged, storage
+from dms_jax.cache import fitted, paged, storage
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
 from dms_jax.engine import Engine
 from dms_jax.jobs import EngineConfig, Job
@@ -174,14 +174,15 @@ def poisoned(cache, held):
 
 
 def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
-    """What was seen after each turn. Empty slots are poisoned before every turn."""
+    """What was seen after each turn. Empty slots are poisoned before every turn; dense storage grows on the way."""
     store = storage(CacheConfig(kind, CAPACITY, PAGE))
     setup, params, random_keys = decode.Setup(Table(CONFIG), policy, store, SamplingConfig(), ()), table(), keys(seed)
-    state = decode.init(setup, B, jnp.float32, B * paged.worst_case_pages(CONFIG, CAPACITY, PAGE))
+    begin = np.full((B, L, K), 2 * PAGE if kind == "dense" else CAPACITY)
+    state = decode.init(setup, B, jnp.float32, int(store.pages(begin).max()))
     past, record = np.zeros(N, int), []
-    held, _ = live_slots(state.cache)
     for kind_of_turn, who in TURNS:
-        state = state._replace(cache=poisoned(state.cache, held))
+        cache = fitted(store, state.cache, decode.live_tokens(setup, state) + (CHUNK if kind_of_turn == READ else 1))
+        state = state._replace(cache=poisoned(cache, live_slots(cache)[0]))
         seen = {}
         if kind_of_turn == READ:
             group = SECOND if 4 in who else FIRST
@@ -207,7 +208,7 @@ def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
                 past[n] += 1
         else:
             state = decode.release(setup, state, np.isin(np.arange(B), [ROW[n] for n in who]))
-        held, found = live_slots(state.cache)
+        _, found = live_slots(state.cache)
         live = {n: [[found[ROW[n], layer, h] for h in range(K)] for layer in range(L)] for n in seen}
         record.append([Seen(n, *both, live[n]) for n, both in seen.items()])
         for n in who if kind_of_turn == LEAVE else ():
@@ -249,7 +250,7 @@ def pairs(ours, theirs):
             yield f"turn {turn} {TURNS[turn]}, sequence {seen.sequence}", seen, by_sequence[seen.sequence]
 
 
-@pytest.mark.parametrize("kind", ["masked", "paged"])
+@pytest.mark.parametrize("kind", ["masked", "paged", "dense"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_head_keeps_and_reads_what_the_paper_says(name, kind):
     """At every turn: the same positions live, the same outputs (so nothing empty is read), the same reads counted."""
