@@ -11,9 +11,8 @@ from paper_figures import style
 
 
 def name_of(row: dict) -> str:
-    if row["evicted"]:
-        return f"DMS, {row['evicted']:.1%} evicted".replace(".0%", "%")
-    return "full, one array a layer" if row["storage"] == "masked" else "full, paged"
+    kept = f"DMS, {row['evicted']:.1%} evicted".replace(".0%", "%") if row["evicted"] else "full"
+    return f"{kept}, {'one array a layer' if row['storage'] == 'masked' else row['storage']}"
 
 
 def draw(results: dict) -> Figure:
