@@ -133,9 +133,11 @@ def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     cache, at = store.init(MODEL, B, jnp.float32, L * B * K * 3), np.broadcast_to(np.arange(T), (B, T))
     for n in range(T):
         cache, slot = store.place(cache, 0, at[:, n], np.full((1, B, K), -1), np.ones(B, bool))
-        cache, *_ = store.attend(cache, 0, q[:, n], k[:, n], v[:, n], slot[0], None, False)
+        cache, *_ = store.attend(cache, 0, q[:, n], k[:, n], v[:, n], slot, None, False)
     readable = np.broadcast_to([True, False, True], (B, K, 3))
-    _, out, weights = store.attend(cache, 0, q[:, 0], k[:, 0], v[:, 0], jnp.full((B, K), store.slots), readable, True)
+    _, out, weights = store.attend(
+        cache, 0, q[:, 0], k[:, 0], v[:, 0], jnp.full((1, B, K), store.slots), readable, True
+    )
     pages = np.repeat([True, False, True], 4)[:T]
     kept = np.zeros((B, K, int(pages.sum())), np.float32)
     want = attention.dense(q[:, :1], k[:, pages], v[:, pages], np.full((B, 1), T), at[:, pages], kept, 0)

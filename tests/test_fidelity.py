@@ -32,15 +32,15 @@ def dms_lm(tiny_family):
     return dms_jax.LM(lm.config, params, lm.tokenizer, lm.dms)
 
 
-def all_logits(loaded, tokens, chunk):
-    forced = list(forced_logits(loaded, tokens, PROMPTS, chunk=chunk))
+def all_logits(loaded, tokens, chunk, **options):
+    forced = list(forced_logits(loaded, tokens, PROMPTS, chunk=chunk, **options))
     return np.concatenate([f.logits for f in forced]), np.concatenate([f.live for f in forced])
 
 
-@pytest.mark.parametrize("policy", ["dms", "full"])
-def test_forced_decoding_is_the_teacher_forced_forward(dms_lm, tokens, policy):
+@pytest.mark.parametrize("policy, cache", [("dms", "paged"), ("full", "paged"), ("dms", "dense")])
+def test_forced_decoding_is_the_teacher_forced_forward(dms_lm, tokens, policy, cache):
     loaded = Loaded(Variant(policy), dms_lm, dms_lm.dms if policy == "dms" else None)
-    got, live = all_logits(loaded, tokens, 8)
+    got, live = all_logits(loaded, tokens, 8, cache=cache)
     whole = np.asarray(dms_lm.logits(tokens, dms=loaded.dms))
     for b, prompt in enumerate(PROMPTS):
         np.testing.assert_allclose(got[: T - prompt, b], whole[b, prompt - 1 : T - 1], atol=1e-4, rtol=0)
