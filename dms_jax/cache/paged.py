@@ -12,7 +12,6 @@ beforehand which sequences surely have room for a step, and a caller of `extend`
 `pages` of them are to be had.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -266,8 +265,3 @@ def grow(cache: PagedCache, pages: int) -> PagedCache:
     )
     new = jnp.arange(N, pages, dtype=jnp.int32)
     return _give_pages(cache, new, jnp.ones(more, bool))
-
-
-def worst_case_pages(model: ModelConfig, tokens: int, page: int) -> int:
-    """Pages of one sequence that keeps everything."""
-    return model.num_layers * model.num_kv_heads * math.ceil(tokens / page)
