@@ -171,40 +171,75 @@ def sweep() -> str:
     return f"{markdown(['policy', *(f'CR {cr:g}' for cr in ratios)], rows)}\n\n{note}"
 
 
+def target_cr(row: dict) -> float:
+    return row["cr"] or 1 / (row["budget"] or 1)
+
+
 def fidelity() -> str:
-    """How far a compressed SmolLM2 is from the original, under the cache as it runs."""
-    results = json.loads((RESULTS / "h200" / "fidelity_smollm2.json").read_text())
+    """How far a compressed SmolLM2 is from the original, under the cache as it runs: in a chat, and on bare text."""
+    paths = [RESULTS / "h200" / f"fidelity_smollm2{kind}.json" for kind in ("", "_text_alone")]
+    results, bare = (json.loads(path.read_text()) for path in paths)
 
     def interval(value: dict, scale: float = 1.0) -> str:
-        return f"{scale * value['mean']:.4g} [{scale * value['low']:.4g}, {scale * value['high']:.4g}]"
+        return f"{scale * value['mean']:.3g} [{scale * value['low']:.3g}, {scale * value['high']:.3g}]"
 
+    alone = {(row["policy"], target_cr(row)): row for row in bare["rows"]}
     rows = [
         [
             style.LABELS[row["policy"]],
-            f"{row['cr'] or 1 / (row['budget'] or 1):g}",
+            f"{target_cr(row):g}",
             f"{row['achieved_cr']:.2f}",
             interval(row["kl"]),
             interval(row["agreement"], 100),
             interval(row["perplexity"]),
+            interval(alone[row["policy"], target_cr(row)]["kl"]),
         ]
         for row in results["rows"]
     ]
     config, first = results["config"], results["rows"][0]
     note = (
-        f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2, the last "
-        f"{config['length'] - config['prompt']} decoded through the cache ({config['dtype']}, pages of "
-        f"{config['page_size']}); KL in nats a token and agreement with the original's greedy choice, 95% intervals by "
-        f"bootstrap over windows; the original has perplexity {first['perplexity_reference']['mean']:.2f}. Quest "
+        f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2 as the answer to "
+        f"\"{config['chat']}\", the last {config['length'] - config['prompt']} decoded through the cache "
+        f"({config['dtype']}, pages of {config['page_size']}); KL in nats a token and agreement with the original's "
+        f"greedy choice, 95% intervals by bootstrap over windows; the original has perplexity "
+        f"{first['perplexity_reference']['mean']:.2f}. Last column: the same text without the chat template. Quest "
         f"stores everything and reads that share. {results['environment']['device'].split(' gpu ')[1]}, jax "
         f"{results['environment']['jax']}."
     )
-    header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity"]
+    header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity", "KL, text alone"]
     return f"{markdown(header, rows)}\n\n{note}"
+
+
+def ruler() -> str:
+    """Needles and variable tracking: a line for each task and length, a column for each policy."""
+    results = json.loads((RESULTS / "h200" / "ruler_smollm2.json").read_text())
+    cells = {(row["task"], row["length"], row["policy"]): row for row in results["rows"]}
+    policies = [name for name in style.POLICIES if any(key[2] == name for key in cells)]
+
+    def cell(*key) -> str:
+        if key not in cells:
+            return ""
+        return percent(cells[key]["score"]) + ("*" if cells[key]["device"].startswith("cpu") else "")
+
+    lines = sorted({key[:2] for key in cells})
+    rows = [[f"{task}, {length:,}", *(cell(task, length, name) for name in policies)] for task, length in lines]
+    own = [row["achieved_cr"] for row in results["rows"] if row["policy"] == "dms"]
+    counts = {row["samples"] for row in results["rows"]}
+    note = (
+        f"Score %, {min(counts)} questions a cell, greedy, 95% intervals by bootstrap over questions. DMS: the gate for "
+        f"CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. The others: a quarter of the length (pages of "
+        f"{results['config']['page_size']}); Quest stores everything and reads a quarter. "
+        f"{results['environment']['device'].split(' gpu ')[1]}, bfloat16, jax {results['environment']['jax']}"
+    )
+    on_cpu = any(row["device"].startswith("cpu") for row in results["rows"])
+    note += "; with a star, two CPU cores, float32." if on_cpu else "."
+    return f"{markdown(['task, length', *(style.LABELS[name] for name in policies)], rows)}\n\n{note}"
 
 
 TABLES = {
     "fidelity": fidelity,
     "mini": mini,
+    "ruler": ruler,
     "speed": speed,
     "cache": cache,
     "gpu_decode": gpu_decode,

@@ -301,10 +301,10 @@ def decode(
         *(acc, top, denominator, upto, layer * heads),
         out=(shape(q.shape, q.dtype), shape((B, H), f32)),
         grid=(heads, G),
-        num_warps=4,
+        num_warps=1,
         num_stages=2,
         **shared,
-        **{"PROGRAMS": programs, "CHUNK": 16, "LN2": LN2},
+        **{"PROGRAMS": programs, "CHUNK": 8, "LN2": LN2},
     )
     if not weights:
         return out, lse, None, tuple(pools) if new else None
