@@ -199,7 +199,7 @@ def fidelity() -> str:
     config, first = results["config"], results["rows"][0]
     note = (
         f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2 as the answer to "
-        f"\"{config['chat']}\", the last {config['length'] - config['prompt']} decoded through the cache "
+        f'"{config["chat"]}", the last {config["length"] - config["prompt"]} decoded through the cache '
         f"({config['dtype']}, pages of {config['page_size']}); KL in nats a token and agreement with the original's "
         f"greedy choice, 95% intervals by bootstrap over windows; the original has perplexity "
         f"{first['perplexity_reference']['mean']:.2f}. Last column: the same text without the chat template. Quest "
@@ -226,8 +226,8 @@ def ruler() -> str:
     own = [row["achieved_cr"] for row in results["rows"] if row["policy"] == "dms"]
     counts = {row["samples"] for row in results["rows"]}
     note = (
-        f"Score %, {min(counts)} questions a cell, greedy, 95% intervals by bootstrap over questions. DMS: the gate for "
-        f"CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. The others: a quarter of the length (pages of "
+        f"Score %, {min(counts)} questions a cell, greedy, 95% intervals by bootstrap over questions. DMS: the gate "
+        f"for CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. The others: a quarter of the length (pages of "
         f"{results['config']['page_size']}); Quest stores everything and reads a quarter. "
         f"{results['environment']['device'].split(' gpu ')[1]}, bfloat16, jax {results['environment']['jax']}"
     )
