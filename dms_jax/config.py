@@ -137,21 +137,21 @@ class DMSConfig:
 class CacheConfig:
     """Where keys and values are kept.
 
-    storage: "paged" keeps what is live; "dense", for CPUs, as many slots everywhere as the longest head has tokens;
+    storage: "paged" keeps what is live; "contiguous", for CPUs, as many slots everywhere as the longest head needs;
       "masked" everything, for research.
     capacity: slots a head, in tokens: an upper bound.
-    page_size: slots a page of paged storage, and of what a policy that reads by pages (Quest) chooses from; dense
-      storage grows by as many in every head.
+    page_size: slots a page of paged storage, and of what a policy that reads by pages (Quest) chooses from;
+      contiguous storage grows by as many in every head.
     quant: "none", "int8" or "fp8" (e4m3) keys and values, with a scale for each token and head.
     """
 
-    storage: Literal["paged", "dense", "masked"] = "paged"
+    storage: Literal["paged", "contiguous", "masked"] = "paged"
     capacity: int = 4096
     page_size: int = 64
     quant: Literal["none", "int8", "fp8"] = "none"
 
     def __post_init__(self):
-        one_of("cache", self.storage, ("paged", "dense", "masked"))
+        one_of("cache", self.storage, ("paged", "contiguous", "masked"))
         one_of("quant", self.quant, ("none", "int8", "fp8"))
         for key in ("capacity", "page_size"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")

@@ -48,7 +48,8 @@ class EngineConfig:
 
     slots: rows that decode. steps: decode steps between two looks from the host. prefill_chunk: prompt tokens read
     at once. pages: pages of the pool (of each device's) at first, None for an estimate from the compression expected.
-    max_pages: how far it may grow, None for no limit. retention: also record which positions live at a chain's end.
+    max_pages: how far it may grow, None for no limit. A page of contiguous storage is one of every row, layer and head.
+    retention: also record which positions live at a chain's end.
     """
 
     slots: int = 16

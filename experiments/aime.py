@@ -71,8 +71,8 @@ class Config:
     """default: 0.95; for mini, 1"""
     budget: Annotated[float | None, _metavar("SHARE")] = None
     """of a policy that needs one: the share of the maximum length that a head may hold, 1 / CR"""
-    cache: Annotated[Literal["paged", "dense", "masked"], _metavar("KIND")] = "paged"
-    """paged (memory falls) or masked (evicted tokens are hidden); default: paged"""
+    cache: Annotated[Literal["paged", "contiguous", "masked"], _metavar("KIND")] = "paged"
+    """paged (memory falls), contiguous or masked (one array a layer); default: paged"""
     page_size: Annotated[int | None, _metavar("TOKENS")] = None
     """slots a page; default: 64"""
     quant: Annotated[Literal["none", "int8", "fp8"], _metavar("KIND")] = "none"

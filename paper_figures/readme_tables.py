@@ -227,12 +227,13 @@ def ruler() -> str:
     counts = {row["samples"] for row in results["rows"]}
     note = (
         f"Score %, {min(counts)} questions a cell, greedy, 95% intervals by bootstrap over questions. DMS: the gate "
-        f"for CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. The others: a quarter of the length (pages "
-        f"of {results['config']['page_size']}); Quest stores everything and reads a quarter. "
+        f"for CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. TOVA, H2O and StreamingLLM hold a quarter "
+        f"of the length (pages of {results['config']['page_size']}); Quest stores everything and reads a quarter. "
         f"{results['environment']['device'].split(' gpu ')[1]}, bfloat16, jax {results['environment']['jax']}"
     )
     on_cpu = any(row["device"].startswith("cpu") for row in results["rows"])
     note += "; with a star, two CPU cores, float32." if on_cpu else "."
+    note += " An empty cell was not run."
     return f"{markdown(['task, length', *(style.LABELS[name] for name in policies)], rows)}\n\n{note}"
 
 

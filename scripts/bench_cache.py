@@ -1,9 +1,9 @@
 """Times one decode step against the context length, for the full cache and for DMS at several eviction rates.
 
 A model of SmolLM2-135M's shape (random weights), a batch of sequences whose caches hold random keys and values for
-the context; of these a share is evicted, independently in each head. The full cache is measured with one array a
-layer and in pages, DMS in pages and in dense storage, each with room for what lives and the steps timed. New tokens
-are all marked (DMS) or all kept (full); the few that are timed hardly change what a head holds.
+the context; of these the same share is evicted in each head, at random. The full cache is measured with one array a
+layer and in pages, DMS in pages and in contiguous storage, each with room for what lives and the steps timed. New
+tokens are all marked (DMS) or all kept (full); the few that are timed hardly change what a head holds.
 
     python -m scripts.bench_cache --out paper_figures/results/bench_cache.json
     python -m paper_figures.bench_cache          # draws it
@@ -73,13 +73,13 @@ def survivors(settings: Settings, context: int, evicted: float) -> np.ndarray:
 
 
 def filled(setup: decode.Setup, settings: Settings, stay: np.ndarray, pages: int) -> decode.DecodeState:
-    """A state of random keys and values for the tokens that stay."""
+    """A state of random keys and values, the same in every layer, for the tokens that stay."""
     rng, c = np.random.default_rng(settings.seed), setup.model.config
     B, _, _, context = stay.shape
     state = decode.init(setup, B, settings.dtype, pages)
     cache, shape = state.cache, (B, context, c.num_kv_heads, c.head_dim)
+    k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), settings.dtype) for _ in range(2))
     for layer in range(c.num_layers):
-        k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), settings.dtype) for _ in range(2))
         if isinstance(cache, PagedCache):
             cache = _fill(setup.storage, cache, layer, k, v, stay[:, layer])
         else:
@@ -90,7 +90,7 @@ def filled(setup: decode.Setup, settings: Settings, stay: np.ndarray, pages: int
 
 
 def _fill_arrays(cache, layer: int, k, v, stay):
-    """Masked (where all stay) and dense storage: survivors side by side, without a scatter over everything."""
+    """Masked (where all stay) and contiguous storage: survivors side by side, without a scatter over everything."""
     order, count = np.argsort(~stay, axis=-1, kind="stable"), stay.sum(axis=-1)
     W = int(count.max())
     order = order[..., :W]
@@ -149,7 +149,7 @@ def run(settings: Settings) -> list[dict]:
     gated = transformer.init(jax.random.key(settings.seed), SMOLLM2, DMSConfig(gate="adapter"))
     params = jax.tree.map(lambda x: x.astype(settings.dtype), {"plain": plain, "gated": gated})
     cells = [("masked", 0.0), ("paged", 0.0)]
-    cells += [(kind, share) for kind in ("paged", "dense") for share in settings.evicted]
+    cells += [(kind, share) for kind in ("paged", "contiguous") for share in settings.evicted]
     plan = [(context, *cell) for context in settings.contexts for cell in cells]
     rows = []
     for context, kind, evicted in track(plan, description="decode steps"):
@@ -157,7 +157,16 @@ def run(settings: Settings) -> list[dict]:
         full = next((r for r in rows if r["context"] == context and r["storage"] == "masked"), row)
         rows.append(row | {"of_full": row["seconds_per_step"] / full["seconds_per_step"]})
         jax.clear_caches()
+        save(settings, rows)
     return rows
+
+
+def save(settings: Settings, rows: list[dict]) -> None:
+    """What there is so far, so that an interruption loses one cell."""
+    if settings.out:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment(), "rows": rows}
+        settings.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main(settings: Settings) -> None:
@@ -170,10 +179,6 @@ def main(settings: Settings) -> None:
         cells = (f"{1e3 * row['seconds_per_step']:.1f}", f"{row['of_full']:.2f}", f"{row['live_tokens']:,.0f}", size)
         table.add_row(f"{row['context']:,}", row["storage"], f"{row['evicted']:.1%}", *cells)
     Console().print(table)
-    if settings.out:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment(), "rows": rows}
-        settings.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

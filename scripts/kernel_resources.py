@@ -120,7 +120,7 @@ def resources(kernel, dtypes: list[str], options: dict, arch: int) -> dict:
     build = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     pointers = {name: TYPES[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
     signature = pointers | dict.fromkeys(options, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(pointers.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature=signature, constexprs=options, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=build)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

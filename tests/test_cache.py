@@ -106,17 +106,17 @@ def check_packed(cache, expected_lengths):
 
 
 def check(kind, cache, expected_lengths):
-    {"paged": check_pages, "dense": check_packed, "masked": lambda *_: None}[kind](cache, expected_lengths)
+    {"paged": check_pages, "contiguous": check_packed, "masked": lambda *_: None}[kind](cache, expected_lengths)
 
 
 def test_what_a_page_is_in_each_storage():
     """Pages of two rows of 2 x 2 heads, in pages of 3 slots; a capacity of 40 is 14 pages."""
     tokens = np.array([[[0, 1], [3, 4]], [[7, 50], [0, 0]]])
-    made = {kind: storage(CacheConfig(kind, CAPACITY, 3)) for kind in ("masked", "paged", "dense")}
-    want = {"masked": 0, "paged": 0 + 1 + 1 + 2 + 3 + 17, "dense": 14}
+    made = {kind: storage(CacheConfig(kind, CAPACITY, 3)) for kind in ("masked", "paged", "contiguous")}
+    want = {"masked": 0, "paged": 0 + 1 + 1 + 2 + 3 + 17, "contiguous": 14}
     assert {kind: store.pages(tokens).tolist() for kind, store in made.items()} == {k: [n] for k, n in want.items()}
     page = 3 * (2 * D * 4 + 4)
-    for kind, size in (("paged", page), ("dense", B * L * K * page)):
+    for kind, size in (("paged", page), ("contiguous", B * L * K * page)):
         store = made[kind]
         cache = store.grow(store.init(MODEL, B, jnp.float32, 2), 5)
         free, pages, page_bytes = store.pool(cache)
@@ -124,7 +124,7 @@ def test_what_a_page_is_in_each_storage():
     assert store.pool(store.grow(cache, 99)).size == 14, "no longer than the capacity"
 
 
-@pytest.mark.parametrize("kind", ("masked", "paged", "dense"))
+@pytest.mark.parametrize("kind", ("masked", "paged", "contiguous"))
 def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     """A page size that does not divide the capacity: of 9 tokens in pages of 4, those of pages 0 and 2 are read."""
     store, T = storage(CacheConfig(kind, 9, 4)), 9
@@ -161,7 +161,7 @@ def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, tu
     window, offset, page = rule
     q, k, v, logit = history(seed, shares)
     want, seen = (np.asarray(x) for x in oracle(q, k, v, logit, window, offset))
-    for kind in ("masked", "paged", "dense"):
+    for kind in ("masked", "paged", "contiguous"):
         dms, store = rules(window, offset, kind, page)
         cache = store.init(MODEL, B, jnp.float32, int(store.pages(np.full((B, L, K), CAPACITY)).max()))
         states = tuple(dms.init(B, K, store.slots) for _ in range(L))

@@ -11,7 +11,7 @@ from dms_jax.conversation import Conversation
 DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
 
 
-@pytest.mark.parametrize("cache", ("paged", "masked", "dense"))
+@pytest.mark.parametrize("cache", ("paged", "masked", "contiguous"))
 def test_three_turns_are_one_sequence(cache):
     lm = random_lm(tiny(), DMS)
     talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])

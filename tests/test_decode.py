@@ -45,7 +45,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 step = jax.jit(decode.decode_step, static_argnames="setup", compiler_options=QUICK)
 prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("setup", "width"), compiler_options=QUICK)
 
-MASKED, PAGED, DENSE = (CacheConfig(kind, 48, page_size=4) for kind in ("masked", "paged", "dense"))
+MASKED, PAGED, CONTIGUOUS = (CacheConfig(kind, 48, page_size=4) for kind in ("masked", "paged", "contiguous"))
 ROWS = (2, 0, 3, 1)  # where the sequences lie: a row is not a sequence's number
 
 
@@ -110,7 +110,7 @@ def test_decode_equals_teacher_forced_forward(window, offset, gate, per):
     tokens = np.random.default_rng(window + offset).integers(0, 53, (len(LENGTHS), TOTAL + 8))
     want, alpha = full_forward(lm, tokens[:, :TOTAL])
     assert 0.2 < alpha.mean() < 0.8, "both decisions must occur"
-    one_array = DENSE if offset == 1 else MASKED
+    one_array = CONTIGUOUS if offset == 1 else MASKED
     cache, chunk = (PAGED, 14) if gate == "query" else (PAGED, 5) if window % 2 else (one_array, 5)
     got, live, seen = forced_decode(lm, tokens, LENGTHS, cache=cache, chunk=chunk)
     for b, length in enumerate(LENGTHS):
@@ -210,7 +210,7 @@ def test_bad_requests_name_the_field():
         generation.generate(lm, [[53]])
     with pytest.raises(ConfigError, match="budget=0.5: policy 'full' takes none"):
         generation.generate(lm, [[1]], budget=0.5)
-    for cache in ("masked", "dense"):
+    for cache in ("masked", "contiguous"):
         with pytest.raises(ConfigError, match=f"quant='int8': {cache} storage does not quantize"):
             generation.generate(lm, [[1]], cache=cache, quant="int8")
     with pytest.raises(ValueError, match="no tokenizer"):

@@ -71,7 +71,7 @@ def test_chains_do_not_depend_on_their_company(lm, wanted):
     assert_same(few, wanted)
 
 
-@pytest.mark.parametrize("cache", ("masked", "dense"))
+@pytest.mark.parametrize("cache", ("masked", "contiguous"))
 def test_other_storages_give_the_same_chains(lm, wanted, cache):
     assert_same(by_name(build(lm, cache=cache).run(jobs())), wanted)
 
@@ -100,13 +100,13 @@ def need(lm, engine, tokens):
     c, store = lm.config, engine.setup.storage
     pages = int(store.pages(np.full((1, c.num_layers, c.num_kv_heads), tokens)).max())
     size = paged.bytes_per_page(c, engine.cache, jnp.float32)
-    if engine.cache.storage == "dense":  # a page is one of every head
+    if engine.cache.storage == "contiguous":  # a page is one of every head
         size *= len(engine._rows) * c.num_layers * c.num_kv_heads
     return f"{tokens} tokens needs up to {pages} pages ({pages * size:,} bytes)"
 
 
 # One shape of pool a size: few sizes, from far too small to just enough.
-@pytest.mark.parametrize("cache, sizes", [("paged", (1, 40, 120)), ("dense", (1, 3, 9))])
+@pytest.mark.parametrize("cache, sizes", [("paged", (1, 40, 120)), ("contiguous", (1, 3, 9))])
 def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted, cache, sizes):
     """From a pool of one page upward: an error that counts pages and bytes, or the very same results."""
     outcomes = []
@@ -128,10 +128,10 @@ def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted, cach
         assert pool.free == pool.size <= pages, "all pages are back"
     assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
     one = lm.config.num_layers * lm.config.num_kv_heads * -(-(12 + NEW) // 4)
-    assert cache == "dense" or one < 120 < 4 * one, "the largest pool cannot hold all rows at once"
+    assert cache == "contiguous" or one < 120 < 4 * one, "the largest pool cannot hold all rows at once"
 
 
-@pytest.mark.parametrize("cache", ("paged", "dense"))
+@pytest.mark.parametrize("cache", ("paged", "contiguous"))
 def test_the_pool_grows_without_a_limit(lm, wanted, cache):
     engine = build(lm, cache=cache, engine={"pages": 1})
     assert_same(by_name(engine.run(jobs())), wanted)
@@ -175,7 +175,9 @@ def test_retention_by_head_and_position(wanted):
 
 
 # Numbers of pages that occur nowhere else, as 63 * 16 = 1008 slots do not.
-@pytest.mark.parametrize("cache, pages, shape", [("paged", 3001, "3001,16"), ("dense", 63, r"4,2,(10,1008|1008,10)\]")])
+@pytest.mark.parametrize(
+    "cache, pages, shape", [("paged", 3001, "3001,16"), ("contiguous", 63, r"4,2,(10,1008|1008,10)\]")]
+)
 def test_no_pool_sized_buffer_is_copied(cache, pages, shape):
     """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
     lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, offset=0.3))

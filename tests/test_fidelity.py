@@ -37,7 +37,7 @@ def all_logits(loaded, tokens, chunk, **options):
     return np.concatenate([f.logits for f in forced]), np.concatenate([f.live for f in forced])
 
 
-@pytest.mark.parametrize("policy, cache", [("dms", "paged"), ("full", "paged"), ("dms", "dense")])
+@pytest.mark.parametrize("policy, cache", [("dms", "paged"), ("full", "paged"), ("dms", "contiguous")])
 def test_forced_decoding_is_the_teacher_forced_forward(dms_lm, tokens, policy, cache):
     loaded = Loaded(Variant(policy), dms_lm, dms_lm.dms if policy == "dms" else None)
     got, live = all_logits(loaded, tokens, 8, cache=cache)

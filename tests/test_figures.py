@@ -72,9 +72,14 @@ def kept():
 
 @pytest.fixture
 def steps():
-    cells = [("masked", 0.0), ("paged", 0.0), ("paged", 0.875), ("dense", 0.875)]
+    cells = [("masked", 0.0), ("paged", 0.0), ("paged", 0.875), ("contiguous", 0.875)]
     rows = [
-        {"context": c, "storage": s, "evicted": e, "seconds_per_step": c * (1 - e) / (2e5 if s == "dense" else 1e5)}
+        {
+            "context": c,
+            "storage": s,
+            "evicted": e,
+            "seconds_per_step": c * (1 - e) / (2e5 if s == "contiguous" else 1e5),
+        }
         for c in (1024, 4096)
         for s, e in cells
     ]
@@ -149,10 +154,10 @@ def test_retention(kept):
 
 def test_bench_cache(steps):
     drawn = lines(bench_cache.draw(steps).axes[0])
-    names = ["full, one array a layer", "full, paged", "DMS, 87.5% evicted, paged", "DMS, 87.5% evicted, dense"]
+    names = ["full, one array a layer", "full, paged", "DMS, 87.5% evicted, paged", "DMS, 87.5% evicted, contiguous"]
     assert list(drawn) == names
     assert drawn["DMS, 87.5% evicted, paged"] == ([1, 4], pytest.approx([1.28, 5.12]))
-    assert drawn["DMS, 87.5% evicted, dense"] == ([1, 4], pytest.approx([0.64, 2.56]))
+    assert drawn["DMS, 87.5% evicted, contiguous"] == ([1, 4], pytest.approx([0.64, 2.56]))
 
 
 def test_policies_are_told_apart_without_colour():

@@ -174,10 +174,10 @@ def poisoned(cache, held):
 
 
 def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
-    """What was seen after each turn. Empty slots are poisoned before every turn; dense storage grows on the way."""
+    """What was seen after each turn. Empty slots are poisoned before every turn; short arrays grow on the way."""
     store = storage(CacheConfig(kind, CAPACITY, PAGE))
     setup, params, random_keys = decode.Setup(Table(CONFIG), policy, store, SamplingConfig(), ()), table(), keys(seed)
-    begin = np.full((B, L, K), 2 * PAGE if kind == "dense" else CAPACITY)
+    begin = np.full((B, L, K), 2 * PAGE if kind == "contiguous" else CAPACITY)
     state = decode.init(setup, B, jnp.float32, int(store.pages(begin).max()))
     past, record = np.zeros(N, int), []
     for kind_of_turn, who in TURNS:
@@ -250,7 +250,7 @@ def pairs(ours, theirs):
             yield f"turn {turn} {TURNS[turn]}, sequence {seen.sequence}", seen, by_sequence[seen.sequence]
 
 
-@pytest.mark.parametrize("kind", ["masked", "paged", "dense"])
+@pytest.mark.parametrize("kind", ["masked", "paged", "contiguous"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_head_keeps_and_reads_what_the_paper_says(name, kind):
     """At every turn: the same positions live, the same outputs (so nothing empty is read), the same reads counted."""

@@ -243,8 +243,8 @@ def release(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
 
 def pool(cache: PagedCache) -> Pool:
     arrays = (cache.k, cache.v, cache.pos, cache.k_scale, cache.v_scale)
-    size = sum(x.nbytes // len(x) for x in arrays if x is not None)
-    return Pool(np.asarray(cache.top).reshape(-1), len(cache.free), size)
+    page_bytes = sum(x.nbytes // len(x) for x in arrays if x is not None)
+    return Pool(np.asarray(cache.top).reshape(-1), len(cache.free), page_bytes)
 
 
 def grow(cache: PagedCache, pages: int) -> PagedCache:

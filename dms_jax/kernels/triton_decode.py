@@ -192,9 +192,9 @@ def combine(
     before = tl.load(upto + first + head - 1, mask=head > 0, other=0).to(tl.int64)
     after = tl.load(upto + first + head).to(tl.int64)
     # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
-    first = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
+    first_program = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
     last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
-    count = tl.where(after > before, last - first + 1, 0).to(tl.int32)
+    count = tl.where(after > before, last - first_program + 1, 0).to(tl.int32)
 
     dims = tl.arange(0, D_PAD)
     within = tl.arange(0, CHUNK)
@@ -202,7 +202,7 @@ def combine(
     denominator = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([D_PAD], tl.float32)
     for done in range(0, count, CHUNK):
-        program = first + done + within
+        program = first_program + done + within
         # With fewer tiles than programs some programs have none, and wrote nothing.
         busy = program * total // PROGRAMS < (program + 1) * total // PROGRAMS
         valid = (done + within < count) & busy

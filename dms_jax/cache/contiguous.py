@@ -1,9 +1,9 @@
-"""Level 3. Dense storage: live slots of a head are [0, length) as in pages, but a layer is one array, as long as the
-longest head.
+"""Level 3. Contiguous storage: live slots of a head are [0, length) as in pages, but a layer is one array.
 
 For CPUs. There the products of attention cannot read through a page table: they copy every page first, which costs
-as much as they do. Here they read whole arrays, of which S slots a head follow the longest head of any row and layer;
-the shorter ones leave theirs empty. So time and memory fall with the longest head, not with each as in paged storage.
+as much as they do. Here they read whole arrays of S slots a head, as many as the longest head of any row and layer has
+ever needed, with the chunk of a prompt that is being read; the shorter ones leave theirs empty. So it pays where heads
+compress alike, or under a budget: one head that keeps everything makes all arrays as long as in masked storage.
 
 A page is `page_size` slots of every row, head and layer at once: the arrays grow by pages, when the host says so.
 """
@@ -21,14 +21,14 @@ from dms_jax.config import CacheConfig, ModelConfig
 from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots
 
 
-def dense_storage(config: CacheConfig) -> Storage:
-    """Dense storage of at most `capacity` slots a head; `init` is told how many pages there are at first."""
+def contiguous_storage(config: CacheConfig) -> Storage:
+    """Contiguous storage of at most `capacity` slots a head; `init` is told how many pages there are at first."""
     page = config.page_size
     most = -(-config.capacity // page)
     bound = most * page  # whatever the arrays' present length, this is no slot of theirs
 
     def init(model: ModelConfig, batch: int, dtype, pages: int) -> ArrayCache:
-        return masked.empty(model, batch, dtype, min(pages, most) * page)
+        return masked.empty(model, batch, dtype, min(max(pages, 1), most) * page)
 
     def attend(cache, layer, q, k: PerHeadKV, v: PerHeadKV, slots, readable, weights: bool):
         cache, out, seen = masked.attend(cache, layer, q, k, v, slots, readable, weights, page)
