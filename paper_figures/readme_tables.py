@@ -233,7 +233,6 @@ def ruler() -> str:
     )
     on_cpu = any(row["device"].startswith("cpu") for row in results["rows"])
     note += "; with a star, two CPU cores, float32." if on_cpu else "."
-    note += " An empty cell was not run."
     return f"{markdown(['task, length', *(style.LABELS[name] for name in policies)], rows)}\n\n{note}"
 
 
