@@ -14,8 +14,8 @@ examples:
   python -m experiments.fidelity --model file.gguf --data text.txt --policy full tova h2o --budget 0.25 0.5
   python -m experiments.fidelity --model file.gguf --data text.txt --chat "Write an article."
 
-A chat model is at home in its chat template: the first token of a window is one to which later ones attend whatever
-it says, and a gate that was trained on chats knows it only where a chat begins. --chat puts the windows there.
+A chat model is at home in its chat template: later tokens attend to the very first ones whatever they say, and a gate
+that was trained on chats knows them only where a chat begins. --chat puts the windows there.
 
 An interrupted run continues when the same command is given again.
 """

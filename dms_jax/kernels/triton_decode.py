@@ -38,8 +38,8 @@ class Tiling(NamedTuple):
 def tiling(head_dim: int, itemsize: int) -> Tiling:
     """Tiles of 16 KB of keys, of quantized keys 8 KB, two of them in flight.
 
-    With as many values that is 64 KB or more a program, and two run on a multiprocessor at a time, within the registers
-    and the shared memory of an A100. A third share for each of them evens out the end.
+    With as many values that is 64 KB a program, or 32 KB of quantized ones, and at least two run on a multiprocessor at
+    a time, within the registers and the shared memory of an A100. A third share for each evens out the end.
     """
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
     return Tiling(block)
