@@ -17,8 +17,11 @@ from dms_jax.config import SamplingConfig
 from dms_jax.dms import hard_keep_log
 from dms_jax.policies import Policy
 from dms_jax.policies.base import Newcomer, Span, Step, positions
-from dms_jax.transformer import Decoder
+from dms_jax.transformer import Decoder, adapter_logits
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
+
+
+FEW_ROWS = 64  # see compiled_chunk; on an H200 with Qwen3-8B's shape the better at 64 rows, and not at 128
 
 
 class Setup(NamedTuple):
@@ -192,10 +195,15 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
         newcomer = Newcomer(slots[layer % at_once], k, logit, weights)
         return out[:, None], (cache, slots, owns, (*new, newcomer), reads)
 
-    hidden, (cache, _, owns, new, reads) = setup.model.apply(
-        {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())
+    model, gate = setup.model, setup.model.dms and setup.model.dms.gate
+    together = gate == "adapter" and not policy.late  # all layers' eviction logits, once the layers are through
+    hidden, (cache, _, owns, new, reads), residuals = (Decoder(model.config) if together else model).apply(
+        *({"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())),
+        method="with_residuals",
     )
     new = jax.tree.map(lambda *xs: jnp.stack(xs), *new)
+    if together:
+        new = new._replace(logit=adapter_logits(model, params, residuals)[..., 0])
     own = jax.vmap(policy.record, (1, mapped, 0), 1)(_join(owns, jnp.concatenate), step, new)
     logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
     live = jnp.moveaxis(storage.live(cache), 0, 1)
@@ -206,7 +214,6 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
     return state, logits, Chunk(token, active, live, jnp.stack(reads, axis=1) if reads else None)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "steps", "batch"), donate_argnames=("state",))
 def decode_chunk(
     setup: Setup, params: Params, state: DecodeState, steps: int, batch: int | None = None
 ) -> tuple[DecodeState, Chunk]:
@@ -214,7 +221,23 @@ def decode_chunk(
 
     batch: only the first so many rows are decoded; the others keep what they hold (a prompt that waits, say).
     """
+    return compiled_chunk((batch or len(state.done)) <= FEW_ROWS)(setup, params, state, steps, batch)
 
+
+@functools.cache
+def compiled_chunk(few: bool):
+    """The jitted `decode_chunk` for few rows or for many.
+
+    On a GPU XLA can make one product of q, k and v, and of gate and up, and read their kernels as if they were one.
+    For few rows that saves launches; for many it keeps XLA from the libraries' faster products.
+    """
+    options = {"xla_gpu_dot_merger_threshold_mb": 256 if few else 0} if jax.default_backend() == "gpu" else None
+    return jax.jit(
+        _chunk, static_argnames=("setup", "steps", "batch"), donate_argnames=("state",), compiler_options=options
+    )
+
+
+def _chunk(setup: Setup, params: Params, state: DecodeState, steps: int, batch: int | None):
     def body(state, _):
         state, _, made = decode_step(setup, params, state)
         return state, made

@@ -5,6 +5,7 @@ to an `attend` function, which returns the attention output and the next state; 
 every eviction policy are such functions.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -125,10 +126,15 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
         """Hidden states after the final norm, and the state that `attend` threaded through the layers."""
-        x = sharding.constrain(self.embed(tokens), "B T E")
+        return self.with_residuals(tokens, positions, attend, state, neuron_scale)[:2]
+
+    def with_residuals(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+        """`__call__`, and the residual stream that entered each layer, `[B, T, E]` L times."""
+        x, entered = sharding.constrain(self.embed(tokens), "B T E"), []
         for block in self.layers:
+            entered.append(x)
             x, state = block(x, positions, attend, state, neuron_scale)
-        return self.final_norm(x), state
+        return self.final_norm(x), state, entered
 
     def unembed(self, hidden: Residual) -> Logits:
         """`[..., E]` -> `[..., V]` float32."""
@@ -139,6 +145,20 @@ class Decoder(nn.Module):
         """`__call__` and `unembed` at once; also what `init` runs."""
         hidden, state = self(tokens, positions, attend, state, neuron_scale)
         return self.unembed(hidden), state
+
+
+def adapter_logits(model: Decoder, params: Params, residuals: Sequence[Residual]) -> Float[Array, "L B K T"]:
+    """Eviction logits of all layers' adapter gates at once, from what entered the layers.
+
+    A layer's gate is three kernels of a few microseconds on a GPU, which a decode step of few tokens feels.
+    """
+    c = model.config
+    gates = [params[f"layers_{n}"]["attn"]["gate"] for n in range(c.num_layers)]
+    gate = AdapterGate(c.num_kv_heads, c.norm_eps)
+    out = jax.vmap(lambda own, x: gate.apply({"params": own}, x))(
+        jax.tree.map(lambda *xs: jnp.stack(xs), *gates), jnp.stack(residuals)
+    )
+    return jax.vmap(lambda x: dms.affine(x, model.dms))(out)
 
 
 def arange_positions(tokens: Tokens) -> Positions:

@@ -93,7 +93,8 @@ def decode_row(row: dict) -> list[str]:
         numbers = [f"{1e3 * row['seconds_per_step']:.1f}", floor, f"{row['tokens_per_second']:,.0f}"]
     else:
         numbers = ["failed" if row.get("fits", True) else "does not fit", "", ""]
-    return [f"{row['context']:,}", cache, sequences, *numbers]
+    needs = f"{row['bytes_needed'] / 1e9:,.1f}" if "bytes_needed" in row else ""
+    return [f"{row['context']:,}", cache, sequences, needs, *numbers]
 
 
 def decode_note(results: dict) -> str:
@@ -111,7 +112,7 @@ def decode_table(records: list[dict]) -> str:
     """What was recorded on one machine for one model's shape: ours, then transformers."""
     rows = [row for results in records for row in results["rows"]]
     rows.sort(key=lambda row: (row["context"], row["batch"], row.get("cr", float("inf"))))
-    header = ["context", "cache", "sequences", "ms a step", "over the floor", "tokens/s"]
+    header = ["context", "cache", "sequences", "GB", "ms a step", "over the floor", "tokens/s"]
     notes = " ".join(decode_note(results) for results in records)
     return f"{markdown(header, [decode_row(row) for row in rows])}\n\n{notes}"
 

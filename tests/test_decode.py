@@ -170,6 +170,25 @@ def test_generate_counts_and_stops_as_by_hand():
     assert 0 < ended, "some chain must have met a stop token"
 
 
+@pytest.mark.parametrize("per", ["head", "layer"])
+def test_adapter_gates_of_all_layers_at_once(per):
+    lm = random_lm(tiny(), DMSConfig(gate="adapter", scale=2.0, offset=0.3, per=per))
+    rng = np.random.default_rng(3)
+    for n in range(lm.config.num_layers):
+        norm = lm.params[f"layers_{n}"]["attn"]["gate"]["norm"]
+        norm["scale"] = jnp.asarray(rng.normal(size=norm["scale"].shape), jnp.float32)
+    model, tokens = transformer.Decoder(lm.config, lm.dms), jnp.asarray(rng.integers(0, 53, (3, 5)))
+
+    def attend(layer, q, k, v, logit, state):
+        return transformer.causal(layer, q, k, v, logit, state)[0], (*state, logit)
+
+    given = {"params": lm.params}, tokens, transformer.arange_positions(tokens), attend
+    _, each, residuals = model.apply(*given, method="with_residuals")
+    together = transformer.adapter_logits(model, lm.params, residuals)
+    assert together.shape == (2, 3, 2, 5)
+    np.testing.assert_allclose(together, each, rtol=1e-5, atol=1e-5)
+
+
 def test_chain_does_not_depend_on_its_company():
     lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
     together = generation.generate(lm, PROMPTS, seed=9, **SAMPLED)

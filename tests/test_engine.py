@@ -183,7 +183,7 @@ def test_no_pool_sized_buffer_is_copied(cache, pages, shape):
     lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, offset=0.3))
     setup = setup_for(lm, "dms", CacheConfig(cache, 1024, page_size=16))
     state = jax.eval_shape(lambda: decode.init(setup, 4, jnp.float32, pages))
-    compiled = decode.decode_chunk.lower(setup, lm.params, state, 8).compile()
+    compiled = decode.compiled_chunk(True).lower(setup, lm.params, state, 8, None).compile()
     made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{shape}", line)]
     assert any("scatter" in line for line in made), "the pool is written"
     copies = [line for line in made if re.search(r"^\s*(ROOT )?%[\w.-]*copy", line) or " copy(" in line]

@@ -22,7 +22,7 @@ def test_a_wrong_number_is_seen(name):
 def test_decode_rows_of_peers_and_of_cells_that_do_not_fit(tmp_path, monkeypatch):
     about = {"device": "1 x gpu NVIDIA X", "jax": "1", "transformers": "5", "torch": "2"}
     common = {"settings": {"model": "m", "dtype": "bfloat16", "rounds": 3, "steps": 16}, "environment": about}
-    cell = {"batch": 64, "context": 8192, "largest_batch": False, "fits": True}
+    cell = {"batch": 64, "context": 8192, "largest_batch": False, "fits": True, "bytes_needed": 2.5e10}
     timed = {"seconds_per_step": 0.01, "tokens_per_second": 6400.0}
     ours = [{**cell, "cr": 8.0, **timed, "over_floor": 1.5}, {**cell, "cr": 1.0, "fits": False}]
     theirs = [{**cell, "mode": "eager", **timed}, {**cell, "mode": "compiled", "error": "x"}, {**cell, "fits": False}]
@@ -33,10 +33,10 @@ def test_decode_rows_of_peers_and_of_cells_that_do_not_fit(tmp_path, monkeypatch
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     lines = readme_tables.gpu_decode().splitlines()
     assert lines[2:7] == [
-        "| 8,192 | vanilla | 64 | does not fit |  |  |",
-        "| 8,192 | DMS CR8 | 64 | 10.0 | 1.50 | 6,400 |",
-        "| 8,192 | transformers, eager | 64 | 10.0 |  | 6,400 |",
-        "| 8,192 | transformers, compiled | 64 | failed |  |  |",
-        "| 8,192 | transformers | 64 | does not fit |  |  |",
+        "| 8,192 | vanilla | 64 | 25.0 | does not fit |  |  |",
+        "| 8,192 | DMS CR8 | 64 | 25.0 | 10.0 | 1.50 | 6,400 |",
+        "| 8,192 | transformers, eager | 64 | 25.0 | 10.0 |  | 6,400 |",
+        "| 8,192 | transformers, compiled | 64 | 25.0 | failed |  |  |",
+        "| 8,192 | transformers | 64 | 25.0 | does not fit |  |  |",
     ]
     assert "m's shape: NVIDIA X" in lines[-1] and "transformers 5 (torch 2): NVIDIA X" in lines[-1]
