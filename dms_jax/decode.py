@@ -20,7 +20,6 @@ from dms_jax.policies.base import Newcomer, Span, Step, positions
 from dms_jax.transformer import Decoder, adapter_logits
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
-
 FEW_ROWS = 64  # see compiled_chunk; on an H200 with Qwen3-8B's shape the better at 64 rows, and not at 128
 
 
