@@ -98,13 +98,15 @@ def decode_row(row: dict) -> list[str]:
 
 
 def decode_note(results: dict) -> str:
-    """How the rows of one record were made."""
-    about, settings = results["environment"], results["settings"]
+    """How the rows of one record were made: as its last run, but for the copy rates, which are each run's own."""
+    runs = results["runs"]
+    about, settings = runs[-1]["environment"], runs[-1]["settings"]
     device = about["device"].split(" gpu ")[1]
     made = f"{settings['dtype']}, random weights; medians of {settings['rounds']} calls of {settings['steps']} steps"
-    if "copy_bytes_per_second" not in results:
+    if "copy_bytes_per_second" not in runs[-1]:
         return f"transformers {about['transformers']} (torch {about['torch']}): {device}, {made}."
-    rate = f"copy rate {results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run"
+    rates = " and ".join(f"{run['copy_bytes_per_second'] / 1e12:.2f}" for run in runs)
+    rate = f"copy rate {rates} TB/s in the same run" + ("s" if len(runs) > 1 else "")
     return f"{settings['model']}'s shape: {device}, {made}; jax {about['jax']}; {rate}."
 
 

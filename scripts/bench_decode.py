@@ -11,7 +11,6 @@ bytes of the weights and of the live keys and values over the rate of a device c
 
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import time
@@ -31,6 +30,7 @@ from dms_jax.cache import paged, storage
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
 from dms_jax.policies import policy
 from experiments.run import environment
+from scripts.records import Record
 
 MODELS = {
     "qwen3_8b": ModelConfig("qwen3", 151936, 36, 4096, 32, 8, 128, 12288, rope=RopeConfig(theta=1e6), qk_norm=True),
@@ -49,7 +49,7 @@ class Settings:
 
     cells: BATCHxCONTEXTxCR; a batch of "max" is the largest that fits in --memory. spread: the longest head over the
     shortest, for CR above 1. steps: decode steps in one timed call. memory: bytes of the device that may be used,
-    None for what it says it has. out: JSON file, complete after every cell.
+    None for what it says it has. out: JSON file, complete after every cell; cells already there and not asked for stay.
     """
 
     model: str = "qwen3_8b"
@@ -160,7 +160,8 @@ def planned(settings: Settings, cell: tuple[str, int, float], weights: int, memo
 
 def row_of(settings: Settings, plan: Plan) -> dict:
     """The part of a row that is known beforehand."""
-    about = {"model": settings.model, "batch": plan.batch, "largest_batch": plan.largest, "context": plan.context}
+    cell = f"{'max' if plan.largest else plan.batch}x{plan.context}x{plan.cr:g}"
+    about = {"cell": cell, "batch": plan.batch, "largest_batch": plan.largest, "context": plan.context}
     needs = {"fits": plan.fits, "bytes_needed": plan.bytes_needed, "pool_bytes": plan.pool_bytes}
     return {**about, "cr": plan.cr, **needs}
 
@@ -259,8 +260,8 @@ def main(settings: Settings) -> None:
     rate = copy_rate(2**22 if jax.default_backend() == "cpu" else 2**30)
     # The gate's parameters are there for every CR; vanilla does not look at them.
     params = random_params(config, GATE, settings.dtype, settings.seed)
-    record = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": environment()}
-    record |= {"copy_bytes_per_second": rate, "memory_limit": memory, "rows": []}
+    run = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": environment()}
+    record = Record(settings.out, run | {"copy_bytes_per_second": rate, "memory_limit": memory})
     plans = [planned(settings, cell, bytes_of(params), memory) for cell in cells]
     compiled = None
     for plan in plans:
@@ -275,10 +276,7 @@ def main(settings: Settings) -> None:
                 row |= measure(settings, params, plan, pages, rate)
             except Exception as error:  # out of memory, say: the other cells go on
                 row["error"] = f"{type(error).__name__}: {error}"[:300]
-        record["rows"].append(row)
-        print(json.dumps({k: v for k, v in row.items() if k != "rounds"}), flush=True)
-        if settings.out:
-            settings.out.write_text(json.dumps(record, indent=1) + "\n")
+        record.add(row)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import contextlib
 import dataclasses
 import gc
 import inspect
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +31,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.convert.hf import config_to_hf
 from experiments.run import environment
 from scripts.bench_decode import MODELS
+from scripts.records import Record
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settings:
 
     cells: BATCHxCONTEXT; a batch of "max" is the largest that fits in --memory. steps: decode steps in one timed
     round, after a round to warm up. memory: bytes of the device that may be used, None for all that is free.
-    out: JSON file, complete after every cell.
+    out: JSON file, complete after every row; rows already there and not asked for stay.
     """
 
     model: str = "qwen3_8b"
@@ -192,15 +192,15 @@ def attempt(row: dict, call: Callable[[], dict]) -> dict:
         return row | {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def rows_of(settings: Settings, model: torch.nn.Module, cell: tuple[str, int], memory: int) -> list[dict]:
-    """A row for each mode of one cell; one row says so where the cell cannot fit."""
+def rows_of(settings: Settings, model: torch.nn.Module, cell: tuple[str, int], memory: int) -> Iterator[dict]:
+    """A row for each mode of one cell, as they come; one row says so where the cell cannot fit."""
     config, (asked, context) = MODELS[settings.model], cell
     item, capacity = model.dtype.itemsize, context + settings.steps
     weights = sum(weight.nbytes for weight in model.parameters())
     batch = largest_batch(config, capacity, weights, item, memory) if asked == "max" else int(asked)
     needed = bytes_needed(config, batch, capacity, weights, item)
     row = {
-        "model": settings.model,
+        "cell": f"{asked}x{context}",
         "batch": batch,
         "largest_batch": asked == "max",
         "context": context,
@@ -210,7 +210,8 @@ def rows_of(settings: Settings, model: torch.nn.Module, cell: tuple[str, int], m
         "kv_bytes": 2 * batch * context * config.num_layers * config.num_kv_heads * config.head_dim * item,
     }
     if not row["fits"]:
-        return [row]
+        yield row
+        return
     held = {}  # emptied at the end: an exception's traceback must not keep the cache
 
     def fill() -> dict:
@@ -218,16 +219,15 @@ def rows_of(settings: Settings, model: torch.nn.Module, cell: tuple[str, int], m
             held["cache"] = random_cache(model, batch, capacity)
         return {}
 
-    rows = [attempt(row, fill)]
-    if held:
-        rows = []
-        for mode in settings.modes:
-            named = row | {"mode": mode}
-            rows.append(attempt(named, lambda mode=mode: measure(settings, model, held["cache"], batch, context, mode)))
-            freed()
+    failed = attempt(row, fill)
+    if not held:
+        yield failed
+    for mode in settings.modes if held else ():
+        named = row | {"mode": mode}
+        yield attempt(named, lambda mode=mode: measure(settings, model, held["cache"], batch, context, mode))
+        freed()
     held.clear()
     freed()
-    return rows
 
 
 def parse(cell: str) -> tuple[str, int]:
@@ -245,16 +245,12 @@ def main(settings: Settings) -> None:
     about = environment() | {"torch": torch.__version__}
     if on_gpu:
         about["device"] = f"1 x gpu {torch.cuda.get_device_name()}"
-    record = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": about}
-    record |= {"memory_limit": memory, "rows": []}
+    run = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": about}
+    record = Record(settings.out, run | {"memory_limit": memory})
     model = random_model(MODELS[settings.model], settings.dtype, settings.device, settings.seed)
     for cell in cells:
-        rows = rows_of(settings, model, cell, memory)
-        record["rows"] += rows
-        for row in rows:
-            print(json.dumps({k: v for k, v in row.items() if k != "rounds"}), flush=True)
-        if settings.out:
-            settings.out.write_text(json.dumps(record, indent=1) + "\n")
+        for row in rows_of(settings, model, cell, memory):
+            record.add(row)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ def test_a_wrong_number_is_seen(name):
 
 def test_decode_rows_of_peers_and_of_cells_that_do_not_fit(tmp_path, monkeypatch):
     about = {"device": "1 x gpu NVIDIA X", "jax": "1", "transformers": "5", "torch": "2"}
-    common = {"settings": {"model": "m", "dtype": "bfloat16", "rounds": 3, "steps": 16}, "environment": about}
+    run = {"settings": {"model": "m", "dtype": "bfloat16", "rounds": 3, "steps": 16}, "environment": about}
     cell = {"batch": 64, "context": 8192, "largest_batch": False, "fits": True, "bytes_needed": 2.5e10}
     timed = {"seconds_per_step": 0.01, "tokens_per_second": 6400.0}
     ours = [{**cell, "cr": 8.0, **timed, "over_floor": 1.5}, {**cell, "cr": 1.0, "fits": False}]
     theirs = [{**cell, "mode": "eager", **timed}, {**cell, "mode": "compiled", "error": "x"}, {**cell, "fits": False}]
     (tmp_path / "x").mkdir()
     for name, rows in (("decode_m", ours), ("decode_peers_m", theirs)):
-        record = common | ({"copy_bytes_per_second": 3e12} if rows is ours else {}) | {"rows": rows}
+        record = {"runs": [run | ({"copy_bytes_per_second": 3e12} if rows is ours else {})], "rows": rows}
         (tmp_path / "x" / f"{name}.json").write_text(json.dumps(record))
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     lines = readme_tables.gpu_decode().splitlines()
