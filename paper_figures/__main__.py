@@ -5,6 +5,7 @@ from paper_figures import (
     accuracy_vs_reads,
     achieved_cr,
     bench_cache,
+    decode_speed,
     pareto_fronts,
     readme_tables,
     retention,
@@ -31,6 +32,7 @@ def main() -> None:
         if path.exists():
             script.main([str(path), str(style.RESULTS.parent / script.__name__.rsplit(".", 1)[1])])
     training_curves.main([])
+    decode_speed.main([])
     readme_tables.main()
 
 

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the recorded results, so that no number is typed by hand.
+"""Writes the tables of the README and of docs/ from the recorded results, so that no number is typed by hand.
 
 usage: python -m paper_figures.readme_tables
 """
@@ -13,6 +13,7 @@ from paper_figures.bench_cache import name_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -131,9 +132,27 @@ def gpu_decode() -> str:
     )
 
 
+def gpu_headline() -> str:
+    """The most sequences that fit on an H200: tokens per second beside vanilla."""
+    rows, devices = [], set()
+    for path in sorted((RESULTS / "h200").glob("decode_[!p]*.json"), reverse=True):
+        model = path.stem.removeprefix("decode_")
+        peers = json.loads(path.with_name(f"decode_peers_{model}.json").read_text())
+        ours = json.loads(path.read_text())
+        found = [row for row in ours["rows"] + peers["rows"] if row["largest_batch"] and "seconds_per_step" in row]
+        vanilla = next(row for row in found if row.get("cr") == 1)["tokens_per_second"]
+        for row in sorted(found, key=lambda row: row["tokens_per_second"]):
+            context, cache, sequences, *_, tokens = decode_row(row)
+            sequences = sequences.split(" ")[0]
+            rows.append([model, context, cache, sequences, tokens, f"{row['tokens_per_second'] / vanilla:.2f}x"])
+        devices |= {run["environment"]["device"].split(" gpu ")[1] for run in ours["runs"] + peers["runs"]}
+    header = ["shape", "context", "cache", "sequences", "tokens/s", "of vanilla"]
+    return f"{markdown(header, rows)}\n\n{', '.join(sorted(devices))}, bfloat16, random weights."
+
+
 def gpu_kernels() -> str:
-    """The kernels beside their peers: decode and flash attention were measured in runs of their own."""
-    paths = {name: RESULTS / "h200" / f"kernels_{name}.json" for name in ("decode", "flash")}
+    """The kernels beside their peers: decode, and flash attention and its peers, were measured in runs of their own."""
+    paths = {name: RESULTS / "h200" / f"kernels_{name}.json" for name in ("decode", "flash", "flash_peers")}
     records = {name: json.loads(path.read_text()) for name, path in paths.items()}
     results = records["decode"]
 
@@ -148,7 +167,8 @@ def gpu_kernels() -> str:
         [row["case"], row.get("peer", "ours"), *rate(row)]
         for name, record in records.items()
         for row in record["rows"]
-        if row["name"] == name and "error" not in row
+        if row["name"] == name.removesuffix("_peers") and "error" not in row
+        if "peer" in row or not name.endswith("_peers")  # that run timed ours too, by the host's clock
     ]
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
     note = f"{results['device']}, driver {results['driver']}, {versions}; bfloat16, medians."
@@ -245,6 +265,7 @@ TABLES = {
     "ruler": ruler,
     "speed": speed,
     "cache": cache,
+    "gpu_headline": gpu_headline,
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,
     "sweep": sweep,
@@ -261,9 +282,9 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
-    print(readme)
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
+        print(page)
 
 
 if __name__ == "__main__":

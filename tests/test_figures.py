@@ -12,6 +12,7 @@ from paper_figures import (
     accuracy_vs_reads,
     achieved_cr,
     bench_cache,
+    decode_speed,
     pareto_fronts,
     retention,
     style,
@@ -206,3 +207,18 @@ def test_all_figures_that_have_results_are_drawn(sweep, tmp_path, monkeypatch):
         "pareto_fronts.png",
     ]
     assert called == ["curves", "tables"]
+
+
+def test_decode_speed_tells_the_series_apart(tmp_path):
+    cell = {"batch": 8, "context": 8192, "seconds_per_step": 0.01, "tokens_per_second": 800.0}
+    ours = [{**cell, "cr": 1.0}, {**cell, "cr": 8.0, "batch": 64}, {**cell, "cr": 8.0}]
+    missing = {"batch": 64, "context": 8192, "cr": 1.0, "fits": False}
+    for name, rows in (("m", [*ours, missing]), ("peers_m", [{**cell, "mode": "eager"}])):
+        (tmp_path / f"decode_{name}.json").write_text(json.dumps({"rows": rows}))
+    (axes,) = decode_speed.draw(decode_speed.read(tmp_path)).axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert lines == {"vanilla": [8], "DMS CR8": [8, 64], "transformers, eager": [8]}
+    decode_speed.main([str(tmp_path), str(tmp_path / "drawn")])
+    assert (tmp_path / "drawn.png").exists() and (tmp_path / "drawn.pdf").exists()
+    with pytest.raises(ValueError, match="no decode_"):
+        decode_speed.read(tmp_path / "empty")

@@ -1,0 +1,80 @@
+"""Tokens per second against the number of sequences: vanilla, DMS and transformers at the shapes of real models.
+
+usage: python -m paper_figures.decode_speed [folder of records] [out]
+
+Never runs a model: `python -m scripts.bench_decode` and `python -m scripts.decode_peers` do.
+"""
+
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from paper_figures import style
+
+FOLDER = style.RESULTS / "h200"
+
+
+def series_of(row: dict) -> str:
+    """What a row is a point of."""
+    if "cr" not in row:
+        return f"transformers, {row['mode']}"
+    return "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}"
+
+
+def draw(records: dict[str, list[dict]]) -> Figure:
+    """The figure of the rows of each model; a row of panels a model, a column a context."""
+    contexts = sorted({row["context"] for rows in records.values() for row in rows})
+    timed = {model: [row for row in rows if "seconds_per_step" in row] for model, rows in records.items()}
+    names = sorted({series_of(row) for rows in timed.values() for row in rows}, key=lambda name: (name[0] == "t", name))
+    looks = {name: style.look(n) for n, name in enumerate(sorted(names, key=lambda name: name != "vanilla"))}
+    with style.theme():
+        figure = style.new_figure(8, 2.6 * len(records))
+        grid = figure.subplots(len(records), len(contexts), squeeze=False, sharex=True, sharey="row")
+        for (model, rows), line in zip(timed.items(), grid, strict=True):
+            for context, axes in zip(contexts, line, strict=True):
+                for name in looks:
+                    points = sorted(
+                        (row["batch"], row["tokens_per_second"])
+                        for row in rows
+                        if row["context"] == context and series_of(row) == name
+                    )
+                    if points:
+                        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, **looks[name]._asdict())
+                axes.set_xscale("log", base=4)
+                axes.set_yscale("log")
+                style.log_tokens(axes.yaxis)
+                axes.xaxis.set_major_formatter(style.FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.set_title(f"{model}'s shape, context {context:,}")
+            line[0].set_ylabel("tokens a second")
+        for axes in grid[-1]:
+            axes.set_xlabel("sequences")
+        handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+        figure.legend([handles[name] for name in looks], looks, loc="outside right upper")
+    return figure
+
+
+def read(folder: Path) -> dict[str, list[dict]]:
+    """Model -> the rows of decode_MODEL.json and of decode_peers_MODEL.json in a folder.
+
+    Raises:
+      ValueError: no record, or a file that is none.
+    """
+    records: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("decode_*.json")):
+        model = path.stem.removeprefix("decode_").removeprefix("peers_")
+        records.setdefault(model, []).extend(style.read_results(path, "rows")["rows"])
+    if not records:
+        raise ValueError(f"{folder}: has no decode_*.json")
+    return dict(sorted(records.items(), reverse=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    folder, out = [*given, *(FOLDER, Path(__file__).with_suffix(""))[len(given) :]]
+    for path in style.save(draw(read(folder)), out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
