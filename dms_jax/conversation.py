@@ -14,7 +14,9 @@ from dms_jax.engine import round_up
 class Conversation:
     """One sequence with a cache of its own, of up to `length` tokens in all.
 
-    The tokens of earlier turns are never read again; those evicted stay evicted. `options`: see `generation.build`.
+    The tokens of earlier turns are never read again; those evicted stay evicted. An answer that is broken off (by an
+    interrupt, or by what `on_tokens` raises) stays in the conversation as far as it got. `options`: see
+    `generation.build`; of an EngineConfig only prefill_chunk counts, and there is no mesh.
 
         talk = dms_jax.Conversation(lm, 4096)
         talk.say("What is 6 * 7?")
@@ -22,6 +24,7 @@ class Conversation:
     """
 
     def __init__(self, lm, length: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, **options):
+        require("mesh" not in options, "mesh", options.get("mesh"), "a conversation runs on one device")
         sampling = SamplingConfig(temperature, top_p=top_p)
         engine = generation.build(lm, length, sampling=sampling, **options)
         self.lm, self.length, self.setup, self.params = lm, length, engine.setup, engine.params
@@ -30,7 +33,7 @@ class Conversation:
         self.state = decode.init(self.setup, 1, self.params["embed"]["embedding"].dtype, pages)
         self.chunk = engine.config.prefill_chunk
         self.key = np.asarray(jax.random.PRNGKey(seed), np.uint32)[None]
-        self.tokens: list[int] = []  # of all turns; the last one is not in the cache yet
+        self.tokens: list[int] = []  # of all turns; those from the state's position on are not in the cache yet
 
     def say(
         self,
@@ -47,7 +50,7 @@ class Conversation:
         (ids,) = generation.encode(self.lm, [prompt])
         total = len(self.tokens) + len(ids) + max_new_tokens
         require(total <= self.length, "length", self.length, f"this turn may make {total} tokens")
-        new = self.tokens[-1:] + ids
+        new = self.tokens[int(self.state.position[0]) :] + ids
         self.tokens += ids
         for start in range(0, len(new), self.chunk):
             part = new[start : start + self.chunk]
@@ -58,6 +61,7 @@ class Conversation:
             width = min(round_up(live), self.setup.storage.slots)
             self.state, _, _ = decode.prefill(self.setup, self.params, self.state, *one, width)
         answer = [int(self.state.token[0])]
+        self.tokens += answer
         if on_tokens:
             on_tokens(answer[:])
         while not bool(self.state.done[0]):
@@ -66,9 +70,9 @@ class Conversation:
             self.state, made = decode.decode_chunk(self.setup, self.params, self.state, steps)
             fresh = np.asarray(made.tokens)[np.asarray(made.active)].tolist()
             answer += fresh
+            self.tokens += fresh
             if on_tokens:
                 on_tokens(fresh)
-        self.tokens += answer
         tokenizer = self.lm.tokenizer
         return answer if tokenizer is None else tokenizer.decode(answer, skip_special_tokens=True)
 

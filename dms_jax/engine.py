@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from dms_jax import decode, metrics
 from dms_jax.cache import fitted
-from dms_jax.config import CacheConfig
+from dms_jax.config import CacheConfig, require
 from dms_jax.decode import Setup
 from dms_jax.jobs import EngineConfig, Job, PoolError, Progress, Result
 from dms_jax.types import Params
@@ -79,11 +79,14 @@ class Engine:
         """Results as chains finish, in no fixed order. Once `stop` is set it ends at the next chunk boundary.
 
         Raises:
+          ConfigError: a job that may become longer than the cache's capacity; nothing has run then.
           PoolError: one sequence alone needs more than `max_pages`.
         """
         self._todo = collections.deque((job, list(range(len(job.keys)))) for job in jobs)
         if not self._todo:
             return
+        longest = max(len(job.prompt) + job.max_new for job, _ in self._todo)
+        require(longest <= self.cache.capacity, "capacity", self.cache.capacity, f"a job may make {longest} tokens")
         chains = sum(len(waiting) for _, waiting in self._todo)
         self._slots = min(self.config.slots, chains)
         parked = min(PARKED, self._slots, len(self._todo))

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from test_decode import full_forward, random_lm, tiny
 
+from dms_jax import decode
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.conversation import Conversation
+from dms_jax.jobs import EngineConfig
 
 DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
 
@@ -42,3 +44,40 @@ def test_a_turn_that_is_too_long_loses_nothing():
     with pytest.raises(ValueError, match="is empty"):
         talk.say([], 4)
     assert talk.tokens == [5, 6, *first] and len(talk.say([7], 4)) == 4
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ("prompt", "first", "chunk"))
+def test_a_turn_broken_off_is_read_on(where, monkeypatch):
+    """What the cache had not seen of it comes before the next turn."""
+    lm = random_lm(tiny(), DMS)
+    talk = Conversation(lm, 320, page_size=4, stop=[], engine=EngineConfig(prefill_chunk=4))
+    calls = {"prompt": 0, "first": 0, "chunk": 0}
+
+    def count(part):
+        calls[part] += 1
+        if part == where and calls[part] == (1 if part == "first" else 2):
+            raise Broken
+
+    def hear(tokens):
+        count("first" if len(tokens) == 1 else "chunk")
+
+    prefill = decode.prefill
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "prefill", lambda *given: (count("prompt"), prefill(*given))[1])
+        with pytest.raises(Broken):
+            talk.say([5, 6, 7, 8, 9, 10, 11], 150, hear)
+    begun = len(talk.tokens) + 2
+    assert begun == {"prompt": 9, "first": 10, "chunk": 138}[where]
+    answer = talk.say([12, 13], 8)
+    assert talk.tokens[begun:] == answer and len(answer) == 8
+    logits, _ = full_forward(lm, np.array([talk.tokens]))
+    assert answer == logits[0].argmax(-1)[begun - 1 : -1].tolist()
+
+
+def test_a_mesh_is_refused():
+    with pytest.raises(ConfigError, match="mesh=.*one device"):
+        Conversation(random_lm(tiny(), DMS), 20, mesh=object())

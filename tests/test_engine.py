@@ -16,7 +16,7 @@ from test_decode import prefill, random_lm, setup_for, step, tiny
 
 from dms_jax import decode, generation, sampling
 from dms_jax.cache import paged, storage
-from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, SamplingConfig
 from dms_jax.jobs import EngineConfig, Job, PoolError
 
 STOP = [3, 11, 30]
@@ -93,6 +93,13 @@ def test_results_stream_and_tokens_are_reported_once(lm, wanted):
         assert len(seen) < 15 or len(order) > 1, "results come before all chains have started"
     assert sum(p.new_tokens for p in shown) == sum(len(r.tokens) - 1 for r in wanted.values())
     assert all(0 < p.pages_used <= p.pages and p.live_tokens > 0 for p in shown[:3])
+
+
+def test_a_job_longer_than_the_cache_is_refused(lm):
+    long = jobs()[0]._replace(max_new=1000)
+    engine = build(lm)
+    with pytest.raises(ConfigError, match=rf"capacity={engine.cache.capacity}: a job may make 1003 tokens"):
+        next(engine.run([*jobs()[:1], long]))
 
 
 def need(lm, engine, tokens):
