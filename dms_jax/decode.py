@@ -20,7 +20,7 @@ from dms_jax.policies.base import Newcomer, Span, Step, positions
 from dms_jax.transformer import Decoder, adapter_logits
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
-FEW_ROWS = 64  # see compiled_chunk; on an H200 with Qwen3-8B's shape the better at 64 rows, and not at 128
+FEW_ROWS = 64  # see compiled_chunk and docs/speed.md
 
 
 class Setup(NamedTuple):
@@ -197,7 +197,11 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
     model, gate = setup.model, setup.model.dms and setup.model.dms.gate
     together = gate == "adapter" and not policy.late  # all layers' eviction logits, once the layers are through
     hidden, (cache, _, owns, new, reads), residuals = (Decoder(model.config) if together else model).apply(
-        *({"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())),
+        {"params": params},
+        state.token[:, None],
+        position[:, None],
+        attend,
+        (state.cache, None, (), (), ()),
         method="with_residuals",
     )
     new = jax.tree.map(lambda *xs: jnp.stack(xs), *new)
@@ -220,6 +224,8 @@ def decode_chunk(
 
     batch: only the first so many rows are decoded; the others keep what they hold (a prompt that waits, say).
     """
+    if isinstance(state.done, jax.core.Tracer):  # inside another jit, whose options hold
+        return _chunk(setup, params, state, steps, batch)
     return compiled_chunk((batch or len(state.done)) <= FEW_ROWS)(setup, params, state, steps, batch)
 
 
@@ -227,8 +233,9 @@ def decode_chunk(
 def compiled_chunk(few: bool):
     """The jitted `decode_chunk` for few rows or for many.
 
-    On a GPU XLA can make one product of q, k and v, and of gate and up, and read their kernels as if they were one.
-    For few rows that saves launches; for many it keeps XLA from the libraries' faster products.
+    On a GPU XLA may make one product of several that share an operand, reading their kernels as if they were one. For
+    few rows q, k and v, and gate and up, are to be joined so, up to 256 MB; for many, nothing: it would keep XLA from
+    the libraries' faster products. This goes before what XLA_FLAGS says of that threshold.
     """
     options = {"xla_gpu_dot_merger_threshold_mb": 256 if few else 0} if jax.default_backend() == "gpu" else None
     return jax.jit(

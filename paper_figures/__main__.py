@@ -32,7 +32,8 @@ def main() -> None:
         if path.exists():
             script.main([str(path), str(style.RESULTS.parent / script.__name__.rsplit(".", 1)[1])])
     training_curves.main([])
-    decode_speed.main([])
+    if (style.RESULTS / "h200").exists():
+        decode_speed.main([str(style.RESULTS / "h200"), str(style.RESULTS.parent / "decode_speed")])
     readme_tables.main()
 
 

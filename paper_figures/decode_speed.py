@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 
 from paper_figures import style
 
-FOLDER = style.RESULTS / "h200"
-
 
 def series_of(row: dict) -> str:
     """What a row is a point of."""
@@ -26,8 +24,9 @@ def draw(records: dict[str, list[dict]]) -> Figure:
     """The figure of the rows of each model; a row of panels a model, a column a context."""
     contexts = sorted({row["context"] for rows in records.values() for row in rows})
     timed = {model: [row for row in rows if "seconds_per_step" in row] for model, rows in records.items()}
-    names = sorted({series_of(row) for rows in timed.values() for row in rows}, key=lambda name: (name[0] == "t", name))
-    looks = {name: style.look(n) for n, name in enumerate(sorted(names, key=lambda name: name != "vanilla"))}
+    # By ratio, then transformers by mode.
+    order = {series_of(row): (row.get("cr", float("inf")), row.get("mode")) for rows in timed.values() for row in rows}
+    looks = {name: style.look(n) for n, name in enumerate(sorted(order, key=order.get))}
     with style.theme():
         figure = style.new_figure(8, 2.6 * len(records))
         grid = figure.subplots(len(records), len(contexts), squeeze=False, sharex=True, sharey="row")
@@ -71,7 +70,7 @@ def read(folder: Path) -> dict[str, list[dict]]:
 
 def main(arguments: list[str] | None = None) -> None:
     given = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    folder, out = [*given, *(FOLDER, Path(__file__).with_suffix(""))[len(given) :]]
+    folder, out = [*given, *(style.RESULTS / "h200", Path(__file__).with_suffix(""))[len(given) :]]
     for path in style.save(draw(read(folder)), out):
         print(path)
 

@@ -258,10 +258,10 @@ def main(settings: Settings) -> None:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**30)
     memory = settings.memory or limit
     rate = copy_rate(2**22 if jax.default_backend() == "cpu" else 2**30)
+    run = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment()}
+    record = Record(settings.out, run | {"copy_bytes_per_second": rate, "memory_limit": memory})
     # The gate's parameters are there for every CR; vanilla does not look at them.
     params = random_params(config, GATE, settings.dtype, settings.seed)
-    run = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": environment()}
-    record = Record(settings.out, run | {"copy_bytes_per_second": rate, "memory_limit": memory})
     plans = [planned(settings, cell, bytes_of(params), memory) for cell in cells]
     compiled = None
     for plan in plans:

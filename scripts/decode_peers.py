@@ -245,7 +245,7 @@ def main(settings: Settings) -> None:
     about = environment() | {"torch": torch.__version__}
     if on_gpu:
         about["device"] = f"1 x gpu {torch.cuda.get_device_name()}"
-    run = {"settings": dataclasses.asdict(settings) | {"out": str(settings.out)}, "environment": about}
+    run = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": about}
     record = Record(settings.out, run | {"memory_limit": memory})
     model = random_model(MODELS[settings.model], settings.dtype, settings.device, settings.seed)
     for cell in cells:

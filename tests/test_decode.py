@@ -170,6 +170,30 @@ def test_generate_counts_and_stops_as_by_hand():
     assert 0 < ended, "some chain must have met a stop token"
 
 
+def test_products_are_joined_for_few_rows_only(monkeypatch):
+    made = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "jit", lambda f, **options: options["compiler_options"])
+    for few in (True, False):
+        made[few] = decode.compiled_chunk.__wrapped__(few)["xla_gpu_dot_merger_threshold_mb"]
+    assert made == {True: 256, False: 0}
+    monkeypatch.setattr(decode, "compiled_chunk", lambda few: lambda *given: few)
+    state = types.SimpleNamespace(done=np.zeros(65, bool))
+    assert [decode.decode_chunk(None, None, state, 1, batch) for batch in (None, 64, 65)] == [False, True, False]
+
+
+def test_a_chunk_inside_another_jit():
+    lm = random_lm(tiny(), None)
+    setup = setup_for(lm, "full", PAGED)
+    state = decode.init(setup, 2, jnp.float32, pages=50)._replace(
+        done=jnp.zeros(2, bool), last=jnp.full(2, 40, jnp.int32), token=jnp.asarray([3, 4])
+    )
+    chunk = jax.jit(lambda params, state: decode.decode_chunk(setup, params, state, 3)[1].tokens)
+    inside = chunk(lm.params, state)
+    np.testing.assert_array_equal(inside, decode.decode_chunk(setup, lm.params, state, 3)[1].tokens)
+    assert len(np.unique(inside)) > 2
+
+
 @pytest.mark.parametrize("per", ["head", "layer"])
 def test_adapter_gates_of_all_layers_at_once(per):
     lm = random_lm(tiny(), DMSConfig(gate="adapter", scale=2.0, offset=0.3, per=per))

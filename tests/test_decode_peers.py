@@ -93,6 +93,21 @@ def test_rows(tmp_path):
     assert largest[1]["largest_batch"] and largest[1]["batch"] > 2 and "error" not in largest[1]
 
 
+def test_a_run_that_is_broken_off_keeps_its_rows(tmp_path, monkeypatch):
+    measure = decode_peers.measure
+
+    def interrupted(settings, model, cache, batch, context, mode):
+        if mode == "graph":
+            raise KeyboardInterrupt
+        return measure(settings, model, cache, batch, context, mode)
+
+    settings = small(tmp_path, cells=("2x32",), modes=("eager", "graph"))
+    monkeypatch.setattr(decode_peers, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decode_peers.main(settings)
+    assert [row["mode"] for row in json.loads(settings.out.read_text())["rows"]] == ["eager"]
+
+
 def test_the_compiled_step_is_one_graph(tmp_path, monkeypatch):
     compile_with, given = torch.compile, {}
 

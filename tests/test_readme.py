@@ -23,7 +23,14 @@ def test_a_wrong_number_is_seen(name):
 def test_decode_rows_of_peers_and_of_cells_that_do_not_fit(tmp_path, monkeypatch):
     about = {"device": "1 x gpu NVIDIA X", "jax": "1", "transformers": "5", "torch": "2"}
     run = {"settings": {"model": "m", "dtype": "bfloat16", "rounds": 3, "steps": 16}, "environment": about}
-    cell = {"batch": 64, "context": 8192, "largest_batch": False, "fits": True, "bytes_needed": 2.5e10}
+    cell = {
+        "cell": "64x8192x8",
+        "batch": 64,
+        "context": 8192,
+        "largest_batch": False,
+        "fits": True,
+        "bytes_needed": 2.5e10,
+    }
     timed = {"seconds_per_step": 0.01, "tokens_per_second": 6400.0}
     ours = [{**cell, "cr": 8.0, **timed, "over_floor": 1.5}, {**cell, "cr": 1.0, "fits": False}]
     theirs = [{**cell, "mode": "eager", **timed}, {**cell, "mode": "compiled", "error": "x"}, {**cell, "fits": False}]
@@ -40,4 +47,27 @@ def test_decode_rows_of_peers_and_of_cells_that_do_not_fit(tmp_path, monkeypatch
         "| 8,192 | transformers, compiled | 64 | 25.0 | failed |  |  |",
         "| 8,192 | transformers | 64 | 25.0 | does not fit |  |  |",
     ]
+    assert "Over 1.35 times the floor from 8 sequences on: 64x8192x8 (1.500)." in lines[-1]
     assert "m's shape: NVIDIA X" in lines[-1] and "transformers 5 (torch 2): NVIDIA X" in lines[-1]
+
+
+def test_the_headline_is_against_vanilla_at_its_context(tmp_path, monkeypatch):
+    run = {"settings": {"dtype": "bfloat16"}, "environment": {"device": "1 x gpu NVIDIA X"}}
+    cells = [(8192, 1.0, 5, 50.0), (32768, 1.0, 2, 10.0), (32768, 8.0, 9, 75.0), (8192, 8.0, 30, 100.0)]
+    rows = [
+        {"batch": batch, "context": context, "cr": cr, "largest_batch": True, "seconds_per_step": 1, "over_floor": 1}
+        | {"tokens_per_second": tokens}
+        for context, cr, batch, tokens in cells
+    ]
+    rows.append({**rows[0], "largest_batch": False, "tokens_per_second": 1.0})
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "decode_phi.json").write_text(json.dumps({"runs": [run], "rows": rows}))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    assert readme_tables.gpu_headline().splitlines()[2:] == [
+        "| phi | 8,192 | vanilla | 5 | 50 | 1.00x |",
+        "| phi | 8,192 | DMS CR8 | 30 | 100 | 2.00x |",
+        "| phi | 32,768 | vanilla | 2 | 10 | 1.00x |",
+        "| phi | 32,768 | DMS CR8 | 9 | 75 | 7.50x |",
+        "",
+        "NVIDIA X, bfloat16, random weights.",
+    ]
