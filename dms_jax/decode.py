@@ -194,16 +194,15 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
         newcomer = Newcomer(slots[layer % at_once], k, logit, weights)
         return out[:, None], (cache, slots, owns, (*new, newcomer), reads)
 
-    model, gate = setup.model, setup.model.dms and setup.model.dms.gate
-    together = gate == "adapter" and not policy.late  # all layers' eviction logits, once the layers are through
-    hidden, (cache, _, owns, new, reads), residuals = (Decoder(model.config) if together else model).apply(
-        {"params": params},
-        state.token[:, None],
-        position[:, None],
-        attend,
-        (state.cache, None, (), (), ()),
-        method="with_residuals",
-    )
+    model = setup.model
+    given = {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())
+    # All layers' eviction logits at once where none is asked for before the layers are through.
+    together = model.dms is not None and model.dms.gate == "adapter" and not policy.late
+    if together:
+        hidden, carried, residuals = Decoder(model.config).apply(*given, method="with_residuals")
+    else:
+        hidden, carried = model.apply(*given)
+    cache, _, owns, new, reads = carried
     new = jax.tree.map(lambda *xs: jnp.stack(xs), *new)
     if together:
         new = new._replace(logit=adapter_logits(model, params, residuals)[..., 0])

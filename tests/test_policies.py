@@ -66,6 +66,7 @@ class Table(NamedTuple):
     """Token n * T + p is token p of sequence n; stands where `decode` expects a Decoder."""
 
     config: ModelConfig
+    dms: None = None  # no gate of its own: the logits come from the table
 
     def apply(self, variables, x, positions=None, attend=None, carried=None, method=None):
         if method == "unembed":
