@@ -166,11 +166,11 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
     Sequences that are done, and those for which the storage has no room, stay as they are. Returns the new state,
     the logits `[B, V]` and the Chunk of this one step, without its axis N.
     """
-    policy, storage = setup.policy, setup.storage
+    model, policy, storage = setup.model, setup.policy, setup.storage
     position, active = state.position, storage.admit(state.cache, ~state.done)
     step = Step(position, active, storage.live(state.cache), state.keys)
     mapped = Step(None, None, 0, None)  # the axis of layers; that of a policy's state is 1
-    at_once = 1 if policy.late else setup.model.config.num_layers  # layers in which room is made together
+    at_once = 1 if policy.late else model.config.num_layers  # layers in which room is made together
 
     def make_room(cache, layer, logit):
         layers = slice(layer, layer + at_once)
@@ -194,7 +194,6 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
         newcomer = Newcomer(slots[layer % at_once], k, logit, weights)
         return out[:, None], (cache, slots, owns, (*new, newcomer), reads)
 
-    model = setup.model
     given = {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())
     # All layers' eviction logits at once where none is asked for before the layers are through.
     together = model.dms is not None and model.dms.gate == "adapter" and not policy.late
@@ -207,7 +206,7 @@ def decode_step(setup: Setup, params: Params, state: DecodeState) -> tuple[Decod
     if together:
         new = new._replace(logit=adapter_logits(model, params, residuals)[..., 0])
     own = jax.vmap(policy.record, (1, mapped, 0), 1)(_join(owns, jnp.concatenate), step, new)
-    logits = setup.model.apply({"params": params}, hidden, method="unembed")[:, 0]
+    logits = model.apply({"params": params}, hidden, method="unembed")[:, 0]
     live = jnp.moveaxis(storage.live(cache), 0, 1)
     token = jnp.where(active, sampling.sample(logits, state.keys, position + 1, setup.sampling), state.token)
     position = position + active

@@ -155,10 +155,8 @@ def adapter_logits(model: Decoder, params: Params, residuals: Sequence[Residual]
     c = model.config
     gates = [params[f"layers_{n}"]["attn"]["gate"] for n in range(c.num_layers)]
     gate = AdapterGate(c.num_kv_heads, c.norm_eps)
-    out = jax.vmap(lambda own, x: gate.apply({"params": own}, x))(
-        jax.tree.map(lambda *xs: jnp.stack(xs), *gates), jnp.stack(residuals)
-    )
-    return jax.vmap(lambda x: dms.affine(x, model.dms))(out)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *gates)
+    return jax.vmap(lambda own, x: dms.affine(gate.apply({"params": own}, x), model.dms))(stacked, jnp.stack(residuals))
 
 
 def arange_positions(tokens: Tokens) -> Positions:

@@ -1,11 +1,9 @@
 """Tokens per second against the number of sequences: vanilla, DMS and transformers at the shapes of real models.
 
-usage: python -m paper_figures.decode_speed [folder of records] [out]
-
 Never runs a model: `python -m scripts.bench_decode` and `python -m scripts.decode_peers` do.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,14 +14,17 @@ from paper_figures import style
 def series_of(row: dict) -> str:
     """What a row is a point of."""
     if "cr" not in row:
-        return f"transformers, {row['mode']}"
+        return ", ".join(["transformers", *([row["mode"]] if "mode" in row else [])])
     return "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}"
 
 
 def draw(records: dict[str, list[dict]]) -> Figure:
-    """The figure of the rows of each model; a row of panels a model, a column a context."""
-    contexts = sorted({row["context"] for rows in records.values() for row in rows})
-    timed = {model: [row for row in rows if "seconds_per_step" in row] for model, rows in records.items()}
+    """The figure of the records of each model: a row of panels a model, a column a context."""
+    timed = {
+        model: [row for record in of_model for row in record["rows"] if "seconds_per_step" in row]
+        for model, of_model in records.items()
+    }
+    contexts = sorted({row["context"] for rows in timed.values() for row in rows})
     # By ratio, then transformers by mode.
     order = {series_of(row): (row.get("cr", float("inf")), row.get("mode")) for rows in timed.values() for row in rows}
     looks = {name: style.look(n) for n, name in enumerate(sorted(order, key=order.get))}
@@ -54,24 +55,30 @@ def draw(records: dict[str, list[dict]]) -> Figure:
 
 
 def read(folder: Path) -> dict[str, list[dict]]:
-    """Model -> the rows of decode_MODEL.json and of decode_peers_MODEL.json in a folder.
+    """Model -> the record decode_MODEL.json of a folder, then decode_peers_MODEL.json.
 
     Raises:
       ValueError: no record, or a file that is none.
     """
     records: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("decode_*.json")):
+    for path in sorted(folder.glob("decode_*.json"), key=lambda path: (path.stem.startswith("decode_peers_"), path)):
         model = path.stem.removeprefix("decode_").removeprefix("peers_")
-        records.setdefault(model, []).extend(style.read_results(path, "rows")["rows"])
+        records.setdefault(model, []).append(style.read_results(path, "rows"))
     if not records:
         raise ValueError(f"{folder}: has no decode_*.json")
     return dict(sorted(records.items(), reverse=True))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    folder, out = [*given, *(style.RESULTS / "h200", Path(__file__).with_suffix(""))[len(given) :]]
-    for path in style.save(draw(read(folder)), out):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=style.RESULTS / "h200", help="of the records")
+    parser.add_argument("out", type=Path, nargs="?", help="path without suffix; default: in the folder")
+    options = parser.parse_args(arguments)
+    try:
+        records = read(options.folder)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for path in style.save(draw(records), options.out or options.folder / "decode_speed"):
         print(path)
 
 

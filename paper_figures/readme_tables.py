@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 from experiments.report import percent
-from paper_figures import style
+from paper_figures import decode_speed, style
 from paper_figures.bench_cache import name_of
+from paper_figures.decode_speed import series_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -83,10 +84,6 @@ def cache() -> str:
 
 def decode_row(row: dict) -> list[str]:
     """A row of bench_decode or, where it has no ratio, of decode_peers."""
-    if "cr" in row:
-        cache = "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}"
-    else:
-        cache = ", ".join(["transformers", *([row["mode"]] if "mode" in row else [])])
     sequences = f"{row['batch']}" + (
         " (the most that fit)" if row.get("largest_batch") and row.get("fits", True) else ""
     )
@@ -96,7 +93,7 @@ def decode_row(row: dict) -> list[str]:
     else:
         numbers = ["failed" if row.get("fits", True) else "does not fit", "", ""]
     needs = f"{row['bytes_needed'] / 1e9:,.1f}" if "bytes_needed" in row else ""
-    return [f"{row['context']:,}", cache, sequences, needs, *numbers]
+    return [f"{row['context']:,}", series_of(row), sequences, needs, *numbers]
 
 
 def decode_note(results: dict) -> str:
@@ -130,33 +127,21 @@ def decode_table(records: list[dict]) -> str:
     return f"{markdown(header, [decode_row(row) for row in rows])}\n\n{notes}"
 
 
-def decode_records() -> dict[tuple[str, str], list[dict]]:
-    """(folder, model) -> the records decode_MODEL.json and decode_peers_MODEL.json, where they are."""
-    found = {}
-    for path in sorted(RESULTS.glob("*/decode_*.json")):
-        name = path.stem.removeprefix("decode_")
-        found.setdefault((path.parent.name, name.removeprefix("peers_")), []).append(json.loads(path.read_text()))
-    return found
-
-
 def gpu_decode() -> str:
     """Whole decode steps against the floor: a table for each folder and model."""
-    return "\n\n".join(decode_table(ours_first(records)) for _, records in sorted(decode_records().items()))
-
-
-def ours_first(records: list[dict]) -> list[dict]:
-    return sorted(records, key=lambda record: "copy_bytes_per_second" not in record["runs"][0])
+    folders = sorted({path.parent for path in RESULTS.glob("*/decode_*.json")})
+    return "\n\n".join(decode_table(records) for folder in folders for records in decode_speed.read(folder).values())
 
 
 def gpu_headline() -> str:
     """The most sequences that fit on an H200: tokens per second beside vanilla."""
     lines, made = [], set()
-    for (folder, model), records in sorted(decode_records().items(), reverse=True):
+    for model, records in decode_speed.read(RESULTS / "h200").items():
         rows = [
             row for record in records for row in record["rows"] if row["largest_batch"] and "tokens_per_second" in row
         ]
         vanilla = {row["context"]: row["tokens_per_second"] for row in rows if row.get("cr") == 1}
-        rows = [row for row in rows if folder == "h200" and row["context"] in vanilla]
+        rows = [row for row in rows if row["context"] in vanilla]
         for row in sorted(rows, key=lambda row: (row["context"], row["tokens_per_second"])):
             context, cache, sequences, *_, tokens = decode_row(row)
             ratio = f"{row['tokens_per_second'] / vanilla[row['context']]:.2f}x"

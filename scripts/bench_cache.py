@@ -11,7 +11,6 @@ tokens are all marked (DMS) or all kept (full); the few that are timed hardly ch
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from dms_jax.cache import storage
 from dms_jax.cache.paged import PagedCache
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
 from dms_jax.policies import policy
-from experiments.run import environment
+from experiments.run import environment, write_json
 
 SMOLLM2 = ModelConfig(
     family="llama", vocab_size=49152, num_layers=30, model_dim=576, num_heads=9, num_kv_heads=3, head_dim=64,
@@ -166,7 +165,7 @@ def save(settings: Settings, rows: list[dict]) -> None:
     if settings.out:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment(), "rows": rows}
-        settings.out.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(settings.out, record)
 
 
 def main(settings: Settings) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 
 from dms_jax import kernels
+from experiments.run import write_json
 from scripts import kernel_cases as cases
 from scripts import kernel_peers as peers
 
@@ -63,7 +64,7 @@ class Record:
         self.rows.append(row)
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         if self.out:
-            self.out.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1) + "\n")
+            write_json(self.out, {**self.about, "rows": self.rows})
 
     def guard(self, measure: Callable[[], object], **row) -> None:
         """Calls `measure`; adds a row with the error if it raises one."""
