@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig  # noqa: F401
-    from dms_jax.conversation import Conversation  # noqa: F401
-    from dms_jax.generation import generate  # noqa: F401
-    from dms_jax.hub import LM, load, save, save_gate  # noqa: F401
-    from dms_jax.tensorfile import WeightError  # noqa: F401
+    from dms_jax.inference.chat import Conversation  # noqa: F401
+    from dms_jax.inference.generation import generate  # noqa: F401
+    from dms_jax.weights.load import LM, load, save, save_gate  # noqa: F401
+    from dms_jax.weights.safetensors import WeightError  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -18,13 +18,13 @@ _HOME = {
     "DMSConfig": "config",
     "ModelConfig": "config",
     "SamplingConfig": "config",
-    "LM": "hub",
-    "load": "hub",
-    "save": "hub",
-    "save_gate": "hub",
-    "generate": "generation",
-    "Conversation": "conversation",
-    "WeightError": "tensorfile",
+    "LM": "weights.load",
+    "load": "weights.load",
+    "save": "weights.load",
+    "save_gate": "weights.load",
+    "generate": "inference.generation",
+    "Conversation": "inference.chat",
+    "WeightError": "weights.safetensors",
 }
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,4 +1,4 @@
-"""Level 0. Frozen configurations, checked on creation. An error names the field and the value."""
+"""Frozen configurations, checked on creation. An error names the field and the value."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,21 +137,19 @@ class DMSConfig:
 class CacheConfig:
     """Where keys and values are kept.
 
-    storage: "paged" keeps what is live; "contiguous", for CPUs, as many slots everywhere as the longest head needs;
-      "masked" everything, for research.
+    storage: "paged" keeps what is live, "masked" everything (for research and as the oracle).
     capacity: slots a head, in tokens: an upper bound.
-    page_size: slots a page of paged storage, and of what a policy that reads by pages (Quest) chooses from;
-      contiguous storage grows by as many in every head.
+    page_size: slots a page of paged storage, and of what a policy that reads by pages (Quest) chooses from.
     quant: "none", "int8" or "fp8" (e4m3) keys and values, with a scale for each token and head.
     """
 
-    storage: Literal["paged", "contiguous", "masked"] = "paged"
+    storage: Literal["paged", "masked"] = "paged"
     capacity: int = 4096
     page_size: int = 64
     quant: Literal["none", "int8", "fp8"] = "none"
 
     def __post_init__(self):
-        one_of("cache", self.storage, ("paged", "contiguous", "masked"))
+        one_of("cache", self.storage, ("paged", "masked"))
         one_of("quant", self.quant, ("none", "int8", "fp8"))
         for key in ("capacity", "page_size"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")

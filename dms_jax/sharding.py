@@ -1,4 +1,4 @@
-"""Level 1. The only file that knows the mesh (data, fsdp, tensor), and which letter of types.py lies along which axis.
+"""The only file that knows the mesh (data, fsdp, tensor), and which letter of types.py lies along which axis.
 
 A tensor is described by its letters ("E H D"), as in weights.py. Parameters, their gradients and their moments are
 split along fsdp by the model dim and along tensor by heads, MLP dim or vocabulary; activations are split by batch

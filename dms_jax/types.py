@@ -1,4 +1,4 @@
-"""Level 0. The letter table, and a name for every kind of tensor.
+"""The letter table, and a name for every kind of tensor.
 
 Letters, used in annotations, einsum strings and docstrings alike:
 
@@ -34,7 +34,7 @@ StoredKV = Float[Array, "B K S D"]  # keys or values in their slots
 
 GateLogits = Float[Array, "B K T"]  # eviction logit of each token and KV head
 Decisions = Bool[Array, "B K T"]  # alpha: True means evict
-KeepLog = Float[Array, "B K S"]  # log(1 - p): 0 for a kept key, NEGATIVE for an evicted one
+LogKeepProb = Float[Array, "B K S"]  # log(1 - p): 0 for a kept key, MASK_VALUE for an evicted one
 ScoreBias = Float[Array, "B K T S"]
 Visible = Bool[Array, "B K T S"]
 
@@ -43,4 +43,4 @@ PerHeadKV = Float[Array, "B K D"]  # the key or value of one token a sequence
 Slots = Int[Array, "B K S"]  # the slot of each token, or the position in each slot
 SlotFlags = Bool[Array, "B K S"]
 
-NEGATIVE = -1e30  # stands for -inf in scores: finite, so that gradients stay finite
+MASK_VALUE = -1e30  # stands for -inf in scores: finite, so that gradients stay finite

@@ -151,7 +151,7 @@ def cell_identity(settings: Ablation, cell: Cell) -> dict:
 
 def retrofit_config(settings: Ablation, dms: DMSConfig):
     """The retrofit of a cell; its first `retire_steps` steps are the shared ones."""
-    from dms_jax.recipe import RetrofitConfig
+    from dms_jax.training.config import RetrofitConfig
 
     return RetrofitConfig(
         dms=dms,
@@ -166,8 +166,10 @@ def retrofit_config(settings: Ablation, dms: DMSConfig):
 
 def train(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path, retiring: bool, **options) -> None:
     """The shared first steps of a retrofit (`retiring`), or all after them, in `folder` from its newest checkpoint."""
-    from dms_jax import loop, retrofit, sharding
-    from dms_jax.data import one_document, pool_stream
+    from dms_jax import sharding
+    from dms_jax.training import loop
+    from dms_jax.training import step as retrofit
+    from dms_jax.training.data import one_document, pool_stream
 
     config = retrofit_config(settings, dms)
     problems = pool_stream(read_pool(pool), config.batch_size, config.seed)
@@ -202,7 +204,7 @@ def make_pool(settings: Ablation, path: Path) -> None:
 
 def read_pool(path: Path):
     """The training problems as a `Batch`."""
-    from dms_jax.data import Batch
+    from dms_jax.training.data import Batch
 
     with np.load(path, allow_pickle=False) as arrays:
         return Batch(arrays["tokens"], arrays["prompts"], arrays["lengths"])
@@ -235,7 +237,10 @@ def prepare(settings: Ablation, out: Path) -> dict:
 
 def begin_cell(settings: Ablation, cell: Cell, lm: Any, start: Path, folder: Path) -> None:
     """Puts the shared start into a cell's folder as its first checkpoint, the neuron's inputs zeroed."""
-    from dms_jax import checkpoint, retrofit, sharding, trainable
+    from dms_jax import sharding
+    from dms_jax.training import checkpoint
+    from dms_jax.training import parameters as trainable
+    from dms_jax.training import step as retrofit
 
     with checkpoint.Checkpoints(folder / "checkpoints") as own:
         if own.good is not None:
@@ -254,7 +259,7 @@ def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
     import jax
 
     import dms_jax
-    from dms_jax import hub
+    from dms_jax.weights import load as hub
 
     run = open_run(out, "cell", cell_identity(settings, cell), out / cell.name)
     try:
@@ -290,7 +295,7 @@ def score_member(settings: Ablation, run: Run, lm: Any, dms: DMSConfig | None, s
     dms: without a ratio, so that all members of a cell share compiled code.
     """
     import dms_jax
-    from dms_jax import sampling
+    from dms_jax.inference import sampling
     from experiments.tasks import aime
     from experiments.tasks.base import judge
 

@@ -71,8 +71,8 @@ class Config:
     """default: 0.95; for mini, 1"""
     budget: Annotated[float | None, _metavar("SHARE")] = None
     """of a policy that needs one: the share of the maximum length that a head may hold, 1 / CR"""
-    cache: Annotated[Literal["paged", "contiguous", "masked"], _metavar("KIND")] = "paged"
-    """paged (memory falls), contiguous or masked (one array a layer); default: paged"""
+    cache: Annotated[Literal["paged", "masked"], _metavar("KIND")] = "paged"
+    """paged (memory falls) or masked (one array a layer); default: paged"""
     page_size: Annotated[int | None, _metavar("TOKENS")] = None
     """slots a page; default: 64"""
     quant: Annotated[Literal["none", "int8", "fp8"], _metavar("KIND")] = "none"
@@ -177,7 +177,7 @@ def load_models(config: Config) -> tuple[list, list[stats.Cell]]:
     import dms_jax
     from dms_jax import policies
     from dms_jax.config import require
-    from dms_jax.generation import resolve_dms
+    from dms_jax.inference.generation import resolve_dms
     from experiments import sweep
     from experiments.chains import Model
 
@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     config = tyro.cli(Config, args=arguments, description=__doc__, prog="python -m experiments.aime")
     from dms_jax.config import ConfigError
-    from dms_jax.tensorfile import WeightError
+    from dms_jax.weights.safetensors import WeightError
 
     console = Console()
     if not console.is_terminal:

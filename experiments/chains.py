@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dms_jax import generation, sampling
 from dms_jax.config import DMSConfig, SamplingConfig
-from dms_jax.engine import Engine
-from dms_jax.jobs import EngineConfig, Job, Progress, Result
-from dms_jax.parallel import run_together
+from dms_jax.inference import generation, sampling
+from dms_jax.inference.engine import Engine
+from dms_jax.inference.jobs import EngineConfig, Job, Progress, Result
+from dms_jax.inference.parallel import run_together
 from experiments.run import Run
 from experiments.tasks.base import Task, judge
 
@@ -148,7 +148,7 @@ class Sampler:
                 cache=s.cache,
                 page_size=s.page_size,
                 quant=s.quant,
-                engine=EngineConfig(slots=s.batch_size),
+                engine=EngineConfig(max_num_seqs=s.batch_size),
                 on_progress=self.on_progress,
             )
         return self._engines[model.source]

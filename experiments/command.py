@@ -68,7 +68,7 @@ def main(
     start = time.monotonic()
     config = tyro.cli(config_class, args=arguments, description=description, prog=f"python -m {program}")
     from dms_jax.config import ConfigError
-    from dms_jax.tensorfile import WeightError
+    from dms_jax.weights.safetensors import WeightError
 
     console = Console()
     if not console.is_terminal:

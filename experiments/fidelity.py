@@ -35,7 +35,7 @@ from rich.console import Console
 
 from dms_jax import dms
 from dms_jax.config import require
-from dms_jax.transformer import Decoder, arange_positions, causal
+from dms_jax.models.transformer import Decoder, arange_positions, causal
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
@@ -64,8 +64,8 @@ class Config(command.ModelOptions):
     """eviction policies; default: dms where the model was retrofitted and for mini, full otherwise"""
     cr: Annotated[tuple[float, ...], metavar("CR ...")] = ()
     """members of a retrofitted family, for policy dms; default: the model as it is; for mini, 2 4 8"""
-    cache: Annotated[Literal["paged", "contiguous", "masked"], metavar("KIND")] = "paged"
-    """paged (memory falls), contiguous or masked (one array a layer); default: paged"""
+    cache: Annotated[Literal["paged", "masked"], metavar("KIND")] = "paged"
+    """paged (memory falls) or masked (one array a layer); default: paged"""
     page_size: Annotated[int, metavar("TOKENS")] = 64
     """slots a page; Quest reads whole pages, its authors' of 16; default: 64"""
     length: Annotated[int, metavar("TOKENS")] = 1024

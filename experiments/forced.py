@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dms_jax import decode, generation
 from dms_jax.config import require
+from dms_jax.inference import decode, generation
 from experiments.variants import Loaded
 
 
@@ -19,21 +19,21 @@ class Forced(NamedTuple):
     live: jax.Array  # [N, B]
 
 
-@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
-def _steps(setup: decode.Setup, params, state: decode.DecodeState, tokens) -> tuple[decode.DecodeState, Forced]:
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def _steps(spec: decode.DecodeSpec, params, state: decode.DecodeState, tokens) -> tuple[decode.DecodeState, Forced]:
     """Decode steps that take `tokens` `[N, B]` instead of what they would have drawn."""
 
     def body(state, token):
-        state, logits, made = decode.decode_step(setup, params, state._replace(token=token))
+        state, logits, made = decode.decode_step(spec, params, state._replace(token=token))
         return state, Forced(logits, made.live.mean(axis=(1, 2)))
 
     return jax.lax.scan(body, state, tokens)
 
 
-def _prefill(setup: decode.Setup, params, tokens: np.ndarray, lengths: np.ndarray, chunk: int, pages: int):
+def _prefill(spec: decode.DecodeSpec, params, tokens: np.ndarray, lengths: np.ndarray, chunk: int, pages: int):
     """The state after the first `lengths` tokens of each sequence, and the logits of the next, `[B, V]`."""
     B, T = tokens.shape
-    state = decode.init(setup, B, params["embed"]["embedding"].dtype, pages)
+    state = decode.init(spec, B, params["embed"]["embedding"].dtype, pages)
     # Every sequence takes steps until its last token is predicted; keys draw nothing, as all is given.
     rows, keys, steps = np.arange(B), np.zeros((B, 2), np.uint32), T - lengths
     logits, longest = None, generation.round_up(int(lengths.max()))
@@ -41,9 +41,9 @@ def _prefill(setup: decode.Setup, params, tokens: np.ndarray, lengths: np.ndarra
     for start in range(0, longest, chunk):
         part = tokens[:, start : min(start + chunk, longest)]
         count = np.clip(lengths - start, 0, part.shape[1])
-        width = generation.round_up(int(decode.live_tokens(setup, state).max()))
-        width = min(width, setup.storage.slots)
-        state, new, _ = decode.prefill(setup, params, state, rows, part, count, steps, keys, width)
+        width = generation.round_up(int(decode.live_tokens(spec, state).max()))
+        width = min(width, spec.storage.slots)
+        state, new, _ = decode.prefill(spec, params, state, rows, part, count, steps, keys, width)
         logits = new if logits is None else np.where(count[:, None] > 0, new, logits)
     return state, logits
 
@@ -73,14 +73,14 @@ def forced_logits(
     require(longest < T, "prompt", longest, f"leaves nothing of {T} tokens to predict")
     engine = generation.build(lm, T, stop=(), cache=cache, page_size=page_size, **loaded.options)
     worst = np.full((B, lm.config.num_layers, lm.config.num_kv_heads), T)
-    setup, pages = engine.setup, int(engine.setup.storage.pages(worst).max())
-    state, logits = _prefill(setup, lm.params, tokens, prompt_lengths, engine.config.prefill_chunk, pages)
-    yield Forced(logits[None], decode.live_tokens(setup, state).mean(axis=(1, 2))[None])
+    spec, pages = engine.spec, int(engine.spec.storage.pages(worst).max())
+    state, logits = _prefill(spec, lm.params, tokens, prompt_lengths, engine.config.prefill_chunk, pages)
+    yield Forced(logits[None], decode.live_tokens(spec, state).mean(axis=(1, 2))[None])
     steps = T - int(prompt_lengths.min()) - 1
     steps += -steps % chunk  # whole chunks: one shape compiles once
     # Step n of sequence b is fed token prompt_length + n; past the end a sequence takes no more steps.
     index = np.minimum(prompt_lengths + np.arange(steps)[:, None], T - 1)
     fed = np.take_along_axis(np.asarray(tokens, np.int32).T, index, axis=0)
     for first in range(0, steps, chunk):
-        state, forced = _steps(setup, lm.params, state, fed[first : first + chunk])
+        state, forced = _steps(spec, lm.params, state, fed[first : first + chunk])
         yield forced

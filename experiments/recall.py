@@ -14,10 +14,12 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from dms_jax import generation, metrics, policies
+from dms_jax import policies
 from dms_jax.config import one_of, require
-from dms_jax.engine import Engine
-from dms_jax.jobs import EngineConfig, Job, Result
+from dms_jax.inference import generation
+from dms_jax.inference import use_counts as metrics
+from dms_jax.inference.engine import Engine
+from dms_jax.inference.jobs import EngineConfig, Job, Result
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
@@ -142,7 +144,7 @@ def engine_for(config: Config, cell: Cell, longest: int, bar: report.ProgressBar
         longest,
         **{**cell.loaded.options, "budget": budget},
         page_size=config.page_size,
-        engine=EngineConfig(slots=config.batch_size),
+        engine=EngineConfig(max_num_seqs=config.batch_size),
         on_progress=bar.on_progress,
     )
 

@@ -24,9 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from dms_jax import masks
+from dms_jax import dms
 from dms_jax.config import require
-from dms_jax.transformer import Decoder, arange_positions, hard_eviction
+from dms_jax.models.transformer import Decoder, arange_positions, hard_eviction
 from experiments import command, fidelity
 from experiments import variants as variants_module
 from experiments.chains import fingerprint
@@ -65,7 +65,7 @@ def live_at_end(params, tokens, lengths, model_config, config):
 
     def live(alpha):
         B, K, T = alpha.shape
-        return masks.visible(last, jnp.broadcast_to(seen[:, None], (B, K, T)), alpha, config.window)[:, :, 0]
+        return dms.visible(last, jnp.broadcast_to(seen[:, None], (B, K, T)), alpha, config.window)[:, :, 0]
 
     return jnp.stack([live(alpha) for alpha in alphas])
 

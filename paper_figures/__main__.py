@@ -4,7 +4,6 @@ from paper_figures import (
     accuracy_vs_cr,
     accuracy_vs_reads,
     achieved_cr,
-    bench_cache,
     decode_speed,
     pareto_fronts,
     readme_tables,
@@ -22,7 +21,6 @@ FIGURES = {
     achieved_cr: "sweep.json",
     window_ablation: "ablate_window.json",
     retention: "retention.json",
-    bench_cache: "bench_cache.json",
 }
 
 

@@ -1,6 +1,6 @@
 """Tokens per second against the number of sequences: vanilla, DMS and transformers at the shapes of real models.
 
-Never runs a model: `python -m scripts.bench_decode` and `python -m scripts.decode_peers` do.
+Never runs a model: `python -m scripts.benchmarks.bench_decode` and `python -m scripts.benchmarks.decode_peers` do.
 """
 
 import argparse

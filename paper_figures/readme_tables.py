@@ -9,7 +9,6 @@ from pathlib import Path
 
 from experiments.report import percent
 from paper_figures import decode_speed, style
-from paper_figures.bench_cache import name_of
 from paper_figures.decode_speed import series_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,28 +57,6 @@ def speed() -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     note = f"SmolLM2-135M, {results['setting']}; medians of {results['rounds']} rounds; {versions}."
     return f"{markdown(['batch', 'dms_jax', 'transformers', 'ratio'], rows)}\n\n{note}"
-
-
-def cache() -> str:
-    """Decode steps at the longest contexts measured."""
-    results = json.loads((RESULTS / "bench_cache.json").read_text())
-    rows = [
-        [
-            f"{row['context']:,}",
-            name_of(row),
-            f"{1e3 * row['seconds_per_step']:.0f}",
-            f"{row['of_full']:.2f}",
-            f"{row['bytes_in_pages'] / 1e6:,.0f}" if "bytes_in_pages" in row else "",
-        ]
-        for row in results["rows"]
-        if row["context"] >= 8192
-    ]
-    settings, about = results["settings"], results["environment"]
-    note = (
-        f"SmolLM2-135M's shape, batch {settings['batch']}, {settings['dtype']}, {about['cpu_count']} CPU cores, jax "
-        f"{about['jax']}; medians of {settings['rounds']}; `{about['command'].split(' --out')[0]}`."
-    )
-    return f"{markdown(['context', 'cache', 'ms a step', 'of full', 'MB in pages'], rows)}\n\n{note}"
 
 
 def decode_row(row: dict) -> list[str]:
@@ -272,7 +249,6 @@ TABLES = {
     "mini": mini,
     "ruler": ruler,
     "speed": speed,
-    "cache": cache,
     "gpu_headline": gpu_headline,
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,

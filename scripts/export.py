@@ -19,9 +19,12 @@ import numpy as np
 import tyro
 
 import dms_jax
-from dms_jax import checkpoint, hub, retrofit, sharding
+from dms_jax import sharding
 from dms_jax.config import ConfigError, require
-from dms_jax.recipe import RetrofitConfig
+from dms_jax.training import checkpoint
+from dms_jax.training import step as retrofit
+from dms_jax.training.config import RetrofitConfig
+from dms_jax.weights import load as hub
 from scripts.retrofit import RUN
 
 CARD = "README.md"

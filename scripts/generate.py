@@ -91,8 +91,8 @@ def load(config: Config, cr: float | None):
 
 def prompt_ids(config: Config, lm, text: str) -> list[int]:
     """Token ids of the prompt. The mini model's problems end in a newline, which is added where it is missing."""
-    from dms_jax import generation
     from dms_jax.config import require
+    from dms_jax.inference import generation
 
     if config.chat:
         require(bool(lm.tokenizer.chat_template), "chat", True, "the tokenizer has no chat template")
@@ -123,7 +123,7 @@ def write(text: str) -> None:
 
 def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
     """Generates to the terminal; returns the new text."""
-    from dms_jax import generation
+    from dms_jax.inference import generation
 
     ids = prompt_ids(config, lm, text)
     shown = TextStream(lm.tokenizer, write)
@@ -167,7 +167,7 @@ def demo(config: Config) -> None:
 def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(Config, args=arguments, description=__doc__, prog="python -m scripts.generate")
     from dms_jax.config import ConfigError, require
-    from dms_jax.tensorfile import WeightError
+    from dms_jax.weights.safetensors import WeightError
 
     try:
         require(config.demo != (config.prompt is not None), "prompt", config.prompt, "give --prompt or --demo")

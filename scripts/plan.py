@@ -32,9 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from dms_jax import data, flops, retrofit, sharding, trainable, transformer
+from dms_jax import sharding
 from dms_jax.config import ConfigError, ModelConfig, load_yaml
-from dms_jax.recipe import RetrofitConfig
+from dms_jax.models import transformer
+from dms_jax.training import data, flops
+from dms_jax.training import parameters as trainable
+from dms_jax.training import step as retrofit
+from dms_jax.training.config import RetrofitConfig
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}

@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import tyro
 
-from dms_jax import loop, retrofit
 from dms_jax.config import ModelConfig, load_yaml
-from dms_jax.data import Batch, pool_stream
-from dms_jax.hub import LM, save
-from dms_jax.transformer import Decoder, arange_positions, causal, init
+from dms_jax.models.transformer import Decoder, arange_positions, causal, init
+from dms_jax.training import loop
+from dms_jax.training import step as retrofit
+from dms_jax.training.data import Batch, pool_stream
+from dms_jax.weights.load import LM, save
 from experiments.tasks import mini
 
 LENGTH = 512  # tokens a sequence is padded to; the longest problem has fewer

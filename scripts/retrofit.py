@@ -19,10 +19,14 @@ import numpy as np
 import tyro
 
 import dms_jax
-from dms_jax import data, flops, hub, loop, retrofit, sharding, trainable, watch
+from dms_jax import sharding
 from dms_jax.config import ConfigError, ModelConfig, load_yaml, require
-from dms_jax.documents import open_documents
-from dms_jax.recipe import RetrofitConfig, SourceConfig
+from dms_jax.training import data, flops, loop, watch
+from dms_jax.training import parameters as trainable
+from dms_jax.training import step as retrofit
+from dms_jax.training.config import RetrofitConfig, SourceConfig
+from dms_jax.training.documents import open_documents
+from dms_jax.weights import load as hub
 from scripts import pretrain_mini
 
 RUN, FINISHED = "run.json", "finished"

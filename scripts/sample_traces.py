@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import dms_jax
 from dms_jax.config import ConfigError, require
-from dms_jax.documents import open_rows, prompt_of
-from dms_jax.recipe import SourceConfig
+from dms_jax.training.config import SourceConfig
+from dms_jax.training.documents import open_rows, prompt_of
 
 Write = Callable[[Sequence[list[int]], int], list[list[list[int]]]]
 

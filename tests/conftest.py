@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; the tests that compile start a process
+# Most programs of the tests run a few times: LLVM's optimisation costs more than it saves.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -27,7 +29,7 @@ def rng():
 @pytest.fixture
 def interpreted(monkeypatch):
     """implementation="triton" runs in Triton's interpreter."""
-    from scripts import interpreted_jax_triton
+    from scripts.benchmarks import interpreted_jax_triton
 
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module())
 
@@ -51,8 +53,8 @@ def tiny_family(tmp_path_factory):
     from transformers import AutoTokenizer
 
     import dms_jax
-    from dms_jax import transformer
     from dms_jax.config import DMSConfig, ModelConfig
+    from dms_jax.models import transformer
     from experiments.tasks import mini
 
     folder = tmp_path_factory.mktemp("tokenizer")

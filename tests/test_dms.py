@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import dms, layers, trainable, transformer
+from dms_jax import dms
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
-from dms_jax.types import NEGATIVE
+from dms_jax.models import layers, transformer
+from dms_jax.training import parameters as trainable
+from dms_jax.types import MASK_VALUE
 
 # Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -94,13 +96,13 @@ def test_straight_through_has_the_hard_value_and_the_soft_gradient():
 
 
 def test_keep_log_is_log_of_one_minus_p_and_stable():
-    x = jnp.array([NEGATIVE, -1e6, -20.0, -1.0, 0.0, 3.0, 50.0, 1e6, 1e30])
-    value, gradient = jax.vmap(jax.value_and_grad(dms.keep_log))(x)
+    x = jnp.array([MASK_VALUE, -1e6, -20.0, -1.0, 0.0, 3.0, 50.0, 1e6, 1e30])
+    value, gradient = jax.vmap(jax.value_and_grad(dms.log_keep_prob))(x)
     np.testing.assert_allclose(value, -np.logaddexp(0, np.asarray(x, np.float64)), rtol=1e-5)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(gradient, -sigmoid(x), rtol=1e-5, atol=1e-30)
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
-    np.testing.assert_array_equal(dms.hard_keep_log(jnp.array([True, False])), np.float32([NEGATIVE, 0]))
+    np.testing.assert_array_equal(dms.hard_log_keep_prob(jnp.array([True, False])), np.float32([MASK_VALUE, 0]))
 
 
 def test_schedule():

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dms_jax import sharding, trainable
+from dms_jax import sharding
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
-from dms_jax.recipe import RetrofitConfig
+from dms_jax.training import parameters as trainable
+from dms_jax.training.config import RetrofitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -69,7 +70,7 @@ def test_constrain_without_a_mesh_is_nothing():
 
 def start(out: Path, *arguments: str) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "multidevice.py"), str(out), *arguments]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "multidevice.py"), str(out), *arguments]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,4 +1,4 @@
-"""Level 3. What a storage of keys and values is, in the vocabulary of slots. Knows no policy.
+"""What a storage of keys and values is, in the vocabulary of slots. Knows no policy.
 
 A token takes a slot in each KV head; a slot's `pos` is its token's position, -1 where the slot is empty. A policy
 names the slot that a newcomer drives out (the victim, -1 for none); the storage decides what becomes of it. Keys

@@ -1,4 +1,4 @@
-"""Level 3. Masked storage: slot = order of arrival; a victim keeps its slot and is hidden. Memory never falls.
+"""Masked storage: slot = order of arrival; a victim keeps its slot and is hidden. Memory never falls.
 
 For research, for debugging and as the oracle of the other storages. Keys are kept transposed: on a CPU the product
 with a query is then twice as fast. Dense storage shares all that does not choose slots.
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache.base import Storage, View
 from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.types import NEGATIVE, Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.types import MASK_VALUE, Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
 
 
 class ArrayCache(NamedTuple):
@@ -80,7 +80,7 @@ def attend(cache: ArrayCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slots, 
     if readable is not None:
         read &= jnp.repeat(readable, page, axis=-1)[..., :S]
     scores = jnp.einsum("BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), keys, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, NEGATIVE)[:, :, None], axis=-1)
+    probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, MASK_VALUE)[:, :, None], axis=-1)
     out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), values).reshape(B, H, D)
     return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
 

@@ -1,4 +1,4 @@
-"""Level 3. Paged storage: live slots of a head are always [0, length), in pages from one pool. Memory falls by CR.
+"""Paged storage: live slots of a head are always [0, length), in pages from one pool. Memory falls by CR.
 
 A newcomer takes its victim's slot, or the next fresh one; a head takes a page when its length crosses a page's
 edge. With page_size = 2, a head of 3 tokens, pages 7 and 4 of the pool, and free pages 0, 5 (the stack's top last):
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from dms_jax import kernels, quant
+from dms_jax import kernels
 from dms_jax.cache.base import Pool, Storage, View, packed
 from dms_jax.config import CacheConfig, ModelConfig
+from dms_jax.kernels import quant
 from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags
 
 

@@ -1,4 +1,4 @@
-"""Level 3. Paged storage over several devices: each holds some of the KV heads, in a pool of its own.
+"""Paged storage over several devices: each holds some of the KV heads, in a pool of its own.
 
 Nothing of another head is ever needed, so every function runs on each device by itself (`sharding.per_device`). The
 devices have to agree on one thing only: which sequences have room for a step.

@@ -1,4 +1,4 @@
-"""Level 2. The two GPU kernels behind one entry: `implementation=None` takes Triton on a GPU and jnp elsewhere.
+"""The two GPU kernels behind one entry: `implementation=None` takes Triton on a GPU and jnp elsewhere.
 
 A named implementation ("triton" or "reference") works or raises. Where None does not take Triton, paged decoding takes
 `blocked`, a loop in plain XLA that keeps up with long caches. docs/kernels.md explains both kernels.
@@ -7,12 +7,11 @@ A named implementation ("triton" or "reference") works or raises. Where None doe
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax import attention
 from dms_jax.config import require
-from dms_jax.kernels import blocked, reference
+from dms_jax.kernels import attention, blocked, reference
 from dms_jax.kernels.launch import choose
 from dms_jax.kernels.reference import DecodeAttention
-from dms_jax.types import KeepLog, NewKV, PerHead, Positions, Queries, Slots
+from dms_jax.types import LogKeepProb, NewKV, PerHead, Positions, Queries, Slots
 
 __all__ = ["DecodeAttention", "flash_attention", "paged_decode_attention", "paged_decode_attention_update"]
 
@@ -118,7 +117,7 @@ def flash_attention(
     v: NewKV,
     query_pos: Positions,
     key_pos: Slots,
-    keep_log: KeepLog,
+    log_keep_prob: LogKeepProb,
     window: int,
     *,
     query_segments: Int[Array, "B T"] | None = None,
@@ -131,12 +130,12 @@ def flash_attention(
     Args:
       q: `[B, T, H, D]` after RoPE; k, v: `[B, S, K, D]` in q's dtype.
       query_pos: `[B, T]`; key_pos: `[B, K, S]`, -1 for an empty slot; heads may hold different positions, in any order.
-      keep_log: `[B, K, S]` float32, log(1 - p) of each key, added where i - j > window; NEGATIVE evicts.
+      log_keep_prob: `[B, K, S]` float32, log(1 - p) of each key, added where i - j > window; MASK_VALUE evicts.
       query_segments, key_segments: no attention across different values; both or neither.
-      hard: says that keep_log holds only 0 and NEGATIVE, so that tiles in which no key is visible are skipped.
+      hard: says that log_keep_prob holds only 0 and MASK_VALUE, so that tiles in which no key is visible are skipped.
 
     Returns: `[B, T, H, D]` in q's dtype; 0 for a query that sees no key, unless None falls back without segments,
-    where such a row is arbitrary. Gradients reach q, k, v and keep_log.
+    where such a row is arbitrary. Gradients reach q, k, v and log_keep_prob.
 
     Raises ConfigError for shapes that do not fit, and for a named implementation that cannot run.
     """
@@ -147,7 +146,7 @@ def flash_attention(
     require(str(q.dtype) in QUERY_DTYPES, "q", str(q.dtype), f"expected one of {QUERY_DTYPES}")
     require(q.dtype == k.dtype == v.dtype, "k, v", (str(k.dtype), str(v.dtype)), f"expected q's dtype, {q.dtype}")
     require(query_pos.shape == (B, T), "query_pos", query_pos.shape, f"expected [B, T], {(B, T)}")
-    for name, x in (("key_pos", key_pos), ("keep_log", keep_log)):
+    for name, x in (("key_pos", key_pos), ("log_keep_prob", log_keep_prob)):
         require(x.shape == (B, K, S), name, x.shape, f"expected [B, K, S], {(B, K, S)}")
     # A window may be traced, which the reference takes.
     require(not isinstance(window, int) or window >= 0, "window", window, "must not be negative")
@@ -162,10 +161,10 @@ def flash_attention(
     if choose(implementation) == "reference":
         if implementation and query_segments is None:  # so that a query that sees nothing gives 0, as in the kernel
             segments = {"query_segments": jnp.zeros_like(query_pos), "key_segments": jnp.zeros_like(key_pos)}
-        return attention.blockwise(q, k, v, query_pos, key_pos, keep_log, window, **segments)
+        return attention.blockwise(q, k, v, query_pos, key_pos, log_keep_prob, window, **segments)
     from dms_jax.kernels import triton_flash
 
-    return triton_flash.flash(q, k, v, query_pos, key_pos, keep_log, window, hard=hard, **segments)
+    return triton_flash.flash(q, k, v, query_pos, key_pos, log_keep_prob, window, hard=hard, **segments)
 
 
 def _shape(x):

@@ -1,4 +1,4 @@
-"""Level 2. Paged decode attention in plain XLA: a loop over blocks of pages with an online softmax.
+"""Paged decode attention in plain XLA: a loop over blocks of pages with an online softmax.
 
 The fallback where no GPU kernel runs. Time and temporary memory follow the longest head, not the page table's
 width, and a sequence's result does not depend on its company: blocks past its own length change nothing.
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from dms_jax import quant
-from dms_jax.types import NEGATIVE, PerHead
+from dms_jax.kernels import quant
+from dms_jax.types import MASK_VALUE, PerHead
 
 BLOCK = 256  # slots a step of the loop: few steps, and temporaries that stay in a CPU's cache
 
@@ -61,7 +61,7 @@ def paged_attention(
             valid &= flags
         k = read(k_pages, k_scale, ids)
         scores = jnp.einsum("BKGD,BKSD->BKGS", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
-        scores = jnp.where(valid[:, :, None], scores, NEGATIVE)
+        scores = jnp.where(valid[:, :, None], scores, MASK_VALUE)
         top = jnp.maximum(sums.top, scores.max(axis=-1))
         p = jnp.where(valid[:, :, None], jnp.exp(scores - top[..., None]), 0.0)
         shrink = jnp.exp(sums.top - top)
@@ -73,10 +73,10 @@ def paged_attention(
         return _Sums(top, sums.total * shrink + p.sum(axis=-1), sums.out * shrink[..., None] + added, kept)
 
     empty = _Sums(
-        top=jnp.full((B, K, G), NEGATIVE),
+        top=jnp.full((B, K, G), MASK_VALUE),
         total=jnp.zeros((B, K, G)),
         out=jnp.zeros((B, K, G, D)),
-        scores=jnp.full((B, K, G, S), NEGATIVE) if weights else None,
+        scores=jnp.full((B, K, G, S), MASK_VALUE) if weights else None,
     )
     blocks = -(-jnp.max(lengths) // (n * page))
     sums = jax.lax.fori_loop(0, blocks, block, empty)
@@ -86,4 +86,4 @@ def paged_attention(
     if not weights:
         return out, lse, None
     probs = jnp.exp(sums.scores - sums.top[..., None]) / total[..., None]
-    return out, lse, jnp.where(sums.scores > NEGATIVE, probs, 0.0).sum(axis=2)[..., : P * page]
+    return out, lse, jnp.where(sums.scores > MASK_VALUE, probs, 0.0).sum(axis=2)[..., : P * page]

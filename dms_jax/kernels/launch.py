@@ -1,4 +1,4 @@
-"""Level 2. One way to launch a Triton kernel from JAX for every version of jax-triton, and when that is possible."""
+"""One way to launch a Triton kernel from JAX for every version of jax-triton, and when that is possible."""
 
 import inspect
 import os

@@ -1,4 +1,4 @@
-"""Level 2. What the kernels compute, in jnp: the fallback without a GPU, and what they are tested against."""
+"""What the kernels compute, in jnp: the fallback without a GPU, and what they are tested against."""
 
 from typing import NamedTuple
 

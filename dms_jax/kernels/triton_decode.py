@@ -1,4 +1,4 @@
-"""Level 2. Paged decode attention in Triton. Imported only inside the functions that launch it (it needs triton).
+"""Paged decode attention in Triton. Imported only inside the functions that launch it (it needs triton).
 
 The live tokens of all heads, laid end to end and cut into tiles, are shared out evenly over a fixed number of
 programs; a program may hold a part of one head or several heads. With tiles of 5 heads and 3 programs:

@@ -1,4 +1,4 @@
-"""Level 2. Delayed-eviction flash attention in Triton, forward and backward. Imported only where it is launched.
+"""Delayed-eviction flash attention in Triton, forward and backward. Imported only where it is launched.
 
 Queries and keys are cut into tiles. From the smallest and largest positions in each (`tile_bounds`) a program tells
 which tiles it may skip, and which need no masks:
@@ -7,13 +7,13 @@ which tiles it may skip, and which need no masks:
     . . . . . . . . . . . . .     queries i           future                (skipped)
     F F F F M N M                   |                 M mixed               all masks, element by element
       F F F F M N M                 v                 N near, within w      nothing
-        F F F F M N M                                 F far, beyond w       keep_log[j], one row for all queries
+        F F F F M N M                                 F far, beyond w       log_keep_prob[j], one row for all queries
                                                       F and all evicted     (skipped where `hard`)
 
 The class of 64 tiles at a time is kept as the bits of an integer, so the inner loops run over nothing but tiles that
 matter, in any order of positions. Only out and the log-sum-exp are kept for the backward pass, which recomputes the
-weights twice: for a tile of keys over all its queries (dk, dv, dkeep_log), and the other way round (dq). Each sum is
-made by one program in one order, so two runs agree bit for bit.
+weights twice: for a tile of keys over all its queries (dk, dv, dlog_keep_prob), and the other way round (dq). Each
+sum is made by one program in one order, so two runs agree bit for bit.
 """
 
 import functools
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from dms_jax.kernels import triton_flash_kernels
 from dms_jax.kernels.launch import LOG2E, launch, power_of_two
-from dms_jax.types import NEGATIVE
+from dms_jax.types import MASK_VALUE
 
 FAR_AWAY = 2**30  # a position that no token has; the difference of two fits 32 bits
 CHUNK = 64  # tiles classified at a time
@@ -56,7 +56,7 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     return Tiling(Tile(64, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
 
 
-def tile_bounds(position, segment, size, keep_log=None):
+def tile_bounds(position, segment, size, log_keep_prob=None):
     """Bounds of each tile of `size` tokens: int32 `[..., rows, tiles]`, tiles filled up to a multiple of CHUNK.
 
     Rows: smallest position of a token (FAR_AWAY if none), largest (-1 if none), smallest and largest segment; for
@@ -73,10 +73,10 @@ def tile_bounds(position, segment, size, keep_log=None):
 
     here = cut(position, -1)
     # A query at -1 sees nothing, but it is there; a key at -1 is an empty slot.
-    here_or_far = cut(position, FAR_AWAY) if keep_log is None else jnp.where(here >= 0, here, FAR_AWAY)
+    here_or_far = cut(position, FAR_AWAY) if log_keep_prob is None else jnp.where(here >= 0, here, FAR_AWAY)
     rows = [here_or_far.min(-1), here.max(-1), cut(segment, FAR_AWAY).min(-1), cut(segment, -FAR_AWAY).max(-1)]
-    if keep_log is not None:
-        kept = (here >= 0) & (cut(keep_log, NEGATIVE) > NEGATIVE / 2)
+    if log_keep_prob is not None:
+        kept = (here >= 0) & (cut(log_keep_prob, MASK_VALUE) > MASK_VALUE / 2)
         rows += [here.min(-1), jnp.where(kept, here, FAR_AWAY).min(-1)]
     return jnp.stack(rows, axis=-2).astype(jnp.int32)
 
@@ -91,7 +91,7 @@ class Options(NamedTuple):
 
 
 def flash(
-    q, k, v, query_pos, key_pos, keep_log, window, *, query_segments, key_segments, hard, cut: Tiling | None = None
+    q, k, v, query_pos, key_pos, log_keep_prob, window, *, query_segments, key_segments, hard, cut: Tiling | None = None
 ):
     """`kernels.flash_attention`; arguments are checked by the caller."""
     segments = query_segments is not None
@@ -99,61 +99,61 @@ def flash(
     if not segments:
         query_segments, key_segments = jnp.zeros_like(query_pos), jnp.zeros_like(key_pos)
     integers = (x.astype(jnp.int32) for x in (query_pos, key_pos, query_segments, key_segments))
-    return _flash(options, q, k, v, keep_log.astype(jnp.float32), *integers)
+    return _flash(options, q, k, v, log_keep_prob.astype(jnp.float32), *integers)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(options, q, k, v, keep_log, query_pos, key_pos, query_segments, key_segments):
-    return _forward(options, q, k, v, keep_log, query_pos, key_pos, query_segments, key_segments)[0]
+def _flash(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
+    return _forward(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments)[0]
 
 
-def _prepare(options, tile, q, k, keep_log, query_pos, key_pos, query_segments, key_segments):
+def _prepare(options, tile, q, k, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
     """Bounds of the tiles, and the constants that all kernels take."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     q_bounds = tile_bounds(query_pos, query_segments, tile.queries)
-    k_bounds = tile_bounds(key_pos, key_segments, tile.keys, keep_log)
+    k_bounds = tile_bounds(key_pos, key_segments, tile.keys, log_keep_prob)
     constants = {"T": T, "S": S, "H": H, "K": K, "D": D, "D_PAD": power_of_two(D, 16), "SCALE": D**-0.5 * LOG2E}
     constants |= {"BM": tile.queries, "BN": tile.keys, "Q_TILES": q_bounds.shape[-1], "K_TILES": k_bounds.shape[-1]}
     constants |= {"WINDOW": options.window, "HARD": options.hard, "SEGMENTS": options.segments}
     return (q_bounds, k_bounds), constants | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-def _forward(options, q, k, v, keep_log, query_pos, key_pos, query_segments, key_segments):
+def _forward(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
     B, T, H, _ = q.shape
     tile = options.cut.forward
-    bounds, constants = _prepare(options, tile, q, k, keep_log, query_pos, key_pos, query_segments, key_segments)
+    bounds, constants = _prepare(options, tile, q, k, log_keep_prob, query_pos, key_pos, query_segments, key_segments)
     out, lse = launch(
         triton_flash_kernels.forward,
-        *(q, k, v, query_pos, key_pos, keep_log, query_segments, key_segments, *bounds),
+        *(q, k, v, query_pos, key_pos, log_keep_prob, query_segments, key_segments, *bounds),
         out=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
         grid=(B * H, -(-T // tile.queries)),
         **constants,
     )
-    return out, (q, k, v, keep_log, query_pos, key_pos, query_segments, key_segments, out, lse)
+    return out, (q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments, out, lse)
 
 
 def _backward(options, saved, dout):
-    q, k, v, keep_log, query_pos, key_pos, query_segments, key_segments, out, lse = saved
+    q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments, out, lse = saved
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     shape = jax.ShapeDtypeStruct
     positions = (query_pos, key_pos, query_segments, key_segments)
     delta = jnp.einsum("BTHD,BTHD->BHT", dout, out, preferred_element_type=jnp.float32)
 
     def run(kernel, tile, out, grid):
-        bounds, constants = _prepare(options, tile, q, k, keep_log, *positions)
-        arrays = (q, k, v, query_pos, key_pos, keep_log, query_segments, key_segments, *bounds, dout, lse, delta)
+        bounds, constants = _prepare(options, tile, q, k, log_keep_prob, *positions)
+        arrays = (q, k, v, query_pos, key_pos, log_keep_prob, query_segments, key_segments, *bounds, dout, lse, delta)
         return launch(kernel, *arrays, out=out, grid=grid, **constants)
 
     dkv, dq = options.cut.dkv, options.cut.dq
-    dk, dv, dkeep_log = run(
+    dk, dv, dlog_keep_prob = run(
         triton_flash_kernels.key_gradients,
         dkv,
         (shape(k.shape, k.dtype), shape(v.shape, v.dtype), shape((B, K, S), jnp.float32)),
         (B * K, -(-S // dkv.keys)),
     )
     (dq,) = run(triton_flash_kernels.query_gradients, dq, (shape(q.shape, q.dtype),), (B * H, -(-T // dq.queries)))
-    return dq, dk, dv, dkeep_log, None, None, None, None  # integers have no gradient
+    return dq, dk, dv, dlog_keep_prob, None, None, None, None  # integers have no gradient
 
 
 _flash.defvjp(_forward, _backward)

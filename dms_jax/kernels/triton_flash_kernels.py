@@ -1,4 +1,4 @@
-"""Level 2. The kernels of delayed-eviction flash attention; `triton_flash` explains and launches them.
+"""The kernels of delayed-eviction flash attention; `triton_flash` explains and launches them.
 
 Scores are in base 2 throughout: `SCALE` holds D ** -0.5 * log2(e). Sizes in capitals are known when compiled.
 """
@@ -85,26 +85,26 @@ def masked_scores(scores, distance, bias, there, WINDOW: tl.constexpr):
 
 @triton.jit
 def biased(
-    scores, cols, far_share, q_pos, q_seg, key_pos, keep_log, key_seg,
+    scores, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg,
     S: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[BM, BN]` of the keys `cols` with what the mask adds; where plain, keep_log times far_share (0 or 1)."""
+    """Scores `[BM, BN]` of the keys `cols`, masked; where plain, log_keep_prob times far_share (0 or 1) is added."""
     if MASKED:
         k_pos = tl.load(key_pos + cols, mask=cols < S, other=-1)
-        bias = tl.load(keep_log + cols, mask=cols < S, other=0.0) * LOG2E
+        bias = tl.load(log_keep_prob + cols, mask=cols < S, other=0.0) * LOG2E
         there = (k_pos >= 0)[None, :]
         if SEGMENTS:
             there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
         scores, _far = masked_scores(scores, q_pos[:, None] - k_pos[None, :], bias[None, :], there, WINDOW)
     else:
-        scores += (tl.load(keep_log + cols) * (LOG2E * far_share))[None, :]
+        scores += (tl.load(log_keep_prob + cols) * (LOG2E * far_share))[None, :]
     return scores
 
 
 @triton.jit
 def forward_tiles(
     bits, fars, count, first_tile, acc, top, denominator, queries, q_pos, q_seg,
-    k, v, key_pos, keep_log, key_seg,
+    k, v, key_pos, log_keep_prob, key_seg,
     S: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,9 @@ def forward_tiles(
         keys = load_rows(k, cols, dims, S, STRIDE, D, MASKED)
         far_share = ((fars >> lane) & 1).to(tl.float32)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
-        scores = biased(scores, cols, far_share, q_pos, q_seg, key_pos, keep_log, key_seg, S, WINDOW, SEGMENTS, MASKED)
+        scores = biased(
+            scores, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg, S, WINDOW, SEGMENTS, MASKED
+        )
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -130,7 +132,7 @@ def forward_tiles(
 
 @triton.jit
 def forward(
-    q, k, v, query_pos, key_pos, keep_log, query_seg, key_seg, q_bounds, k_bounds,
+    q, k, v, query_pos, key_pos, log_keep_prob, query_seg, key_seg, q_bounds, k_bounds,
     out, lse,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr, SCALE: tl.constexpr,
@@ -149,7 +151,7 @@ def forward(
     k += (k_row * K + h // (H // K)) * D
     v += (k_row * K + h // (H // K)) * D
     key_pos += kv_head.to(tl.int64) * S
-    keep_log += kv_head.to(tl.int64) * S
+    log_keep_prob += kv_head.to(tl.int64) * S
     key_seg += kv_head.to(tl.int64) * S if SEGMENTS else 0
     q_bounds += b * 4 * Q_TILES
     k_bounds += kv_head * 6 * K_TILES
@@ -162,11 +164,11 @@ def forward(
         )
         acc, top, denominator = forward_tiles(
             plain_bits, fars, plains, first, acc, top, denominator, queries, q_pos, q_seg,
-            k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, False,
+            k, v, key_pos, log_keep_prob, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, False,
         )  # fmt: skip
         acc, top, denominator = forward_tiles(
             mixed_bits, fars, mixed, first, acc, top, denominator, queries, q_pos, q_seg,
-            k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, True,
+            k, v, key_pos, log_keep_prob, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, True,
         )  # fmt: skip
     empty = denominator == 0
     denominator = tl.where(empty, 1.0, denominator)
@@ -226,13 +228,13 @@ def key_gradient_tiles(
 
 @triton.jit
 def key_gradients(
-    q, k, v, query_pos, key_pos, keep_log, query_seg, key_seg, q_bounds, k_bounds, dout, lse, delta,
+    q, k, v, query_pos, key_pos, log_keep_prob, query_seg, key_seg, q_bounds, k_bounds, dout, lse, delta,
     dk_out, dv_out, dbias_out,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, HARD: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and dkeep_log of one tile of keys of one KV head, over all queries of its G query heads."""
+    """dk, dv and dlog_keep_prob of one tile of keys of one KV head, over all queries of its G query heads."""
     b, kv = tl.program_id(0) // K, tl.program_id(0) % K
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -244,7 +246,7 @@ def key_gradients(
     values = load_rows(v + (k_row * K + kv) * D, cols, dims, S, K * D, D, True)
     k_at = kv_head.to(tl.int64) * S + cols
     k_pos = tl.load(key_pos + k_at, mask=cols < S, other=-1)
-    bias = tl.load(keep_log + k_at, mask=cols < S, other=0.0) * LOG2E
+    bias = tl.load(log_keep_prob + k_at, mask=cols < S, other=0.0) * LOG2E
     k_seg = tl.load(key_seg + k_at, mask=cols < S, other=0) if SEGMENTS else k_pos
     q += (q_row * H + kv * G) * D
     dout += (q_row * H + kv * G) * D
@@ -286,7 +288,7 @@ def key_gradients(
 @triton.jit
 def query_gradient_tiles(
     bits, fars, count, first_tile, dq, queries, douts, lse, delta, q_pos, q_seg,
-    k, v, key_pos, keep_log, key_seg,
+    k, v, key_pos, log_keep_prob, key_seg,
     S: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -299,7 +301,9 @@ def query_gradient_tiles(
         keys = load_rows(k, cols, dims, S, STRIDE, D, MASKED)
         far_share = ((fars >> lane) & 1).to(tl.float32)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
-        scores = biased(scores, cols, far_share, q_pos, q_seg, key_pos, keep_log, key_seg, S, WINDOW, SEGMENTS, MASKED)
+        scores = biased(
+            scores, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg, S, WINDOW, SEGMENTS, MASKED
+        )
         weights = tl.exp2(scores - lse[:, None])
         values = load_rows(v, cols, dims, S, STRIDE, D, MASKED)
         dscores = weights * (tl.dot(douts, tl.trans(values), input_precision="ieee") - delta[:, None])
@@ -309,7 +313,7 @@ def query_gradient_tiles(
 
 @triton.jit
 def query_gradients(
-    q, k, v, query_pos, key_pos, keep_log, query_seg, key_seg, q_bounds, k_bounds, dout, lse, delta,
+    q, k, v, query_pos, key_pos, log_keep_prob, query_seg, key_seg, q_bounds, k_bounds, dout, lse, delta,
     dq_out,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr, SCALE: tl.constexpr,
@@ -332,7 +336,7 @@ def query_gradients(
     k += (k_row * K + h // (H // K)) * D
     v += (k_row * K + h // (H // K)) * D
     key_pos += kv_head.to(tl.int64) * S
-    keep_log += kv_head.to(tl.int64) * S
+    log_keep_prob += kv_head.to(tl.int64) * S
     key_seg += kv_head.to(tl.int64) * S if SEGMENTS else 0
     q_bounds += b * 4 * Q_TILES
     k_bounds += kv_head * 6 * K_TILES
@@ -343,11 +347,11 @@ def query_gradients(
         )
         dq = query_gradient_tiles(
             plain_bits, fars, plains, first, dq, queries, douts, logs, deltas, q_pos, q_seg,
-            k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, False,
+            k, v, key_pos, log_keep_prob, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, False,
         )  # fmt: skip
         dq = query_gradient_tiles(
             mixed_bits, fars, mixed, first, dq, queries, douts, logs, deltas, q_pos, q_seg,
-            k, v, key_pos, keep_log, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, True,
+            k, v, key_pos, log_keep_prob, key_seg, S, K * D, D, BN, SCALE, WINDOW, SEGMENTS, True,
         )  # fmt: skip
     mask = (rows < T)[:, None] & (dims < D)[None, :]
     target = q_row * H * D + h * D + rows[:, None] * (H * D) + dims[None, :]

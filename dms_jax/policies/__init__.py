@@ -1,4 +1,4 @@
-"""Level 2. Eviction policies, one short file each. Adding one is a file and a row of `BUDGETED`."""
+"""Eviction policies, one short file each. Adding one is a file and a row of `BUDGETED`."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Level 2. What an eviction policy is: a record of pure functions over a state kept for each layer.
+"""What an eviction policy is: a record of pure functions over a state kept for each layer.
 
 A policy decides which slot a new token drives out, and what of a prompt stays. It never touches what is stored, so
 it does not know how. While decoding it is asked, in this order: `choose` (who leaves), `select` (what is read),
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from dms_jax.types import Counts, GateLogits, Keys, NewKV, PerHead, PerHeadKV, SlotFlags, Slots
 
 
-class Step(NamedTuple):
+class DecodeStep(NamedTuple):
     """One new token of each sequence. Of a sequence that is not active nothing may change."""
 
     position: Counts  # of the new token
@@ -26,7 +26,7 @@ class Step(NamedTuple):
     keys: Keys  # a random key for each sequence
 
 
-class Newcomer(NamedTuple):
+class NewToken(NamedTuple):
     """What a layer showed of the new token."""
 
     slot: PerHead  # where it lies; no slot where its sequence is not active
@@ -35,7 +35,7 @@ class Newcomer(NamedTuple):
     weights: Float[Array, "B K S"] | None  # its attention, where the policy asks for weights
 
 
-class Span(NamedTuple):
+class PrefillChunk(NamedTuple):
     """A chunk of C prompt tokens, at positions `start + 0 .. start + count - 1`, after W slots already filled."""
 
     start: Counts
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """One method. Everything about slots covers the W old slots of a Span, then its C tokens.
+    """One method. Everything about slots covers the W old slots of a PrefillChunk, then its C tokens.
 
     window: a marked prompt token stays visible to the next `window` tokens.
     budget: the most live tokens a head may hold after a chunk or a step; None where no number bounds it.
@@ -61,29 +61,31 @@ class Policy(NamedTuple):
     budget: int | None
     weights: str | None
     init: Callable[[int, int, int], Any]  # (batch, KV heads, slots) -> state of a layer
-    mark: Callable[[Any, Span], SlotFlags]  # -> alpha [B, K, W + C]
-    retain: Callable[..., tuple[SlotFlags, Any]]  # (state, Span, alpha, weights [B, K, W + C]) -> stay, carry
-    settle: Callable[..., Any]  # (state, Span, carry, slots [B, K, W + C]) -> state
-    choose: Callable[..., tuple[PerHead, Any]]  # (state, Step, logit [B, K] if late) -> victim's slot or -1, state
-    select: Callable[..., Bool[Array, "B K P"]] | None  # (state, Step, q [B, H, D]) -> readable pages; None: all
-    record: Callable[[Any, Step, Newcomer], Any]  # -> state
+    mark: Callable[[Any, PrefillChunk], SlotFlags]  # -> alpha [B, K, W + C]
+    retain: Callable[..., tuple[SlotFlags, Any]]  # (state, PrefillChunk, alpha, weights [B, K, W + C]) -> stay, carry
+    settle: Callable[..., Any]  # (state, PrefillChunk, carry, slots [B, K, W + C]) -> state
+    choose: Callable[
+        ..., tuple[PerHead, Any]
+    ]  # (state, DecodeStep, logit [B, K] if late) -> victim's slot or -1, state
+    select: Callable[..., Bool[Array, "B K P"]] | None  # (state, DecodeStep, q [B, H, D]) -> readable pages; None: all
+    record: Callable[[Any, DecodeStep, NewToken], Any]  # -> state
     late: bool = False
 
 
-def present(span: Span) -> SlotFlags:
+def present(span: PrefillChunk) -> SlotFlags:
     """Which old slots and which places of the chunk hold a token, `[B, K, W + C]`."""
     real = jnp.arange(span.k.shape[1]) < span.count[:, None]
     real = jnp.broadcast_to(real[:, None], (*span.pos.shape[:2], real.shape[1]))
     return jnp.concatenate([span.pos >= 0, real], axis=-1)
 
 
-def positions(span: Span) -> Slots:
+def positions(span: PrefillChunk) -> Slots:
     """The position in each old slot and of each token of the chunk, -1 for none, `[B, K, W + C]`."""
     new = span.start[:, None] + jnp.arange(span.k.shape[1], dtype=jnp.int32)
     new = jnp.broadcast_to(new[:, None], (*span.pos.shape[:2], new.shape[1]))
     return jnp.where(present(span), jnp.concatenate([span.pos, new], axis=-1), -1)
 
 
-def nothing_marked(state, span: Span) -> SlotFlags:
+def nothing_marked(state, span: PrefillChunk) -> SlotFlags:
     """`mark` of every policy without a mask of its own: a chunk reads all that came before."""
     return jnp.zeros_like(present(span))

@@ -1,4 +1,4 @@
-"""Level 2. Dynamic Memory Sparsification with delayed eviction (arXiv 2506.05345, section 3.2).
+"""Dynamic Memory Sparsification with delayed eviction (arXiv 2506.05345, section 3.2).
 
 At each step one token comes in and at most one leaves a head: the one whose distance becomes w + 1, if it was
 marked. So a ring of the last w + 1 slots and decisions is all the state there is. With w = 2:
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dms_jax import dms, masks
+from dms_jax import dms
 from dms_jax.config import DMSConfig
-from dms_jax.policies.base import Newcomer, Policy, Span, Step, positions, present
+from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, positions, present
 from dms_jax.types import Counts, PerHead, SlotFlags, Slots
 
 
@@ -42,7 +42,7 @@ def delayed_eviction(config: DMSConfig) -> Policy:
         last = end[:, None] - 1
         return last - (last - jnp.arange(width)) % width
 
-    def mark(state: Ring, span: Span) -> SlotFlags:
+    def mark(state: Ring, span: PrefillChunk) -> SlotFlags:
         fresh = dms.hard_decisions(span.logit)
         if offset > 0:  # the chunk's first tokens tell the fate of those `offset` before them
             ring = newest(span.start)
@@ -55,13 +55,13 @@ def delayed_eviction(config: DMSConfig) -> Policy:
         slot = jnp.where((newest(span.start) >= 0)[:, None], state.slot, W)
         b, h = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
         old = jnp.zeros((B, K, W), bool).at[b, h, slot].set(state.evict, mode="drop")
-        return jnp.concatenate([old, masks.shift(fresh, offset, span.count, False)], axis=-1)
+        return jnp.concatenate([old, dms.shift(fresh, offset, span.count, False)], axis=-1)
 
-    def retain(state: Ring, span: Span, alpha: SlotFlags, weights) -> tuple[SlotFlags, SlotFlags]:
+    def retain(state: Ring, span: PrefillChunk, alpha: SlotFlags, weights) -> tuple[SlotFlags, SlotFlags]:
         last = (span.start + span.count - 1)[:, None, None]
         return present(span) & ~(alpha & (last - positions(span) > config.window)), alpha
 
-    def settle(state: Ring, span: Span, alpha: SlotFlags, slots: Slots) -> Ring:
+    def settle(state: Ring, span: PrefillChunk, alpha: SlotFlags, slots: Slots) -> Ring:
         W = span.pos.shape[-1]
         token = newest(span.start + span.count)
         # An entry is the chunk's if its newest token is; an older one keeps its slot, and may have been marked since.
@@ -72,20 +72,20 @@ def delayed_eviction(config: DMSConfig) -> Policy:
         evict = jnp.take_along_axis(alpha, index, axis=-1)
         return Ring(jnp.take_along_axis(slots, index, axis=-1), evict)
 
-    def tell(state: Ring, step: Step, logit) -> Ring:
+    def tell(state: Ring, step: DecodeStep, logit) -> Ring:
         """The newcomer's logit is the decision for the token `offset` before it."""
         told = step.active & (step.position >= offset)
         evict = _set(state.evict, (step.position - offset) % width, dms.hard_decisions(logit), told)
         return state._replace(evict=evict)
 
-    def choose(state: Ring, step: Step, logit) -> tuple[PerHead, Ring]:
+    def choose(state: Ring, step: DecodeStep, logit) -> tuple[PerHead, Ring]:
         index = step.position % width
         if late:
             state = tell(state, step, logit)
         leaving = _get(state.evict, index) & (step.active & (step.position >= width))[:, None]
         return jnp.where(leaving, _get(state.slot, index), -1), state
 
-    def record(state: Ring, step: Step, new: Newcomer) -> Ring:
+    def record(state: Ring, step: DecodeStep, new: NewToken) -> Ring:
         index, undecided = step.position % width, jnp.zeros_like(new.slot, bool)
         evict = _set(state.evict, index, undecided, step.active)
         state = Ring(_set(state.slot, index, new.slot, step.active), evict)

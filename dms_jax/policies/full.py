@@ -1,4 +1,4 @@
-"""Level 2. The vanilla model: nothing is evicted."""
+"""The vanilla model: nothing is evicted."""
 
 import functools
 

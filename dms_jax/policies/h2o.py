@@ -1,4 +1,4 @@
-"""Level 2. H2O: heavy hitters and recent tokens (Zhang et al. 2023, arXiv 2306.14048).
+"""H2O: heavy hitters and recent tokens (Zhang et al. 2023, arXiv 2306.14048).
 
 A token's score is the attention it got from all queries so far. Half of the budget is for the most recent tokens,
 as in the paper; of the others the one with the lowest score goes. For grouped-query attention, which the paper does
@@ -8,7 +8,7 @@ not treat, the weights of a KV head's query heads are summed, and every KV head 
 import functools
 
 from dms_jax.policies.base import Policy
-from dms_jax.policies.budgeted import budgeted
+from dms_jax.policies.scored import budgeted
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Level 2. KNorm: keys of a large L2 norm go first (Devoto et al. 2024, arXiv 2406.11430).
+"""KNorm: keys of a large L2 norm go first (Devoto et al. 2024, arXiv 2406.11430).
 
 The norm is taken after RoPE, which does not change it. No attention weights are needed. The authors leave the first
 two layers uncompressed; here every layer has the same budget.
@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 
 from dms_jax.policies.base import Policy
-from dms_jax.policies.budgeted import budgeted
+from dms_jax.policies.scored import budgeted
 
 
 @functools.cache

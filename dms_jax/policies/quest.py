@@ -1,4 +1,4 @@
-"""Level 2. Quest: everything is stored, and each query reads the pages that could matter most (Tang et al. 2024,
+"""Quest: everything is stored, and each query reads the pages that could matter most (Tang et al. 2024,
 arXiv 2406.10774).
 
 A page's summary is the smallest and the largest value of each dim of its keys; `sum_d max(q_d min_d, q_d max_d)` is
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dms_jax.config import require
-from dms_jax.policies.base import Newcomer, Policy, Span, Step, nothing_marked, present
+from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, nothing_marked, present
 from dms_jax.types import PerHead, Slots
 
 
@@ -52,14 +52,14 @@ def quest(budget: int, page_size: int, head_dim: int) -> Policy:
         shape = (batch, heads, -(-slots // page_size), head_dim)
         return Summaries(jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf))
 
-    def settle(state: Summaries, span: Span, carry, slots: Slots) -> Summaries:
+    def settle(state: Summaries, span: PrefillChunk, carry, slots: Slots) -> Summaries:
         fresh = (span.start == 0)[:, None, None, None]  # another sequence may have used the row before
         state = Summaries(jnp.where(fresh, jnp.inf, state.low), jnp.where(fresh, -jnp.inf, state.high))
         new = slots[..., span.pos.shape[-1] :]
         page = jnp.where(new < 0, state.low.shape[2], new // page_size)
         return _widen(state, page, span.k.swapaxes(1, 2))
 
-    def select(state: Summaries, step: Step, q) -> tuple[Bool[Array, "B K P"], PerHead]:
+    def select(state: Summaries, step: DecodeStep, q) -> tuple[Bool[Array, "B K P"], PerHead]:
         B, K, P, D = state.low.shape
         held = jnp.arange(P) <= (step.live // page_size)[..., None]  # the newcomer is stored by now
         grouped = q.reshape(B, K, 1, -1, D).astype(state.low.dtype)
@@ -74,7 +74,7 @@ def quest(budget: int, page_size: int, head_dim: int) -> Policy:
         tokens = (readable.sum(axis=-1) - 1) * page_size + in_newest
         return readable, (tokens + held.sum(axis=-1)).astype(jnp.int32)
 
-    def record(state: Summaries, step: Step, new: Newcomer) -> Summaries:
+    def record(state: Summaries, step: DecodeStep, new: NewToken) -> Summaries:
         page = jnp.where(step.active[:, None], new.slot // page_size, state.low.shape[2])
         return _widen(state, page[..., None], new.k[:, :, None])
 

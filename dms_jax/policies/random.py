@@ -1,9 +1,9 @@
-"""Level 2. Random eviction, the control: a method that is not clearly better than this one knows nothing."""
+"""Random eviction, the control: a method that is not clearly better than this one knows nothing."""
 
 import functools
 
 from dms_jax.policies.base import Policy
-from dms_jax.policies.budgeted import budgeted, uniform
+from dms_jax.policies.scored import budgeted, uniform
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Level 2. StreamingLLM: attention sinks and a window (Xiao et al. 2023, arXiv 2309.17453).
+"""StreamingLLM: attention sinks and a window (Xiao et al. 2023, arXiv 2309.17453).
 
 Keeps the first tokens of a sequence and the most recent ones. Deviation: keys keep the RoPE of their own positions,
 where the authors renumber positions inside the cache, which only matters beyond the trained context.
@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 
 from dms_jax.policies.base import Policy
-from dms_jax.policies.budgeted import budgeted
+from dms_jax.policies.scored import budgeted
 
 SINKS = 4  # the paper's
 

@@ -1,4 +1,4 @@
-"""Level 2. TOVA: the token that the newest query attends to least goes (Oren et al. 2024, arXiv 2401.06104).
+"""TOVA: the token that the newest query attends to least goes (Oren et al. 2024, arXiv 2401.06104).
 
 As in the authors' code the weights are averaged over all heads of a layer, so its heads keep the same tokens. The
 weights of one step decide who leaves at the next, so that a head never holds more than its budget while it is read;
@@ -10,7 +10,7 @@ import functools
 import jax.numpy as jnp
 
 from dms_jax.policies.base import Policy
-from dms_jax.policies.budgeted import budgeted
+from dms_jax.policies.scored import budgeted
 
 
 @functools.cache

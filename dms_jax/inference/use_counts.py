@@ -1,0 +1,71 @@
+"""The numbers a run is judged by, counted from what the cache really held.
+
+All are averaged over layers and KV heads, as in the paper (section 4): a model that keeps all reads t tokens at
+step t.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class CacheUse(NamedTuple):
+    """What one chain cost.
+
+    kv_reads: KV tokens attended to, summed over decode steps, the token's own included.
+    prefill_reads: the same over the prompt.
+    peak_tokens: the most live KV tokens at any step, prompt included.
+    achieved_cr: tokens seen over tokens live, at the end.
+    """
+
+    kv_reads: float
+    prefill_reads: float
+    peak_tokens: float
+    achieved_cr: float
+
+
+class HeadUse(NamedTuple):
+    """The same chain layer by layer and head by head.
+
+    kv_reads: as in CacheUse. live: live tokens at the end. seen: tokens seen by then.
+    live_positions: for each bin of positions (`POSITION_BINS` equal parts of those seen), the share still live,
+      averaged over KV heads; None unless asked for.
+    """
+
+    kv_reads: Int[np.ndarray, "L K"]
+    live: Int[np.ndarray, "L K"]
+    seen: int
+    live_positions: Float[np.ndarray, "L bins"] | None
+
+
+POSITION_BINS = 20
+
+
+def cache_use(prompt_reads: Int[np.ndarray, "T"], live: Int[np.ndarray, "N L K"], reads: Int[np.ndarray, "N L K"]):
+    """The CacheUse of one chain.
+
+    Args:
+      prompt_reads: keys that each prompt token saw, summed over layers and KV heads.
+      live: live tokens before the first decode step and after each: N = steps + 1.
+      reads: KV tokens read in each decode step.
+    """
+    heads = live.shape[1] * live.shape[2]
+    held = live.sum(axis=(1, 2), dtype=np.int64)
+    return CacheUse(
+        kv_reads=float(reads.sum(dtype=np.int64)) / heads,
+        prefill_reads=float(prompt_reads.sum(dtype=np.int64)) / heads,
+        peak_tokens=float(max(prompt_reads.max(), held.max())) / heads,
+        achieved_cr=(len(prompt_reads) + len(live) - 1) * heads / float(held[-1]),
+    )
+
+
+def live_by_position(pos: Int[np.ndarray, "L K S"], seen: int) -> Float[np.ndarray, "L bins"]:
+    """The share of the tokens of each bin of positions that is still live, averaged over KV heads.
+
+    pos: the position in each slot, -1 for none. A bin without any position (a short chain) is NaN.
+    """
+    edges = np.linspace(0, seen, POSITION_BINS + 1)
+    born = np.histogram(np.arange(seen), edges)[0]
+    with np.errstate(invalid="ignore"):
+        return np.stack([np.histogram(layer[layer >= 0], edges)[0] / (born * pos.shape[1]) for layer in pos])

@@ -1,0 +1,232 @@
+"""Llama, Qwen2 and Qwen3 as one linen decoder driven by ModelConfig.
+
+The decoder knows no cache, no mask and no policy. Each layer hands its queries, keys, values and eviction logits
+to an `attend` function, which returns the attention output and the next state; training, prefill, decoding and
+every eviction policy are such functions.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dms_jax import dms, kernels, sharding
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.kernels import attention
+from dms_jax.models import layers
+from dms_jax.types import (
+    GateLogits,
+    Lengths,
+    Logits,
+    LogKeepProb,
+    NewKV,
+    Params,
+    Positions,
+    Queries,
+    Residual,
+    Segments,
+    State,
+    Tokens,
+)
+
+# What the backward pass may keep of a block, by RetrofitConfig.remat.
+POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
+
+
+class Attend(Protocol):
+    """What a layer calls. `logit` is None where the model has no gate; `state` is any pytree."""
+
+    def __call__(
+        self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State
+    ) -> tuple[Queries, State]: ...
+
+
+class AdapterGate(nn.Module):
+    """The authors' released gate: `W rmsnorm(x)` for each KV head, W zero at the start; `[B, T, K]`."""
+
+    num_kv_heads: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Residual):
+        x = layers.RMSNorm(self.eps, name="norm")(x)
+        return layers.Linear((self.num_kv_heads,), init=nn.initializers.zeros, name="proj")(x)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dms: DMSConfig | None
+    layer: int
+
+    @nn.compact
+    def __call__(self, x: Residual, residual: Residual, positions: Positions, attend, state, neuron_scale):
+        c = self.config
+        q = layers.Linear((c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
+        k = layers.Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
+        v = layers.Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="v")(x)
+        if c.qk_norm:
+            q = layers.RMSNorm(c.norm_eps, name="q_norm")(q)
+            k = layers.RMSNorm(c.norm_eps, name="k_norm")(k)
+        logit = None
+        if self.dms and self.dms.gate == "adapter":
+            gate = AdapterGate(c.num_kv_heads, c.norm_eps, name="gate")
+            logit = dms.affine(gate(residual), self.dms)
+        if self.dms and self.dms.gate == "query":
+            logit = dms.query_gate(q, c.num_kv_heads, self.dms)
+            q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        q = layers.apply_rope(q, positions, c.rope)
+        k = layers.apply_rope(k, positions, c.rope)
+        if self.dms and self.dms.gate == "query":
+            q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        q, k, v = sharding.constrain(q, "B T H D"), sharding.constrain(k, "B T K D"), sharding.constrain(v, "B T K D")
+        out, state = attend(self.layer, q, k, v, logit, state)
+        out = sharding.constrain(out, "B T H D")
+        return layers.Linear((c.model_dim,), c.out_bias, contract=2, name="o")(out), state
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    dms: DMSConfig | None
+    layer: int
+
+    @nn.compact
+    def __call__(self, x: Residual, positions: Positions, attend, state, neuron_scale):
+        c = self.config
+        h = layers.RMSNorm(c.norm_eps, name="attn_norm")(x)
+        attn = Attention(c, self.dms, self.layer, name="attn")
+        out, state = attn(h, x, positions, attend, state, neuron_scale)
+        x = sharding.constrain(x + out, "B T E")
+        h = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        return sharding.constrain(x + layers.MLP(c.mlp_dim, c.mlp_bias, name="mlp")(h), "B T E"), state
+
+
+class Decoder(nn.Module):
+    """`[B, T]` tokens -> `[B, T, E]` hidden states; `unembed` turns those into logits.
+
+    dms: the gate that the parameters carry, or None for an original model. With the query gate the borrowed
+    neuron takes no part in attention (neuron_scale 0) whether or not anything is evicted.
+    remat: what the backward pass recomputes: "none", or a key of POLICIES.
+    """
+
+    config: ModelConfig
+    dms: DMSConfig | None = None
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.model_dim, embedding_init=layers.normal)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=POLICIES[self.remat], static_argnums=(3,))  # 3: attend, a function
+        self.layers = [block(c, self.dms, n) for n in range(c.num_layers)]
+        self.final_norm = layers.RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.unembedding = layers.Linear((c.vocab_size,))
+
+    def __call__(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+        """Hidden states after the final norm, and the state that `attend` threaded through the layers."""
+        return self.with_residuals(tokens, positions, attend, state, neuron_scale)[:2]
+
+    def with_residuals(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+        """`__call__`, and the residual stream that entered each layer, `[B, T, E]` L times."""
+        x, entered = sharding.constrain(self.embed(tokens), "B T E"), []
+        for block in self.layers:
+            entered.append(x)
+            x, state = block(x, positions, attend, state, neuron_scale)
+        return self.final_norm(x), state, entered
+
+    def unembed(self, hidden: Residual) -> Logits:
+        """`[..., E]` -> `[..., V]` float32."""
+        logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.unembedding(hidden)
+        return logits.astype(jnp.float32)
+
+    def logits(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+        """`__call__` and `unembed` at once; also what `init` runs."""
+        hidden, state = self(tokens, positions, attend, state, neuron_scale)
+        return self.unembed(hidden), state
+
+
+def adapter_logits(model: Decoder, params: Params, residuals: Sequence[Residual]) -> Float[Array, "L B K T"]:
+    """Eviction logits of all layers' adapter gates at once, from what entered the layers.
+
+    A layer's gate is three kernels of a few microseconds on a GPU, which a decode step of few tokens feels.
+    """
+    c = model.config
+    gates = [params[f"layers_{n}"]["attn"]["gate"] for n in range(c.num_layers)]
+    gate = AdapterGate(c.num_kv_heads, c.norm_eps)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *gates)
+    return jax.vmap(lambda own, x: dms.affine(gate.apply({"params": own}, x), model.dms))(stacked, jnp.stack(residuals))
+
+
+def arange_positions(tokens: Tokens) -> Positions:
+    """0 .. T-1 for each sequence."""
+    B, T = tokens.shape
+    return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+
+
+def unembedding(params: Params, config: ModelConfig) -> Float[Array, "E V"]:
+    """The matrix that `Decoder.unembed` multiplies by."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["unembedding"]["kernel"]
+
+
+def self_attention(
+    q: Queries,
+    k: NewKV,
+    v: NewKV,
+    positions: Positions,
+    log_keep_prob: LogKeepProb,
+    window: int,
+    segments: Segments | None = None,
+    hard: bool = False,
+) -> Queries:
+    """Attention of whole rows to themselves: what every forward pass over given tokens goes through.
+
+    positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0. hard: log_keep_prob
+    holds only 0 and MASK_VALUE, so that a kernel may skip what nobody sees.
+    """
+    letters = ("B T H D", "B T K D", "B T K D", "B T", "B K T", *(() if segments is None else ("B T",)))
+
+    def local(q, k, v, positions, log_keep_prob, segments=None):
+        key_pos = attention.per_head(positions, k.shape[2])
+        of = {"query_segments": segments, "key_segments": segments}
+        return kernels.flash_attention(q, k, v, positions, key_pos, log_keep_prob, window, hard=hard, **of)
+
+    given = (q, k, v, positions, log_keep_prob, *(() if segments is None else (segments,)))
+    return sharding.by_heads(local, letters)(*given)
+
+
+def causal(layer, q, k, v, logit, state):
+    """An `Attend`: plain causal attention over the tokens given, nothing evicted."""
+    return packed_causal(arange_positions(q[..., 0, 0]), None)(layer, q, k, v, logit, state)
+
+
+def packed_causal(positions: Positions, segments: Segments | None) -> Attend:
+    """`causal` for rows of packed documents."""
+
+    def attend(layer, q, k, v, logit, state):
+        nothing = jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
+        return self_attention(q, k, v, positions, nothing, 0, segments, hard=True), state
+
+    return attend
+
+
+def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
+    """An `Attend`: the hard delayed-eviction mask over whole sequences; state collects alpha `[B, K, T]` a layer."""
+
+    def attend(layer, q, k, v, logit, state):
+        positions = arange_positions(q[..., 0, 0])
+        alpha = dms.shift(dms.hard_decisions(logit), config.decision_offset, lengths, False)
+        out = self_attention(q, k, v, positions, dms.hard_log_keep_prob(alpha), config.window, hard=True)
+        return out, (*state, alpha)
+
+    return attend
+
+
+def init(key, config: ModelConfig, dms_config: DMSConfig | None = None) -> Params:
+    """Fresh float32 parameters (normal 0.02, norms one, gates zero)."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    model = Decoder(config, dms_config)
+    return model.init(key, tokens, tokens, causal, method="logits")["params"]

@@ -1,0 +1,135 @@
+"""What a retrofit is: its mode, schedule, optimiser, data and layout over devices, checked on creation."""
+
+from dataclasses import dataclass, field
+
+from dms_jax.config import DMSConfig, one_of, require
+
+MODES = ("full", "adapter", "lora")
+REMAT = ("none", "dots", "block")
+TARGETS = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates (Hu et al., arXiv 2106.09685) of attention projections: `W + alpha / rank * a b`.
+
+    targets: which of q, k, v and o.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        require(self.rank > 0, "lora.rank", self.rank, "must be positive")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "must be positive")
+        known = bool(self.targets) and set(self.targets) <= set(TARGETS)
+        require(known, "lora.targets", self.targets, f"expected some of {', '.join(TARGETS)}")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A data set.
+
+    path: a JSONL or parquet file, or a name on the Hugging Face hub.
+    weight: its share of the documents, relative to the other sources.
+    split, subset: of a hub data set.
+    prompt, response: the fields with a user's turn and its answer; messages: a field with a whole chat; text: a
+      field with plain text. All empty: found by the usual names, see `documents.FIELDS`.
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str = "train"
+    subset: str | None = None
+    prompt: str = ""
+    response: str = ""
+    messages: str = ""
+    text: str = ""
+
+    def __post_init__(self):
+        require(bool(self.path), "data.path", self.path, "names no data set")
+        require(self.weight > 0, "data.weight", self.weight, "must be positive")
+        kinds = bool(self.prompt or self.response) + bool(self.messages) + bool(self.text)
+        require(kinds <= 1, "data.text", self.text, "give prompt and response, or messages, or text")
+        pair = bool(self.prompt) == bool(self.response)
+        require(pair, "data.response", self.response, "prompt and response go together")
+
+
+@dataclass(frozen=True)
+class RetrofitConfig:
+    """A retrofit. Steps count batches; the defaults are the paper's (section 4, appendix B) where it gives them.
+
+    model: what `dms_jax.load` takes.
+    mode: what is trained: "full" every weight, "adapter" the adapter gate alone, "lora" low-rank updates and, with
+      the adapter gate, the gate.
+    retire_steps: over how many steps the query gate's neuron is scaled from 1 to 0, before anything is evicted.
+    steps_per_cr, max_cr: the schedule CR(t) = 1 + t / steps_per_cr, held at max_cr.
+    hold_steps: more steps at max_cr, during which the learning rate falls to 0.
+    kl: "forward" is KL(teacher, student), "reverse" the other way (the authors' code).
+    batch_size: rows of `context` tokens a step, taken in `accumulate` micro-batches one after the other.
+    context: tokens a row, into which documents are packed.
+    compute: dtype of the forward and backward pass; what is trained is kept in float32.
+    remat: what is recomputed in the backward pass: "none", "dots" (all but the products with weights), or "block"
+      (all but each block's input).
+    loss_chunk: tokens a row whose logits exist at once.
+    mesh: devices along data, fsdp and tensor; the product is the number of devices.
+    data: the sources that are blended; others may be named on the command line. Without any it is the mini task's.
+    save_every, log_every: steps between checkpoints (besides one at each whole CR) and between lines of the log.
+    """
+
+    model: str = "mini"
+    dms: DMSConfig = field(default_factory=DMSConfig)
+    mode: str = "full"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    retire_steps: int = 2000
+    steps_per_cr: int = 100
+    max_cr: float = 8.0
+    hold_steps: int = 0
+    kl: str = "forward"
+    learning_rate: float = 3e-5
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    batch_size: int = 256
+    accumulate: int = 1
+    context: int = 512
+    compute: str = "float32"
+    remat: str = "none"
+    loss_chunk: int = 256
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    data: tuple[SourceConfig, ...] = ()
+    save_every: int = 200
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        one_of("kl", self.kl, ("forward", "reverse"))
+        one_of("mode", self.mode, MODES)
+        one_of("compute", self.compute, ("float32", "bfloat16"))
+        one_of("remat", self.remat, REMAT)
+        adapter = self.mode != "adapter" or self.dms.gate == "adapter"
+        require(adapter, "mode", self.mode, f"there is no adapter to train with gate={self.dms.gate!r}")
+        require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
+        for key in ("steps_per_cr", "batch_size", "accumulate", "context", "loss_chunk", "save_every", "log_every"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
+        for key in ("retire_steps", "hold_steps", "warmup_steps"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        divides = self.batch_size % self.accumulate == 0
+        require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
+        require(len(self.mesh) == 3 and min(self.mesh) > 0, "mesh", self.mesh, "expected data, fsdp, tensor")
+
+    @property
+    def retirement(self) -> int:
+        """Steps before anything is evicted: the adapter gate borrows no neuron, so none."""
+        return self.retire_steps if self.dms.gate == "query" else 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.retirement + round((self.max_cr - 1) * self.steps_per_cr) + self.hold_steps
+
+    def members(self) -> dict[int, float]:
+        """Step -> CR of every member of the family: each whole CR as it is reached, the highest at the end."""
+        whole = range(2, int(self.max_cr) + 1)
+        steps = {self.retirement + (cr - 1) * self.steps_per_cr: float(cr) for cr in whole if cr < self.max_cr}
+        return steps | {self.total_steps: float(self.max_cr)}

@@ -1,0 +1,220 @@
+"""Parameter trees against the tensors of foreign files: one table, used for reading and for writing.
+
+A foreign linear map is `[out, in]`, ours is `[*inputs, *outputs]`, written "inputs | outputs" in the table:
+
+    "E | H D"   ours [E, H, D],  theirs [H * D, E]
+    "H D | E"   ours [H, D, E],  theirs [E, H * D]
+    "| H D"     ours [H, D],     theirs [H * D]           a bias
+    "V E"       ours [V, E],     theirs [V, E]            no bar: as it is
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dms_jax.config import DMSConfig, ModelConfig, one_of
+from dms_jax.types import Params
+from dms_jax.weights.safetensors import PIECE, Saved, Source, WeightError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Row(NamedTuple):
+    """A parameter: path in our tree, names in HF and GGUF files ({n}: the layer), layout, when it exists."""
+
+    path: str
+    hf: str
+    gguf: str | None
+    layout: str
+    when: str = ""
+
+
+TABLE = (
+    Row("embed/embedding", "model.embed_tokens.weight", "token_embd.weight", "V E"),
+    Row("final_norm/scale", "model.norm.weight", "output_norm.weight", "E"),
+    Row("unembedding/kernel", "lm_head.weight", "output.weight", "E | V", "untied"),
+)
+_HF, _MINE, _GGUF = "model.layers.{n}.", "layers_{n}/", "blk.{n}."
+LAYER_TABLE = tuple(
+    Row(_MINE + path, _HF + hf, gguf and _GGUF + gguf, layout, when)
+    for path, hf, gguf, layout, when in (
+        ("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight", "E", ""),
+        ("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", "E | H D", ""),
+        ("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", "E | K D", ""),
+        ("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight", "E | K D", ""),
+        ("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight", "H D | E", ""),
+        ("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", "| H D", "qkv_bias"),
+        ("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", "| K D", "qkv_bias"),
+        ("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias", "| K D", "qkv_bias"),
+        ("attn/o/bias", "self_attn.o_proj.bias", "attn_output.bias", "| E", "out_bias"),
+        ("attn/q_norm/scale", "self_attn.q_norm.weight", "attn_q_norm.weight", "D", "qk_norm"),
+        ("attn/k_norm/scale", "self_attn.k_norm.weight", "attn_k_norm.weight", "D", "qk_norm"),
+        ("attn/gate/proj/kernel", "self_attn.dms_proj_alpha.weight", None, "E | K", "adapter"),
+        ("attn/gate/norm/scale", "self_attn.dms_proj_alpha_norm.weight", None, "E", "adapter"),
+        ("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", "E", ""),
+        ("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight", "E | F", ""),
+        ("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight", "E | F", ""),
+        ("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight", "F | E", ""),
+        ("mlp/gate/bias", "mlp.gate_proj.bias", "ffn_gate.bias", "| F", "mlp_bias"),
+        ("mlp/up/bias", "mlp.up_proj.bias", "ffn_up.bias", "| F", "mlp_bias"),
+        ("mlp/down/bias", "mlp.down_proj.bias", "ffn_down.bias", "| E", "mlp_bias"),
+    )
+)
+
+
+class Spec(NamedTuple):
+    """A row of the table for one model and one layer."""
+
+    path: str
+    name: str  # in the foreign file
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    linear: bool
+    letters: str  # of our axes, "E H D"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Ours."""
+        return (*self.inputs, *self.outputs)
+
+    @property
+    def foreign(self) -> tuple[int, ...]:
+        """Theirs."""
+        if not self.linear:
+            return self.shape
+        return (math.prod(self.outputs), *([math.prod(self.inputs)] if self.inputs else []))
+
+
+def specs(config: ModelConfig, dms: DMSConfig | None, naming: str = "hf") -> list[Spec]:
+    """Every parameter of the model, under its "hf" or "gguf" name; the adapter gate's if `dms` has one."""
+    rows = [(row, 0) for row in TABLE]
+    rows += [(row, n) for n in range(config.num_layers) for row in LAYER_TABLE]
+    return [_spec(row, n, config, naming) for row, n in rows if _exists(row.when, config, dms)]
+
+
+def gate_specs(config: ModelConfig) -> list[Spec]:
+    """The parameters of the adapter gate alone."""
+    rows = [(row, n) for n in range(config.num_layers) for row in LAYER_TABLE if row.when == "adapter"]
+    return [_spec(row, n, config, "hf") for row, n in rows]
+
+
+def _exists(when: str, config: ModelConfig, dms: DMSConfig | None) -> bool:
+    if when == "adapter":
+        return dms is not None and dms.gate == "adapter"
+    if when == "untied":
+        return not config.tie_embeddings
+    return not when or getattr(config, when)
+
+
+def _spec(row: Row, n: int, c: ModelConfig, naming: str) -> Spec:
+    sizes = {"V": c.vocab_size, "E": c.model_dim, "F": c.mlp_dim}
+    sizes |= {"H": c.num_heads, "K": c.num_kv_heads, "D": c.head_dim}
+    name = row.hf if naming == "hf" else row.gguf or ""
+    left, bar, right = row.layout.partition("|")
+    inputs, outputs = (tuple(sizes[letter] for letter in part.split()) for part in (left, right))
+    letters = " ".join((left + right).split())
+    return Spec(row.path.format(n=n), name.format(n=n), inputs, outputs, bool(bar), letters)
+
+
+def check_names(expected: list[Spec], sources: Mapping[str, Source], where: str) -> None:
+    """Raises WeightError unless the tensors are exactly those expected, in the expected shapes."""
+    names = {spec.name for spec in expected}
+    problems = [f"missing tensor {spec.name}" for spec in expected if spec.name not in sources]
+    problems += [f"unexpected tensor {name}" for name in sources if name not in names]
+    for spec in expected:
+        source = sources.get(spec.name)
+        if source is not None and source.shape != spec.foreign:
+            problems.append(f"tensor {spec.name} has shape {source.shape}, expected {spec.foreign}")
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise WeightError(f"{where}: {'; '.join(problems[:8])}{more}")
+
+
+def read_params(
+    expected: list[Spec],
+    sources: Mapping[str, Source],
+    dtype: str,
+    where: str,
+    order: Mapping[str, np.ndarray] | None = None,
+) -> Params:
+    """The parameter tree, one piece of a tensor at a time; peak host memory is the tree plus a piece.
+
+    Args:
+      order: for tensors whose rows (foreign outputs) are permuted; row r of the file is our `order[name][r]`.
+    Raises:
+      WeightError: a missing, unexpected, misshaped or damaged tensor, or a value beyond the dtype's range.
+    """
+    one_of("dtype", dtype, DTYPES)
+    check_names(expected, sources, where)
+    tree: Params = {}
+    for spec in expected:
+        rows = None if order is None else order.get(spec.name)
+        value = _read(spec, sources[spec.name], np.dtype(jax.numpy.dtype(dtype)), rows)
+        # Our buffer is never written again, so the CPU backend may keep it instead of making a copy.
+        insert(tree, spec.path, jax.device_put(value, may_alias=True))
+    return tree
+
+
+def _read(spec: Spec, source: Source, dtype: np.dtype, order: np.ndarray | None) -> np.ndarray:
+    rows, columns = source.matrix
+    transposed = spec.linear and bool(spec.inputs)
+    out = aligned((columns, rows) if transposed else (rows, columns), dtype)
+    for start, stop, piece in source.pieces():
+        with np.errstate(over="ignore"):
+            piece = piece.astype(dtype, copy=False)
+        if dtype == np.float16 and not np.isfinite(piece).all():
+            raise WeightError(f"{source.file}: tensor {spec.name} has values beyond float16")
+        if order is not None and rows == 1:  # a bias: its rows lie along the one row read
+            out[:, order] = piece
+        elif transposed:
+            out[:, slice(start, stop) if order is None else order[start:stop]] = piece.T
+        else:
+            out[slice(start, stop) if order is None else order[start:stop]] = piece
+    return out.reshape(spec.shape)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which is what lets XLA on CPU use it without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def insert(tree: Params, path: str, value) -> None:
+    """Puts a leaf at "a/b/c", making the dicts on the way."""
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
+
+
+def lookup(tree: Params, path: str):
+    """The leaf at "a/b/c"; a WeightError names the path if it is absent."""
+    node = tree
+    for key in path.split("/"):
+        if not isinstance(node, Mapping) or key not in node:
+            raise WeightError(f"params: missing parameter {path}")
+        node = node[key]
+    return node
+
+
+def saved(spec: Spec, params: Params) -> Saved:
+    """A parameter as it is to be written: foreign shape and layout, pieces made when asked for."""
+    value = lookup(params, spec.path)
+    if value.shape != spec.shape:
+        raise WeightError(f"params: {spec.path} has shape {value.shape}, expected {spec.shape}")
+    dtype = np.dtype(value.dtype)
+
+    def pieces() -> Iterator[np.ndarray]:
+        matrix = np.asarray(value)
+        if spec.linear:
+            matrix = matrix.reshape(math.prod(spec.inputs), -1).T
+        step = max(1, PIECE // max(1, matrix[:1].nbytes))
+        for start in range(0, matrix.shape[0], step):
+            yield matrix[start : start + step]
+
+    return Saved(spec.foreign, dtype, pieces)

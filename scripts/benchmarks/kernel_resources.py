@@ -1,0 +1,166 @@
+"""Compiles the GPU kernels for the attention shapes of real models, without a GPU, and lists what each one uses.
+
+Registers and local memory (spilled registers) of a thread, shared memory of a program. The kernels, arguments and tile
+sizes are those that dms_jax.kernels launches: its calls are traced and recorded, not repeated here. Needs triton.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dms_jax import kernels
+
+SHAPES = {"Llama-3.2-1B": (32, 8, 64), "Qwen3-8B": (32, 8, 128), "Qwen-R1-32B": (40, 8, 128)}  # H, K, D
+ARCHS = (80, 90)  # A100; H100 and H200
+TYPES = {
+    "int": "i32",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float32": "*fp32",
+    "int32": "*i32",
+    "int8": "*i8",
+    "float8_e4m3fn": "*fp8e4nv",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compile.
+
+    archs: compute capabilities. models: of Llama-3.2-1B, Qwen3-8B and Qwen-R1-32B. backward: also the backward pass.
+    context: tokens. out: JSON file for the results ("-" prints JSON instead of a table).
+    """
+
+    archs: tuple[int, ...] = ARCHS
+    models: tuple[str, ...] = tuple(SHAPES)
+    backward: bool = True
+    context: int = 8192
+    out: str | None = None
+
+
+def traced_launches(call, *shapes) -> list[tuple]:
+    """`(kernel, dtypes, options)` of every launch that `call` makes, found by tracing it with a stand-in."""
+    launches = []
+
+    def triton_call(*arrays, kernel, out_shape, grid, input_output_aliases, **options):
+        launches.append(
+            (kernel, ["int" if isinstance(x, int) else str(x.dtype) for x in (*arrays, *out_shape)], options)
+        )
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    stand_in = types.ModuleType("jax_triton")
+    stand_in.triton_call = triton_call
+    before = sys.modules.get("jax_triton")
+    sys.modules["jax_triton"] = stand_in
+    try:
+        jax.eval_shape(call, *shapes)
+    finally:
+        del sys.modules["jax_triton"]
+        if before is not None:
+            sys.modules["jax_triton"] = before
+    return launches
+
+
+def decode_launches(shape: tuple[int, int, int], context: int, pages: str = "bfloat16", page: int = 16) -> list[tuple]:
+    """The launches of one decode step of 16 sequences."""
+    H, K, D = shape
+    B, N = 16, 4096
+    spec = jax.ShapeDtypeStruct
+    scale = spec((N, page), jnp.float32) if pages != "bfloat16" else None
+
+    def call(q, k, v, table, lengths, k_scale, v_scale):
+        return kernels.paged_decode_attention(
+            q, k, v, table, lengths, k_scale=k_scale, v_scale=v_scale, implementation="triton"
+        )
+
+    pool = spec((N, page, D), jnp.dtype(pages))
+    table, lengths = spec((B, K, context // page), jnp.int32), spec((B, K), jnp.int32)
+    return traced_launches(call, spec((B, H, D), jnp.bfloat16), pool, pool, table, lengths, scale, scale)
+
+
+def flash_launches(shape: tuple[int, int, int], context: int, backward: bool) -> list[tuple]:
+    """The launches of one pass over a sequence, with the backward pass or without."""
+    H, K, D = shape
+    spec = jax.ShapeDtypeStruct
+    key = spec((1, context, K, D), jnp.bfloat16)
+    log_keep_prob = spec((1, K, context), jnp.float32)
+    key_pos = spec((1, K, context), jnp.int32)
+
+    def call(q, k, v, query_pos, key_pos, log_keep_prob):
+        out = kernels.flash_attention(q, k, v, query_pos, key_pos, log_keep_prob, 256, implementation="triton")
+        return out.astype(jnp.float32).sum()
+
+    call = jax.grad(call, (0, 1, 2, 5)) if backward else call
+    arrays = (spec((1, context, H, D), jnp.bfloat16), key, key, spec((1, context), jnp.int32), key_pos, log_keep_prob)
+    return traced_launches(call, *arrays)
+
+
+def resources(kernel, dtypes: list[str], options: dict, arch: int) -> dict:
+    """Compiles one launch as jax-triton does (every pointer aligned to 16 bytes) and reads the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = dict(options)
+    build = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    pointers = {name: TYPES[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
+    signature = pointers | dict.fromkeys(options, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(pointers.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature=signature, constexprs=options, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=build)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+        "shared_bytes": compiled.metadata.shared,
+        **build,
+    }
+
+
+def main(settings: Settings) -> None:
+    console = Console(stderr=settings.out == "-")
+    jobs = []
+    for model in settings.models:
+        shape = SHAPES[model]
+        for pages in ("bfloat16", "int8", "float8_e4m3fn") if model == "Qwen3-8B" else ("bfloat16",):
+            jobs += [(model, pages, launch) for launch in decode_launches(shape, settings.context, pages)]
+        jobs += [(model, "bfloat16", launch) for launch in flash_launches(shape, settings.context, settings.backward)]
+    rows = []
+    # Before sm_89 there is no float8 of this kind.
+    todo = [(*job, arch) for arch in settings.archs for job in jobs if arch >= 89 or job[1] != "float8_e4m3fn"]
+    for model, dtype, launch, arch in track(todo, "compiling", console=console):
+        used = resources(*launch, arch)
+        rows.append({"arch": arch, "model": model, "kernel": launch[0].__name__, "dtype": dtype, **used})
+    if settings.out == "-":
+        print(json.dumps(rows))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
+    if settings.out:
+        Path(settings.out).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,193 @@
+"""Storage and the DMS policy without a model: every storage == the mask's definition, and no page is ever lost.
+
+A history of random queries, keys, values and eviction logits is fed in turns (chunks of a prompt and single steps,
+different for each sequence); every attention output is compared with dense attention over the whole history.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dms_jax import dms
+from dms_jax.cache import paged, storage
+from dms_jax.config import CacheConfig, DMSConfig
+from dms_jax.dms import hard_log_keep_prob
+from dms_jax.kernels import attention
+from dms_jax.policies import policy
+from dms_jax.policies.base import DecodeStep, NewToken, PrefillChunk, positions
+
+QUICK = {"xla_backend_optimization_level": 0}
+B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
+MODEL = types.SimpleNamespace(num_layers=L, num_kv_heads=K, head_dim=D)
+CAPACITY = 40  # of masked storage, which keeps a slot for every token
+KEYS = np.zeros((B, 2), np.uint32)
+
+
+def history(seed, shares):
+    """Random q, k, v, eviction logits of L layers; `shares[l][k]` of the tokens of a head are marked."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=(L, B, TOTAL, n, D)).astype(np.float32) for n in (K * G, K, K))
+    logit = np.where(rng.random((L, B, K, TOTAL)) < np.array(shares)[:, None, :, None], 1.0, -1.0)
+    return q, k, v, logit.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "offset"))
+def oracle(q, k, v, logit, window, offset):
+    """Teacher-forced outputs `[L, B, T, H, D]` and who is live after each token `[L, B, K, T, T]`."""
+    pos = jnp.broadcast_to(jnp.arange(TOTAL), (B, TOTAL))
+    lengths = jnp.full(B, TOTAL)
+    alpha = [dms.shift(x > 0, offset, lengths, False) for x in logit]
+    outs = [attention.dense(q[n], k[n], v[n], pos, pos, hard_log_keep_prob(alpha[n]), window) for n in range(L)]
+    per_head = jnp.broadcast_to(pos[:, None], (B, K, TOTAL))
+    seen = [dms.visible(pos, per_head, a, window) for a in alpha]
+    return jnp.stack(outs), jnp.stack(seen)
+
+
+def rules(window, offset, kind, page):
+    dms = policy("dms", DMSConfig(window=window, decision_offset=offset))
+    return dms, storage(CacheConfig(kind, CAPACITY, page))
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "width"), compiler_options=QUICK)
+def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
+    """What `decode.prefill` does in each layer."""
+    dms, store = rules(*rule)
+    query_pos = start[:, None] + jnp.arange(CHUNK)
+    token_pos = jnp.where(jnp.arange(CHUNK) < count[:, None], query_pos, -1)
+    outs, new = [], []
+    for n in range(L):
+        old = store.view(cache, n, width)
+        span = PrefillChunk(start, count, old.pos, k[n], logit[n], KEYS)
+        alpha = dms.mark(states[n], span)
+        keys, values = (jnp.concatenate([a.swapaxes(1, 2), b], 1) for a, b in ((old.k, k[n]), (old.v, v[n])))
+        outs.append(
+            attention.dense(q[n], keys, values, query_pos, positions(span), hard_log_keep_prob(alpha), dms.window)
+        )
+        stay, carry = dms.retain(states[n], span, alpha, None)
+        cache, slots = store.extend(cache, n, k[n], v[n], token_pos, stay, None)
+        new.append(dms.settle(states[n], span, carry, slots))
+    return cache, tuple(new), jnp.stack(outs)
+
+
+@functools.partial(jax.jit, static_argnames=("rule",), compiler_options=QUICK)
+def one_step(rule, cache, states, q, k, v, logit, position, active):
+    """What `decode.decode_step` does, layer by layer."""
+    dms, store = rules(*rule)
+    admitted = store.admit(cache, active)
+    outs, new = [], []
+    for n in range(L):
+        step = DecodeStep(position, admitted, store.live(cache)[n], KEYS)
+        victim, own = dms.choose(states[n], step, logit[n])
+        cache, slots = store.place(cache, n, position, victim[None], admitted)
+        cache, out, _ = store.attend(cache, n, q[n], k[n], v[n], slots, None, False)
+        new.append(dms.record(own, step, NewToken(slots[0], k[n], logit[n], None)))
+        outs.append(out)
+    return cache, tuple(new), jnp.stack(outs), admitted
+
+
+def check_pages(cache, expected_lengths):
+    """A plain account of the pool: every page is free or owned by exactly one head, and lengths are as expected."""
+    page = paged.page_size(cache)
+    table, length = np.asarray(cache.table), np.asarray(cache.length)
+    np.testing.assert_array_equal(length, expected_lengths)
+    free = np.asarray(cache.free)[: int(cache.top)].tolist()
+    owned = [int(p) for index in np.ndindex(length.shape) for p in table[index][: -(-int(length[index]) // page)]]
+    assert sorted(free + owned) == list(range(len(cache.free))), "a page is lost or owned twice"
+
+
+def check(kind, cache, expected_lengths):
+    if kind == "paged":
+        check_pages(cache, expected_lengths)
+
+
+def test_what_a_page_is_in_each_storage():
+    """Pages of two rows of 2 x 2 heads, in pages of 3 slots; a capacity of 40 is 14 pages."""
+    tokens = np.array([[[0, 1], [3, 4]], [[7, 50], [0, 0]]])
+    made = {kind: storage(CacheConfig(kind, CAPACITY, 3)) for kind in ("masked", "paged")}
+    want = {"masked": 0, "paged": 0 + 1 + 1 + 2 + 3 + 17}
+    assert {kind: store.pages(tokens).tolist() for kind, store in made.items()} == {k: [n] for k, n in want.items()}
+    store = made["paged"]
+    free, pages, page_bytes = store.pool(store.grow(store.init(MODEL, B, jnp.float32, 2), 5))
+    assert (free.tolist(), pages, page_bytes) == ([5], 5, 3 * (2 * D * 4 + 4))
+
+
+@pytest.mark.parametrize("kind", ("masked", "paged"))
+def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
+    """A page size that does not divide the capacity: of 9 tokens in pages of 4, those of pages 0 and 2 are read."""
+    store, T = storage(CacheConfig(kind, 9, 4)), 9
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, T, n, D)).astype(np.float32) for n in (K * G, K, K))
+    cache, at = store.init(MODEL, B, jnp.float32, L * B * K * 3), np.broadcast_to(np.arange(T), (B, T))
+    for n in range(T):
+        cache, slot = store.place(cache, 0, at[:, n], np.full((1, B, K), -1), np.ones(B, bool))
+        cache, *_ = store.attend(cache, 0, q[:, n], k[:, n], v[:, n], slot, None, False)
+    readable = np.broadcast_to([True, False, True], (B, K, 3))
+    _, out, weights = store.attend(
+        cache, 0, q[:, 0], k[:, 0], v[:, 0], jnp.full((1, B, K), store.slots), readable, True
+    )
+    pages = np.repeat([True, False, True], 4)[:T]
+    kept = np.zeros((B, K, int(pages.sum())), np.float32)
+    want = attention.dense(q[:, :1], k[:, pages], v[:, pages], np.full((B, 1), T), at[:, pages], kept, 0)
+    np.testing.assert_allclose(out, want[:, 0], atol=1e-5)
+    assert weights.shape == (B, K, store.slots)
+    np.testing.assert_array_equal(weights[0, 0] > 0, np.pad(pages, (0, store.slots - T)))
+
+
+STATIC = [(0, 0), (0, 1), (3, 0), (3, 2), (3, 4), (16, 1), (50, 0)]
+
+
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rule=st.sampled_from([(w, o, page) for n, (w, o) in enumerate(STATIC) for page in (1, 3, 8)[n % 3 :: 3]]),
+    seed=st.integers(0, 2**31),
+    shares=st.lists(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=K, max_size=K), min_size=L, max_size=L),
+    turns=st.lists(st.one_of(st.none(), st.lists(st.integers(0, CHUNK), min_size=B, max_size=B)), max_size=7),
+)
+def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, turns):
+    """A turn is a chunk of so many tokens for each sequence, or None: a decode step for all."""
+    window, offset, page = rule
+    q, k, v, logit = history(seed, shares)
+    want, seen = (np.asarray(x) for x in oracle(q, k, v, logit, window, offset))
+    for kind in ("masked", "paged"):
+        dms, store = rules(window, offset, kind, page)
+        cache = store.init(MODEL, B, jnp.float32, int(store.pages(np.full((B, L, K), CAPACITY)).max()))
+        states = tuple(dms.init(B, K, store.slots) for _ in range(L))
+        position = np.zeros(B, np.int32)
+        for turn in [[1, CHUNK, 3], *turns, None]:
+            count = np.minimum(np.ones(B, int) if turn is None else turn, TOTAL - position).astype(np.int32)
+            at = position[:, None] + np.arange(CHUNK if turn else 1)
+            rows = np.arange(B)[:, None], np.minimum(at, TOTAL - 1)
+            now = [x[:, rows[0], rows[1]] for x in (q, k, v)]
+            now_logit = np.moveaxis(np.moveaxis(logit, 2, 3)[:, rows[0], rows[1]], 3, 2)
+            rule_key = (window, offset, kind, page)
+            if turn is None:
+                args = [x[:, :, 0] for x in now]
+                cache, states, outs, admitted = one_step(
+                    rule_key, cache, states, *args, now_logit[..., 0], position, count > 0
+                )
+                np.testing.assert_array_equal(admitted, count > 0)
+                outs = np.asarray(outs)[:, :, None]
+            else:
+                width = 0 if not position.any() else store.slots
+                cache, states, outs = read_chunk(rule_key, cache, states, *now, now_logit, position, count, width)
+            for b in range(B):
+                mine = slice(position[b], position[b] + count[b])
+                np.testing.assert_allclose(np.asarray(outs)[:, b, : count[b]], want[:, b, mine], atol=1e-4)
+            position = position + count
+            # After token p, who is live is who token p could see.
+            live = np.where(position[:, None] > 0, seen[:, np.arange(B), :, position - 1].sum(-1).swapaxes(0, 1), 0)
+            np.testing.assert_array_equal(store.live(cache), live)
+            check(kind, cache, live)
+        cache = store.release(cache, np.array([True, False, True]))
+        live[:, [0, 2]] = 0
+        np.testing.assert_array_equal(store.live(cache), live)
+        check(kind, cache, live)
+        if kind != "masked":
+            pool = store.pool(store.release(cache, np.ones(B, bool)))
+            assert pool.free == pool.size, "pages leak"

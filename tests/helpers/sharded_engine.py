@@ -1,0 +1,32 @@
+"""Run in a process of its own by test_engine.py: the same chains on meshes of virtual CPU devices. Prints JSON."""
+
+import json
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+
+from dms_jax.config import DMSConfig  # noqa: E402
+from dms_jax.inference import generation  # noqa: E402
+from dms_jax.inference.jobs import EngineConfig  # noqa: E402
+from tests.inference.test_decode import random_lm, tiny  # noqa: E402
+
+PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 20]
+
+
+def main() -> None:
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3, cr=2.0, gate="adapter"))
+    out = {}
+    for devices in (None, (4, 1), (1, 2), (4, 2)):
+        result = generation.generate(
+            lm, PROMPTS, 16, temperature=1.0, chains=2, seed=4, stop=[3, 11, 30], page_size=4, devices=devices,
+            engine=EngineConfig(max_num_seqs=3, steps=8, pages=20),
+        )  # fmt: skip
+        out[str(devices)] = {"tokens": result.tokens, "reads": result.kv_reads.tolist()}
+    print(json.dumps({"devices": len(jax.devices()), "runs": out}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A conversation answers as one long sequence would, though no turn is read twice."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.inference import decode
+from dms_jax.inference.chat import Conversation
+from dms_jax.inference.jobs import EngineConfig
+from tests.inference.test_decode import full_forward, random_lm, tiny
+
+DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
+
+
+@pytest.mark.parametrize("cache", ("paged", "masked"))
+def test_three_turns_are_one_sequence(cache):
+    lm = random_lm(tiny(), DMS)
+    talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])
+    size = 0 if cache == "masked" else talk.spec.storage.pool(talk.state.cache).size
+    for turn in ([5, 6, 7, 8, 9], [12], [2] * 9):
+        begun = len(talk.tokens) + len(turn)
+        answer = talk.say(turn, 8)
+        assert talk.tokens[begun:] == answer and len(answer) <= 8
+    tokens = np.array([(talk.tokens + [0] * 64)[:64]])
+    logits, alpha = full_forward(lm, tokens)
+    greedy = logits[0].argmax(-1)
+    assert talk.tokens[begun:] == greedy[begun - 1 : len(talk.tokens) - 1].tolist()
+    assert 0.2 < alpha.mean() < 0.8
+    # What lives is what the last token in the cache could see: evicted tokens of earlier turns are gone.
+    last = len(talk.tokens) - 2
+    seen = (np.arange(64) <= last) & ((last - np.arange(64) <= DMS.window) | ~alpha[:, 0])
+    live = talk.spec.storage.live(talk.state.cache)[:, 0]
+    np.testing.assert_array_equal(jnp.stack(live), seen.sum(-1))
+    assert cache == "masked" or talk.spec.storage.pool(talk.state.cache).size > size
+
+
+def test_a_turn_that_is_too_long_loses_nothing():
+    lm = random_lm(tiny(), DMS)
+    talk = Conversation(lm, 20, stop=[])
+    first = talk.say([5, 6], 4)
+    with pytest.raises(ConfigError, match="length=20: this turn may make 32 tokens"):
+        talk.say([1, 2], 24)
+    with pytest.raises(ValueError, match="is empty"):
+        talk.say([], 4)
+    assert talk.tokens == [5, 6, *first] and len(talk.say([7], 4)) == 4
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ("prompt", "first", "chunk"))
+def test_a_turn_broken_off_is_read_on(where, monkeypatch):
+    """What the cache had not seen of it comes before the next turn."""
+    lm = random_lm(tiny(), DMS)
+    talk = Conversation(lm, 320, page_size=4, stop=[], engine=EngineConfig(prefill_chunk=4))
+    calls = {"prompt": 0, "first": 0, "chunk": 0}
+
+    def count(part):
+        calls[part] += 1
+        if part == where and calls[part] == (1 if part == "first" else 2):
+            raise Broken
+
+    def hear(tokens):
+        count("first" if len(tokens) == 1 else "chunk")
+
+    prefill = decode.prefill
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "prefill", lambda *given: (count("prompt"), prefill(*given))[1])
+        with pytest.raises(Broken):
+            talk.say([5, 6, 7, 8, 9, 10, 11], 150, hear)
+    begun = len(talk.tokens) + 2
+    assert begun == {"prompt": 9, "first": 10, "chunk": 138}[where]
+    answer = talk.say([12, 13], 8)
+    assert talk.tokens[begun:] == answer and len(answer) == 8
+    logits, _ = full_forward(lm, np.array([talk.tokens]))
+    assert answer == logits[0].argmax(-1)[begun - 1 : -1].tolist()
+
+
+def test_a_mesh_is_refused():
+    with pytest.raises(ConfigError, match="mesh=.*one device"):
+        Conversation(random_lm(tiny(), DMS), 20, mesh=object())

@@ -1,0 +1,260 @@
+"""Decoding step by step equals the teacher-forced forward, and the counts equal a brute-force count."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import policies
+from dms_jax.cache import storage
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
+from dms_jax.inference import decode, generation, sampling
+from dms_jax.models import transformer
+
+LENGTHS = (9, 1, 5, 14)
+TOTAL = 40
+
+
+def tiny(groups: int = 3, **changes) -> ModelConfig:
+    return ModelConfig(
+        family="llama", vocab_size=53, num_layers=2, model_dim=24, num_heads=2 * groups, num_kv_heads=2,
+        head_dim=10, mlp_dim=40, **changes,
+    )  # fmt: skip
+
+
+def random_lm(config: ModelConfig, dms: DMSConfig | None, seed: int = 0):
+    """A model whose weights are large enough for decisions of both kinds and for sharp attention; norms are 1."""
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config, dms))
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) if len(x.shape) > 1 else np.ones(x.shape), x.dtype),
+        shapes,
+    )
+    return types.SimpleNamespace(config=config, params=params, dms=dms, tokenizer=None)
+
+
+def spec_for(lm, policy: str, cache: CacheConfig) -> decode.DecodeSpec:
+    decoder = transformer.Decoder(lm.config, lm.dms)
+    return decode.DecodeSpec(decoder, policies.policy(policy, lm.dms), storage(cache), SamplingConfig(), ())
+
+
+# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
+QUICK = {"xla_backend_optimization_level": 0}
+step = jax.jit(decode.decode_step, static_argnames="spec", compiler_options=QUICK)
+prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"), compiler_options=QUICK)
+
+MASKED, PAGED = (CacheConfig(kind, 48, page_size=4) for kind in ("masked", "paged"))
+ROWS = (2, 0, 3, 1)  # where the sequences lie: a row is not a sequence's number
+
+
+def forced_decode(lm, tokens, lengths, policy="dms", cache=PAGED, chunk=14):
+    """Logits `[steps, B, V]` of feeding `tokens` one by one after prompts of the given lengths, and the counts."""
+    spec, B = spec_for(lm, policy, cache), len(lengths)
+    lengths, rows = np.array(lengths), np.array(ROWS[:B])
+    state = decode.init(spec, B + 1, jnp.float32, pages=300)
+    first, seen = np.zeros((B, lm.config.vocab_size), np.float32), []
+    for start in range(0, max(lengths), chunk):
+        count = np.clip(lengths - start, 0, chunk)
+        part = np.where(np.arange(chunk) < count[:, None], tokens[:, start : start + chunk], 0)
+        keys = np.zeros((B, 2), np.uint32)  # greedy: no noise is drawn
+        width = 16 if start else 0
+        state, logits, saw = prefill(spec, lm.params, state, rows, part, count, np.full(B, 99), keys, width)
+        first = np.where(count[:, None] > 0, logits, first)
+        seen.append(saw)
+    all_logits, all_live = [first], []
+    for n in range(TOTAL - max(lengths)):
+        fed = np.zeros(B + 1, np.int32)
+        fed[rows] = tokens[np.arange(B), lengths + n]
+        state, logits, chunk_out = step(spec, lm.params, state._replace(token=jnp.asarray(fed)))
+        all_logits.append(logits[rows])
+        all_live.append(chunk_out.live[rows])
+    return np.stack(all_logits), np.stack(all_live), np.concatenate(seen, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "gate"), compiler_options=QUICK)
+def _forward(params, tokens, window, offset, config, gate):
+    attend = transformer.causal
+    if gate is not None:  # window and offset are traced, so that one program serves every case of a gate
+        rule = types.SimpleNamespace(window=window, decision_offset=offset)
+        attend = transformer.hard_eviction(rule, jnp.full(len(tokens), tokens.shape[1]))
+    positions = transformer.arange_positions(tokens)
+    return transformer.Decoder(config, gate).apply({"params": params}, tokens, positions, attend, method="logits")
+
+
+def full_forward(lm, tokens):
+    """Teacher-forced logits `[B, T, V]` and alpha `[L, B, K, T]` with the hard mask (no alpha without DMS)."""
+    gate, window, offset = lm.dms, 0, 0
+    if gate is not None:
+        window, offset = gate.window, gate.decision_offset
+        gate = dataclasses.replace(gate, window=0, decision_offset=0)  # the decoder itself reads neither
+    logits, alpha = _forward(lm.params, jnp.asarray(tokens), window, offset, lm.config, gate)
+    return np.asarray(logits), np.stack(alpha) if alpha else None
+
+
+CASES = [
+    (w, o, gate, per)
+    for w in (0, 1, 7, 16)
+    for o in sorted({0, 1, w})
+    for gate, per in (("query", "head"), ("adapter", "head"), ("adapter", "layer"))
+    if per == "head" or (w, o) == (7, 1)
+]
+
+
+@pytest.mark.parametrize("window, offset, gate, per", CASES)
+def test_decode_equals_teacher_forced_forward(window, offset, gate, per):
+    """On every storage, the prompt in one chunk or in three; tests/test_cache.py draws more freely."""
+    dms = DMSConfig(window=window, decision_offset=offset, gate=gate, per=per, scale=3.0, offset=0.3)
+    lm = random_lm(tiny(), dms, seed=window * 31 + offset)
+    tokens = np.random.default_rng(window + offset).integers(0, 53, (len(LENGTHS), TOTAL + 8))
+    want, alpha = full_forward(lm, tokens[:, :TOTAL])
+    assert 0.2 < alpha.mean() < 0.8, "both decisions must occur"
+    cache, chunk = (PAGED, 14) if gate == "query" else (PAGED, 5) if window % 2 else (MASKED, 5)
+    got, live, seen = forced_decode(lm, tokens, LENGTHS, cache=cache, chunk=chunk)
+    for b, length in enumerate(LENGTHS):
+        steps = TOTAL - max(LENGTHS)
+        np.testing.assert_allclose(got[:, b], want[b, length - 1 : length + steps], atol=1e-4)
+        brute = brute_live(alpha[:, b], window)  # [L, K, T]
+        np.testing.assert_array_equal(live[:, b], np.moveaxis(brute[..., length : length + steps], -1, 0))
+        np.testing.assert_array_equal(seen[b, :length], brute[..., :length].sum((0, 1)))
+
+
+def brute_live(alpha, window):
+    """Live keys for each query by the definition, `[L, K, T]`: one loop over queries, one over keys."""
+    live = np.zeros(alpha.shape, int)
+    for i in range(alpha.shape[-1]):
+        for j in range(i + 1):
+            live[..., i] += (i - j <= window) | ~alpha[..., j]
+    return live
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7])
+def test_full_policy_equals_plain_causal_attention(groups):
+    lm = random_lm(tiny(groups), None)
+    tokens = np.random.default_rng(groups).integers(0, 53, (len(LENGTHS), TOTAL + 8))
+    want, _ = full_forward(lm, tokens[:, :TOTAL])
+    got, live, _ = forced_decode(lm, tokens, LENGTHS, "full")
+    for b, length in enumerate(LENGTHS):
+        steps = TOTAL - max(LENGTHS)
+        np.testing.assert_allclose(got[:, b], want[b, length - 1 : length + steps], atol=1e-4)
+        np.testing.assert_array_equal(
+            live[:, b], np.broadcast_to(np.arange(length, length + steps)[:, None, None] + 1, live[:, b].shape)
+        )
+
+
+STOP = [3, 11, 12, 30, 40]
+SAMPLED = {"max_new_tokens": 30, "temperature": 1.0, "chains": 2, "stop": STOP}
+PROMPTS = [[5, 6, 7], [1], [9] * 12]
+
+
+def test_generate_counts_and_stops_as_by_hand():
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    out = generation.generate(lm, PROMPTS, seed=4, **SAMPLED)
+    ended = 0
+    for p, prompt in enumerate(PROMPTS):
+        for c in range(2):
+            new = out.tokens[p][c]
+            ended += len(new) < 30
+            assert len(new) == 30 or new[-1] in STOP
+            assert not set(new[:-1]) & set(STOP)
+            n, seen = len(prompt), len(prompt) + len(new) - 1  # the last token never enters the cache
+            # Padded to one shape: with offset 0 no decision depends on what follows.
+            _, alpha = full_forward(lm, np.array([(prompt + new + [0] * 50)[:50]]))
+            live = brute_live(alpha[:, 0, :, :seen], 3).mean((0, 1))
+            np.testing.assert_allclose(out.prefill_reads[p, c], live[:n].sum(), rtol=1e-6)
+            np.testing.assert_allclose(out.kv_reads[p, c], live[n:].sum(), rtol=1e-6)
+            np.testing.assert_allclose(out.peak_tokens[p, c], live.max(), rtol=1e-6)
+            np.testing.assert_allclose(out.achieved_cr[p, c], seen / live[-1], rtol=1e-6)
+    assert 0 < ended, "some chain must have met a stop token"
+
+
+def test_products_are_joined_for_few_rows_only(monkeypatch):
+    made = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "jit", lambda f, **options: options["compiler_options"])
+    for few in (True, False):
+        made[few] = decode.compiled_chunk.__wrapped__(few)["xla_gpu_dot_merger_threshold_mb"]
+    assert made == {True: 256, False: 0}
+    monkeypatch.setattr(decode, "compiled_chunk", lambda few: lambda *given: few)
+    state = types.SimpleNamespace(done=np.zeros(65, bool))
+    assert [decode.decode_chunk(None, None, state, 1, batch) for batch in (None, 64, 65)] == [False, True, False]
+
+
+def test_a_chunk_inside_another_jit():
+    lm = random_lm(tiny(), None)
+    spec = spec_for(lm, "full", PAGED)
+    state = decode.init(spec, 2, jnp.float32, pages=50)._replace(
+        done=jnp.zeros(2, bool), last=jnp.full(2, 40, jnp.int32), token=jnp.asarray([3, 4])
+    )
+    chunk = jax.jit(lambda params, state: decode.decode_chunk(spec, params, state, 3)[1].tokens)
+    inside = chunk(lm.params, state)
+    np.testing.assert_array_equal(inside, decode.decode_chunk(spec, lm.params, state, 3)[1].tokens)
+    assert len(np.unique(inside)) > 2
+
+
+@pytest.mark.parametrize("per", ["head", "layer"])
+def test_adapter_gates_of_all_layers_at_once(per):
+    lm = random_lm(tiny(), DMSConfig(gate="adapter", scale=2.0, offset=0.3, per=per))
+    rng = np.random.default_rng(3)
+    for n in range(lm.config.num_layers):
+        norm = lm.params[f"layers_{n}"]["attn"]["gate"]["norm"]
+        norm["scale"] = jnp.asarray(rng.normal(size=norm["scale"].shape), jnp.float32)
+    model, tokens = transformer.Decoder(lm.config, lm.dms), jnp.asarray(rng.integers(0, 53, (3, 5)))
+
+    def attend(layer, q, k, v, logit, state):
+        return transformer.causal(layer, q, k, v, logit, state)[0], (*state, logit)
+
+    given = {"params": lm.params}, tokens, transformer.arange_positions(tokens), attend
+    _, each, residuals = model.apply(*given, method="with_residuals")
+    together = transformer.adapter_logits(model, lm.params, residuals)
+    assert together.shape == (2, 3, 2, 5)
+    np.testing.assert_allclose(together, each, rtol=1e-5, atol=1e-5)
+
+
+def test_chain_does_not_depend_on_its_company():
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    together = generation.generate(lm, PROMPTS, seed=9, **SAMPLED)
+    alone = generation.generate(lm, PROMPTS[2:], seed=9, keys=sampling.chain_keys(9, [2, 2], [0, 1]), **SAMPLED)
+    assert together.tokens[2] == alone.tokens[0]
+    first = generation.generate(lm, PROMPTS[:1], seed=9, **SAMPLED)
+    assert together.tokens[0] == first.tokens[0]
+    assert first.tokens[0][0] != first.tokens[0][1]
+    again = generation.generate(lm, PROMPTS[:1], seed=10, **SAMPLED)
+    assert again.tokens != first.tokens
+
+
+def test_greedy_is_the_argmax_of_the_forward():
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    prompt = [5, 6, 7]
+    out = generation.generate(lm, [prompt], 12, stop=[])
+    new = out.tokens[0][0]
+    logits, _ = full_forward(lm, np.array([prompt + new]))
+    assert new == logits[0, 2:-1].argmax(-1).tolist()
+    assert len(new) == 12 and len(set(new)) > 2
+
+
+def test_bad_requests_name_the_field():
+    lm = random_lm(tiny(), None)
+    with pytest.raises(ConfigError, match="policy='dms'"):
+        generation.generate(lm, [[1]], policy="dms")
+    with pytest.raises(ConfigError, match="never retrofitted"):
+        generation.generate(lm, [[1]], dms=DMSConfig())
+    with pytest.raises(ConfigError, match="policy='nope'"):
+        generation.generate(lm, [[1]], policy="nope")
+    with pytest.raises(ConfigError, match="cache='nope'"):
+        generation.generate(lm, [[1]], cache="nope")
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        generation.generate(lm, [[1]], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        generation.generate(lm, [[1], []])
+    with pytest.raises(ValueError, match=r"prompts\[0\] has token ids outside 0..52"):
+        generation.generate(lm, [[53]])
+    with pytest.raises(ConfigError, match="budget=0.5: policy 'full' takes none"):
+        generation.generate(lm, [[1]], budget=0.5)
+    with pytest.raises(ConfigError, match="quant='int8': masked storage does not quantize"):
+        generation.generate(lm, [[1]], cache="masked", quant="int8")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        generation.generate(lm, ["text"])

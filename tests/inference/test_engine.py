@@ -1,0 +1,239 @@
+"""The engine: chains do not depend on their company, on the pool or on chunks; nothing is lost; memory really falls."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax.cache import paged, storage
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, SamplingConfig
+from dms_jax.inference import decode, generation, sampling
+from dms_jax.inference.jobs import EngineConfig, Job, PoolError
+from tests.inference.test_decode import prefill, random_lm, spec_for, step, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP = [3, 11, 30]
+PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 70]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3, cr=2.0))
+
+
+def jobs(prompts=PROMPTS, chains=3):
+    keys = np.asarray(sampling.sequence_keys(4, len(prompts), chains)).reshape(len(prompts), chains, 2)
+    return [Job(prompt, keys[n], NEW, n) for n, prompt in enumerate(prompts)]
+
+
+def build(lm, **options):
+    engine = {"max_num_seqs": 4, "steps": 8, **options.pop("engine", {})}
+    return generation.build(
+        lm, 70 + NEW, sampling=SamplingConfig(1.0), stop=STOP, page_size=4, engine=EngineConfig(**engine), **options
+    )
+
+
+def by_name(results):
+    return {(r.name, r.chain): r for r in results}
+
+
+@pytest.fixture(scope="module")
+def wanted(lm):
+    """Every chain of every prompt, from an engine with plenty of room."""
+    results = by_name(build(lm, engine={"max_num_seqs": 16, "retention": True}).run(jobs()))
+    assert len(results) == 15
+    lengths = {len(r.tokens) for r in results.values()}
+    assert NEW in lengths and len(lengths) > 2, "some chains must stop early, some late"
+    return results
+
+
+def assert_same(got, wanted):
+    for key, result in got.items():
+        assert result.tokens == wanted[key].tokens, key
+        assert result.use == wanted[key].use
+        np.testing.assert_array_equal(result.by_head.live, wanted[key].by_head.live)
+
+
+def test_chains_do_not_depend_on_their_company(lm, wanted):
+    alone = by_name(build(lm, engine={"max_num_seqs": 1}).run(jobs()[2:3]))
+    assert len(alone) == 3
+    assert_same(alone, wanted)
+    few = by_name(build(lm).run(reversed(jobs())))
+    assert len(few) == 15
+    assert_same(few, wanted)
+
+
+def test_masked_storage_gives_the_same_chains(lm, wanted):
+    assert_same(by_name(build(lm, cache="masked").run(jobs())), wanted)
+
+
+def test_long_prompts_are_read_in_chunks(lm, wanted):
+    assert_same(by_name(build(lm, engine={"prefill_chunk": 16}).run(jobs()[4:])), wanted)
+
+
+def test_results_stream_and_tokens_are_reported_once(lm, wanted):
+    seen, shown, order = {}, [], []
+    engine = build(
+        lm,
+        on_tokens=lambda name, chain, new: seen.setdefault((name, chain), []).extend(new),
+        on_progress=shown.append,
+    )
+    for result in engine.run(jobs()):
+        order.append((result.name, result.chain))
+        assert seen[order[-1]] == result.tokens == wanted[order[-1]].tokens
+        assert len(seen) < 15 or len(order) > 1, "results come before all chains have started"
+    assert sum(p.new_tokens for p in shown) == sum(len(r.tokens) - 1 for r in wanted.values())
+    assert all(0 < p.pages_used <= p.pages and p.live_tokens > 0 for p in shown[:3])
+
+
+def test_a_job_longer_than_the_cache_is_refused(lm):
+    long = jobs()[0]._replace(max_new=1000)
+    engine = build(lm)
+    with pytest.raises(ConfigError, match=rf"capacity={engine.cache.capacity}: a job may make 1003 tokens"):
+        next(engine.run([*jobs()[:1], long]))
+
+
+def need(lm, engine, tokens):
+    """What a PoolError has to say of one sequence: its pages, and their bytes."""
+    c, store = lm.config, engine.spec.storage
+    pages = int(store.pages(np.full((1, c.num_layers, c.num_kv_heads), tokens)).max())
+    size = paged.bytes_per_page(c, engine.cache, jnp.float32)
+    return f"{tokens} tokens needs up to {pages} pages ({pages * size:,} bytes)"
+
+
+# One shape of pool a size: few sizes, from far too small to just enough.
+def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted):
+    """From a pool of one page upward: an error that counts pages and bytes, or the very same results."""
+    outcomes = []
+    for pages in (1, 40, 120):
+        engine = build(lm, engine={"pages": 1, "max_pages": pages})
+        try:
+            results = by_name(engine.run(jobs()[:4]))
+        except PoolError as error:
+            outcomes.append(False)
+            tokens = int(re.match(rf"max_pages={pages}: one sequence of (\d+) tokens", str(error))[1])
+            assert tokens in {len(job.prompt) + job.max_new for job in jobs()[:4]} and need(lm, engine, tokens) in str(
+                error
+            )
+            continue
+        outcomes.append(True)
+        assert len(results) == 12
+        assert_same(results, wanted)
+        pool = engine.spec.storage.pool(engine._state.cache)
+        assert pool.free == pool.size <= pages, "all pages are back"
+    assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
+    one = lm.config.num_layers * lm.config.num_kv_heads * -(-(12 + NEW) // 4)
+    assert one < 120 < 4 * one, "the largest pool cannot hold all rows at once"
+
+
+def test_the_pool_grows_without_a_limit(lm, wanted):
+    engine = build(lm, engine={"pages": 1})
+    assert_same(by_name(engine.run(jobs())), wanted)
+    assert engine.spec.storage.pool(engine._state.cache).size > 1
+
+
+def test_quantized_storage_is_close(lm):
+    """Logits of teacher-forced steps: int8 and fp8 keys and values stay near float32 ones."""
+    tokens = np.random.default_rng(0).integers(0, 53, (3, 40))
+
+    def run(quant):
+        spec = spec_for(lm, "dms", CacheConfig("paged", 48, 4, quant))
+        state = decode.init(spec, 3, jnp.float32, 200)
+        count, new = np.full(3, 10), np.full(3, 99)
+        args = (np.arange(3), tokens[:, :10], count, new, np.zeros((3, 2), np.uint32))
+        state, logits, _ = prefill(spec, lm.params, state, *args, width=0)
+        out = [logits]
+        for n in range(10, 20):
+            state, logits, _ = step(spec, lm.params, state._replace(token=jnp.asarray(tokens[:, n], jnp.int32)))
+            out.append(logits)
+        return np.stack(out), state.cache
+
+    exact, cache = run("none")
+    for quant, most in (("int8", 0.02), ("fp8", 0.1)):
+        got, small = run(quant)
+        error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
+        assert 1e-5 < error < most, (quant, error)
+        assert small.k.dtype.itemsize == 1 < cache.k.dtype.itemsize
+
+
+def test_retention_by_head_and_position(wanted):
+    for result in wanted.values():
+        by_head = result.by_head
+        assert by_head.seen / by_head.live.mean() == pytest.approx(result.use.achieved_cr)
+        assert by_head.kv_reads.mean() == pytest.approx(result.use.kv_reads)
+        edges = np.histogram(np.arange(by_head.seen), np.linspace(0, by_head.seen, 21))[0]
+        shares = np.nan_to_num(by_head.live_positions)
+        np.testing.assert_allclose((shares * edges).sum(axis=1), by_head.live.mean(axis=1))
+        if by_head.seen >= 20:
+            assert shares[:, -1].min() == 1, "the newest token is in the window"
+
+
+def test_no_pool_sized_buffer_is_copied():
+    """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
+    lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, offset=0.3))
+    spec = spec_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
+    pages = 3001  # a number that occurs nowhere else
+    state = jax.eval_shape(lambda: decode.init(spec, 4, jnp.float32, pages))
+    compiled = decode.compiled_chunk(True).lower(spec, lm.params, state, 8, None).compile()
+    made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{pages},16", line)]
+    assert any("scatter" in line for line in made), "the pool is written"
+    copies = [line for line in made if re.search(r"^\s*(ROOT )?%[\w.-]*copy", line) or " copy(" in line]
+    assert not copies, copies
+    arrays = (state.cache.k, state.cache.v)
+    memory, pool = compiled.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(arrays))
+    assert memory.alias_size_in_bytes >= pool, "the state is donated"
+    assert memory.temp_size_in_bytes < pool / 4
+
+
+@functools.partial(jax.jit, static_argnames="store", donate_argnames="cache")
+def _fill(store, cache, layer, k, v, stay):
+    position = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+    return store.extend(cache, layer, k, v, position, stay, None)[0]
+
+
+@pytest.mark.parametrize("evicted", (0.75, 0.875))
+def test_bytes_in_use_follow_the_live_tokens(evicted):
+    """SmolLM2's shape, 8 sequences x 4,096 tokens: pages in use within 10% of what lives, plus a page a head."""
+    model = types.SimpleNamespace(num_layers=30, num_kv_heads=3, head_dim=64)
+    B, T, config = 8, 4096, CacheConfig("paged", 4096, page_size=16)
+    store = storage(config)
+    pages = int(1.2 * (1 - evicted) * B * 30 * 3 * T / 16)
+    cache = store.init(model, B, jnp.bfloat16, pages)
+    rng = np.random.default_rng(0)
+    k = jnp.asarray(rng.normal(size=(B, T, 3, 64)), jnp.bfloat16)
+    live = 0
+    for layer in range(30):
+        stay = rng.random((B, 3, T)) >= evicted
+        live += int(stay.sum())
+        cache = _fill(store, cache, layer, k, k, stay)
+    used = pages - int(cache.top)
+    per_page, per_token = paged.bytes_per_page(model, config, jnp.bfloat16), 2 * 64 * 2
+    heads = 30 * 3 * B
+    assert used * per_page <= 1.10 * live * per_token + heads * per_page
+    assert used * 16 >= live == int(np.asarray(cache.length).sum())
+    assert live < 1.02 * (1 - evicted) * heads * T
+
+
+def test_several_devices_give_the_same_chains():
+    """Sequences over the data axis, KV heads over the tensor axis, one pool a device, all growing from 20 pages."""
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "sharded_engine.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["devices"] == 8 and len(record["runs"]) == 4
+    one = record["runs"].pop("None")
+    assert len({len(chain) for chains in one["tokens"] for chain in chains}) > 1
+    for devices, run in record["runs"].items():
+        assert run["tokens"] == one["tokens"], devices
+        np.testing.assert_allclose(run["reads"], one["reads"], rtol=1e-6)

@@ -1,0 +1,67 @@
+"""Every kernel compiles for the GPUs that matter, without one, and those that count for speed spill no registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {"partials", "combine", "forward", "key_gradients", "query_gradients"}
+NO_SPILLS = {"partials", "combine", "forward"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # the most that one program may have
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """Rows of kernel_resources.py, in its own process: Triton compiles only where it does not interpret."""
+    command = [sys.executable, "-m", "scripts.benchmarks.kernel_resources", "--out", "-", *arguments]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """All for an H100; for an A100 without the backward pass."""
+    return compiled("--archs", "90") + compiled("--archs", "80", "--no-backward")
+
+
+def test_everything_is_compiled(rows):
+    for arch, kernels in ((90, KERNELS), (80, NO_SPILLS)):
+        for model in ("Llama-3.2-1B", "Qwen3-8B", "Qwen-R1-32B"):
+            assert {row["kernel"] for row in rows if (row["arch"], row["model"]) == (arch, model)} == kernels
+    decoded = {(row["arch"], row["dtype"]) for row in rows if row["kernel"] == "partials"}
+    assert decoded == {(80, "bfloat16"), (80, "int8"), (90, "bfloat16"), (90, "int8"), (90, "float8_e4m3fn")}
+
+
+def test_resources(rows, record_property):
+    """Decode and the forward pass spill nothing, and two programs of decode fit a multiprocessor."""
+    for row in rows:
+        name = "/".join(map(str, (row["arch"], row["model"], row["kernel"], row["dtype"])))
+        record_property(name, f"{row['registers']} registers, {row['shared_bytes']} B shared, {row['spilled_bytes']} B")
+        print(name, row)
+        assert 0 < row["registers"] <= 255 and row["shared_bytes"] <= SHARED_MEMORY[row["arch"]]
+        if row["kernel"] in NO_SPILLS:
+            assert row["spilled_bytes"] == 0
+        if row["kernel"] == "partials":
+            assert 2 * (row["shared_bytes"] + 1024) <= SHARED_MEMORY[row["arch"]] + 1024
+            assert 2 * row["registers"] * row["num_warps"] * 32 <= 65536
+
+
+def test_a_spill_would_be_seen():
+    """More values than a thread has registers."""
+    code = """
+import os; os.environ["TRITON_INTERPRET"] = "0"
+import triton, triton.language as tl
+from scripts.benchmarks.kernel_resources import resources
+from dms_jax.kernels import triton_flash_kernels
+
+options = {"T": 64, "S": 64, "H": 1, "K": 1, "D": 256, "D_PAD": 256, "BM": 128, "BN": 128, "Q_TILES": 64, "K_TILES": 64}
+options |= {"SCALE": 1.0, "WINDOW": 4, "HARD": False, "SEGMENTS": False, "num_warps": 4, "num_stages": 1}
+dtypes = ["bfloat16"] * 3 + ["int32"] * 2 + ["float32"] + ["int32"] * 4 + ["bfloat16", "float32"]
+assert resources(triton_flash_kernels.forward, dtypes, options, 90)["spilled_bytes"] > 100
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})

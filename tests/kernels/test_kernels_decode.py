@@ -1,0 +1,246 @@
+"""Paged decode attention: the Triton kernel, in the interpreter, against the jnp reference, and that against loops."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import kernels
+from dms_jax.config import ConfigError
+from dms_jax.kernels import reference
+from scripts.benchmarks import interpreted_jax_triton
+
+INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}  # relative to the largest value
+
+
+def pools(rng, N, page, D, dtype):
+    """Two pools and their scales. Values of a quantized pool are of every size that the scale allows."""
+    values = rng.normal(size=(2, N, page, D))
+    if dtype not in (INT8, FP8):
+        return (*(jnp.asarray(x, dtype) for x in values), {})
+    top = 127 if dtype == INT8 else 448
+    scale = np.abs(values).max(-1) / top
+    quantized = values / scale[..., None]
+    stored = np.round(quantized).astype(dtype) if dtype == INT8 else quantized.astype(dtype)
+    k_scale, v_scale = jnp.asarray(scale, jnp.float32)
+    return jnp.asarray(stored[0]), jnp.asarray(stored[1]), {"k_scale": k_scale, "v_scale": v_scale}
+
+
+def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None):
+    """Random queries and pools, pages in random order; entries past a head's pages are N, which must not be read."""
+    lengths = np.array(lengths, np.int32)
+    B, K = lengths.shape
+    N = B * K * P + 2
+    used = np.arange(P) < -(-lengths // page)[..., None]
+    table = np.where(used, rng.permutation(N)[: B * K * P].reshape(B, K, P), N).astype(np.int32)
+    q = jnp.asarray(rng.normal(size=(B, K * G, D)), dtype)
+    *pages, scales = pools(rng, N, page, D, jnp.dtype(pages or dtype))
+    return (q, *pages, jnp.asarray(table), jnp.asarray(lengths)), scales
+
+
+def close(got, want, tolerance):
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+    got, want = (np.where(np.isinf(x), 0, x) for x in (got, want))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1))
+
+
+def compare(arrays, **options):
+    """Runs both; returns the kernel's result. A second run agrees bit for bit."""
+    got, again = (kernels.paged_decode_attention(*arrays, **options, implementation="triton") for _ in range(2))
+    want = kernels.paged_decode_attention(*arrays, **options, implementation="reference")
+    tolerance = TOLERANCE[str(arrays[0].dtype)]
+    for name, x, y, z in zip(got._fields, got, want, again, strict=True):
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(z, np.float32), err_msg=name)
+            close(x, y, tolerance)
+    return got
+
+
+@pytest.fixture
+def few_programs(monkeypatch, interpreted):
+    """Five multiprocessors: programs that hold several heads, and heads that several programs share."""
+    from dms_jax.kernels import triton_decode
+
+    monkeypatch.setattr(triton_decode, "multiprocessors", lambda: 5)
+    return triton_decode
+
+
+def test_reference_by_loops(rng):
+    """One float64 softmax for each head over the slots that the table names, one by one."""
+    (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[0, 1], [37, 48]], G=2, D=6)
+    args = (q, k_pages, v_pages, table, lengths)
+    got = kernels.paged_decode_attention(*args, weights=True, implementation="reference")
+    for x, y in zip(got, kernels.paged_decode_attention(*args, weights=True), strict=True):  # what a CPU takes
+        close(x, y, 1e-5)
+    B, K, P = table.shape
+    for b, h in np.ndindex(B, 2 * K):
+        n = int(lengths[b, h // 2])
+        slots = [(int(table[b, h // 2, s // 16]), s % 16) for s in range(n)]
+        scores = [float(np.asarray(k_pages, np.float64)[slot] @ np.asarray(q[b, h], np.float64)) for slot in slots]
+        e = np.exp(np.array(scores) / np.sqrt(6))
+        out = sum((w * np.asarray(v_pages, np.float64)[slot] for w, slot in zip(e, slots, strict=True)), np.zeros(6))
+        np.testing.assert_allclose(got.out[b, h], out / max(e.sum(), 1e-30), atol=1e-5)
+        np.testing.assert_allclose(got.lse[b, h], np.log(e.sum()) if n else -np.inf, atol=1e-5)
+    np.testing.assert_allclose(got.weights.sum(-1), 2.0 * (lengths > 0), atol=1e-5)
+    assert not got.weights[np.arange(P * 16) >= np.asarray(lengths)[..., None]].any()
+
+
+@pytest.mark.parametrize(
+    "lengths, shape",
+    [
+        ([[0, 1], [48, 33]], {"G": 3}),
+        ([[0, 0, 0]], {"G": 1}),  # nothing at all
+        ([[1, 0, 2, 1, 0, 3, 1]], {"G": 7, "D": 5}),  # programs that hold several heads
+        ([[3, 640, 0], [17, 1, 5]], {"G": 1, "P": 40}),  # one head holds nearly all tokens
+        ([[97, 70]], {"G": 16, "page": 32, "P": 4, "D": 24}),
+        ([[100, 256]], {"page": 256, "P": 1, "D": 64}),  # several tiles in one page
+        ([[45, 72]], {"page": 24, "P": 3}),  # pages that tiles straddle
+    ],
+    ids=lambda x: str(x) if isinstance(x, list) else "-".join(f"{k}{v}" for k, v in x.items()),
+)
+def test_kernel_equals_reference(rng, few_programs, lengths, shape):
+    arrays, _ = inputs(rng, lengths, **shape)
+    compare(arrays, weights=True)
+
+
+def test_random_shape(rng, few_programs):
+    B, K, P = rng.integers(1, 4, 3)
+    page = int(rng.choice([16, 32]))
+    lengths = rng.integers(0, P * page + 1, (B, K))
+    shape = {"G": int(rng.integers(1, 6)), "D": int(rng.integers(1, 40)), "page": page, "P": int(P)}
+    print(lengths, shape)
+    arrays, _ = inputs(rng, lengths, **shape)
+    compare(arrays)
+
+
+@pytest.mark.parametrize("dtype, pages", [("bfloat16", None), ("float16", None), ("float32", "bfloat16")])
+def test_half_precision(rng, few_programs, dtype, pages):
+    arrays, _ = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
+    compare(arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pages", [INT8, FP8], ids=str)
+def test_quantized_pages(rng, few_programs, dtype, pages):
+    arrays, scales = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
+    compare(arrays, **scales, weights=True)
+
+
+@pytest.mark.parametrize("page, P", [(16, 6), (256, 2)])
+def test_readable_pages(rng, few_programs, page, P):
+    """Pages that may not be read hold NaN; among the others are some past the length."""
+    (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[3 * page // 2, P * page, 5]], page=page, P=P)
+    readable = rng.random(table.shape) < 0.5
+    readable[0, :2, :2] = [[False, True], [True, False]]
+    unread = np.setdiff1d(np.arange(len(k_pages)), np.asarray(table)[readable])
+    k_pages, v_pages = k_pages.at[unread].set(jnp.nan), v_pages.at[unread].set(jnp.nan)
+    got = compare((q, k_pages, v_pages, table, lengths), readable=jnp.asarray(readable), weights=True)
+    assert not np.asarray(got.weights).reshape(*table.shape, page)[~readable].any()
+
+
+def test_result_does_not_depend_on_the_split(rng, few_programs):
+    """One program, and more programs than tiles."""
+    arrays, _ = inputs(rng, [[3, 200, 0], [17, 1, 48]], P=13)
+    none = {"k_scale": None, "v_scale": None, "readable": None, "weights": False}
+    want = kernels.paged_decode_attention(*arrays, implementation="reference")
+    for programs in (1, 200):
+        cut = few_programs.Tiling(16, programs=programs)
+        q, k_pages, v_pages, table, lengths = arrays
+        out, lse, *_ = few_programs.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **none, cut=cut)
+        close(out, want.out, 1e-5), close(lse, want.lse, 1e-5)
+
+
+@pytest.mark.parametrize("version, layer, own", [("0.3", 0, True), ("0.3", 1, False), ("0.4", 2, False)])
+def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own):
+    """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written.
+
+    The other layers' tables, lengths and slots are of no account; own: the slots are this layer's alone.
+    """
+    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
+    (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[1, 40, 17], [48, 3, 0]])
+    new = jnp.asarray(rng.normal(size=(2, 2, 3, 10)), jnp.float32)
+    slots = jnp.asarray([[0, 5, 16], [47, -1, 0]], jnp.int32)
+
+    def among_others(x, other):
+        return jnp.full((3, *x.shape), other, x.dtype).at[layer].set(x)
+
+    tables, all_lengths = among_others(table, len(k_pages) + 99), among_others(lengths, 31)
+    args = (q, *new, k_pages, v_pages, tables, all_lengths, slots[None] if own else among_others(slots, 2), layer)
+    got, *got_pools = kernels.paged_decode_attention_update(*args, weights=True, implementation="triton")
+    want, *want_pools = kernels.paged_decode_attention_update(*args, weights=True, implementation="reference")
+    for x, y in zip(got, want, strict=True):
+        close(x, y, 1e-5)
+    for x, y, before in zip(got_pools, want_pools, (k_pages, v_pages), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert (np.asarray(x) != before).any(-1).sum() == 4
+    for b, k in np.ndindex(2, 2):
+        slot = int(slots[b, k])
+        if slot >= 0:
+            np.testing.assert_array_equal(got_pools[0][table[b, k, slot // 16], slot % 16], new[0, b, k])
+
+
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
+    from jax.sharding import AxisType, PartitionSpec
+
+    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
+    (q, *pages, table, lengths), _ = inputs(rng, [[20, 7]], G=2)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    rows, whole = PartitionSpec("x"), PartitionSpec()
+
+    def step(q, n):
+        out = kernels.paged_decode_attention(q, *pages, table, n, implementation="triton").out
+        return out, out
+
+    def steps(q, lengths):
+        return jax.lax.scan(step, q, jnp.stack([lengths, lengths + 1]))[1]
+
+    def sharded(q, k_pages, v_pages, table, n):
+        return kernels.paged_decode_attention(q, k_pages, v_pages, table, n, implementation="triton").out
+
+    got = jax.jit(steps)(q, lengths)
+    specs = (rows, whole, whole, rows, rows)
+    over_mesh = jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=rows))
+    np.testing.assert_array_equal(over_mesh(q, *pages, table, lengths), got[0])
+    close(got[1], reference.paged_decode_attention(got[0], *pages, table, lengths + 1).out, 1e-5)
+
+
+def test_choice_of_implementation(rng, monkeypatch):
+    """On a CPU None takes the reference; "triton" by name raises, and so does an unknown name."""
+    from dms_jax.kernels import launch
+
+    arrays, _ = inputs(rng, [[20, 7]])
+    assert launch.choose(None) == "reference"
+    with pytest.raises(ConfigError, match="implementation='fast'"):
+        kernels.paged_decode_attention(*arrays, implementation="fast")
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    with pytest.raises(ConfigError, match="implementation='triton'"):
+        kernels.paged_decode_attention(*arrays, implementation="triton")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert launch.choose(None) == "reference"
+    monkeypatch.setitem(sys.modules, "jax_triton", object())
+    assert launch.choose(None) == "triton"
+
+
+def test_bad_arguments_are_named(rng):
+    (q, k_pages, v_pages, table, lengths), scales = inputs(rng, [[20, 7]], pages=INT8)
+    call = kernels.paged_decode_attention
+    with pytest.raises(ConfigError, match="k_scale=None"):
+        call(q, k_pages, v_pages, table, lengths)
+    with pytest.raises(ConfigError, match="lengths="):
+        call(q, k_pages, v_pages, table, lengths[:, :1], **scales)
+    with pytest.raises(ConfigError, match="readable="):
+        call(q, k_pages, v_pages, table, lengths, **scales, readable=jnp.ones((1, 2), bool))
+    with pytest.raises(ConfigError, match="q=34: at most 16"):
+        call(jnp.ones((1, 34, 10)), k_pages, v_pages, table, lengths, **scales)
+    with pytest.raises(ConfigError, match="k_pages, v_pages="):
+        call(q, k_pages, v_pages[:, :, :4], table, lengths, **scales)
+    with pytest.raises(ConfigError, match="'int16'"):
+        call(q, k_pages.astype(jnp.int16), v_pages.astype(jnp.int16), table, lengths)

@@ -1,0 +1,358 @@
+"""One contract for every eviction policy, and each against a brute-force rendering of its paper.
+
+The model of these tests is a table: a token's query, key, value and eviction logits are looked up, and the logits of
+the next token are the attention outputs themselves. So policies and storages run as in any generation, by
+`decode.prefill`, `decode.decode_step` and the engine, on random numbers that the oracle knows too.
+
+A policy is added to the contract by a row in `CASES`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import policies
+from dms_jax.cache import fitted, paged, storage
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
+from dms_jax.inference import decode
+from dms_jax.inference.engine import Engine
+from dms_jax.inference.jobs import EngineConfig, Job
+from tests.helpers import brute_policies as brute
+
+B, K, G, D, L, N, T, CHUNK = 4, 2, 3, 6, 2, 5, 40, 8  # N sequences of T tokens
+PAGE, CAPACITY = 4, 48
+CONFIG = ModelConfig(
+    family="llama", vocab_size=L * K * G * D, num_layers=L, model_dim=8, num_heads=K * G, num_kv_heads=K, head_dim=D,
+    mlp_dim=8,
+)  # fmt: skip
+WINDOW = 3
+
+
+class Case(NamedTuple):
+    """A policy as it is asked for, and its oracle."""
+
+    policy: str
+    oracle: type
+    budget: int | None = None
+    offset: int = 0  # of DMS's decisions
+
+    def build(self, budget=None):
+        dms = DMSConfig(window=WINDOW, decision_offset=self.offset)
+        return policies.policy(self.policy, dms, budget or self.budget, CAPACITY, PAGE, D)
+
+
+CASES = {
+    "full": Case("full", brute.Layer),
+    "dms delayed": Case("dms", brute.DMS),
+    "dms immediate": Case("dms", brute.DMS, offset=WINDOW),
+    "streaming": Case("streaming", brute.StreamingLLM, 9),
+    "tova": Case("tova", brute.TOVA, 9),
+    "h2o": Case("h2o", brute.H2O, 9),
+    "knorm": Case("knorm", brute.KNorm, 9),
+    "random": Case("random", brute.Random, 9),
+    "quest": Case("quest", brute.Quest, 9),
+}
+WITH_BUDGET = [name for name, case in CASES.items() if case.budget]
+assert {case.policy for case in CASES.values()} == set(policies.NAMES), "a policy is missing from the contract"
+
+
+# ---- the model that is a table
+
+
+class Table(NamedTuple):
+    """Token n * T + p is token p of sequence n; stands where `decode` expects a Decoder."""
+
+    config: ModelConfig
+    dms: None = None  # no gate of its own: the logits come from the table
+
+    def apply(self, variables, x, positions=None, attend=None, carried=None, method=None):
+        if method == "unembed":
+            return x
+        p, outs = variables["params"], []
+        for n in range(L):
+            q, k, v, logit = (p[name][n][x] for name in ("q", "k", "v", "logit"))
+            out, carried = attend(n, q, k, v, logit.swapaxes(1, 2), carried)
+            outs.append(out.reshape(*x.shape, -1))
+        return jnp.concatenate(outs, axis=-1), carried
+
+
+@functools.cache
+def table():
+    rng = np.random.default_rng(7)
+    shapes = {"q": (K * G, D), "k": (K, D), "v": (K, D), "logit": (K,)}
+    made = {name: rng.normal(size=(L, N * T, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    return {**made, "embed": {"embedding": np.zeros((1, 1), np.float32)}}
+
+
+def keys(seed):
+    return np.stack([jax.random.key_data(jax.random.fold_in(jax.random.key(seed), n)) for n in range(N)])
+
+
+@functools.cache
+def chance(seed):
+    """The number `[N, K, T]` that each token of each head draws for random eviction."""
+    out = np.zeros((N, K, T))
+    for n, key in enumerate(keys(seed)):
+        for h in range(K):
+            head = jax.random.fold_in(jax.random.wrap_key_data(key), h)
+            folded = jax.vmap(lambda p, head=head: jax.random.fold_in(head, p))(jnp.arange(T))
+            out[n, h] = jax.vmap(jax.random.uniform)(folded)
+    return out
+
+
+def layers(case: Case, tokens, numbers):
+    """The oracle of each layer for a sequence of table entries."""
+    p, window = table(), WINDOW if case.policy == "dms" else 0
+    rule = {"budget": case.budget, "page": PAGE, "window": window, "offset": case.offset}
+    return [case.oracle(*(p[name][n][tokens] for name in ("q", "k", "v", "logit")), numbers, **rule) for n in range(L)]
+
+
+# ---- a scenario: prompts of unequal length in chunks, idle rows, a second turn, a row that is used again
+
+ROW = (2, 0, 3, 1, 0)  # of each sequence; 4 comes after 1 has left
+FIRST, SECOND = (0, 1, 2, 3), (0, 4, 2, 3)
+READ, STEP, LEAVE = "read", "step", "leave"
+TURNS = [
+    (READ, {0: 5, 1: 8, 3: 1}),
+    (READ, {0: 8, 1: 7, 2: 8}),
+    *[(STEP, FIRST)] * 3,
+    *[(STEP, (0, 2))] * 4,
+    (READ, {2: 8, 3: 8}),
+    *[(STEP, FIRST)] * 6,
+    (LEAVE, (1,)),
+    *[(STEP, (0, 3))] * 2,
+    (READ, {0: 2, 4: 7}),
+    *[(STEP, SECOND)] * 9,
+]
+
+
+class Seen(NamedTuple):
+    """After a turn, of a sequence that took part in it."""
+
+    sequence: int
+    out: np.ndarray  # [L * H * D], of its newest token
+    reads: Any  # of a step [L, K]; of a chunk [count], summed over layers and heads
+    live: list[list[list[int]]]  # positions, [L][K], sorted
+
+
+# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
+QUICK = {"xla_backend_optimization_level": 0}
+one_step = jax.jit(decode.decode_step, static_argnames="spec", compiler_options=QUICK)
+prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"), compiler_options=QUICK)
+
+
+def live_slots(cache):
+    """Which places hold something, in the shape of the cache's positions, and the positions by row, layer, head."""
+    if isinstance(cache, paged.PagedCache):
+        held, found = np.zeros(cache.pos.shape, bool), {}
+        for n, b, h in np.ndindex(cache.length.shape):
+            slots = np.arange(int(cache.length[n, b, h]))
+            at = np.asarray(cache.table)[n, b, h, slots // PAGE], slots % PAGE
+            assert not held[at].any(), "a slot belongs to two heads"
+            held[at] = True
+            found[b, n, h] = sorted(np.asarray(cache.pos)[at].tolist())
+        return held, found
+    held = [np.asarray(pos) >= 0 for pos in cache.pos]
+    found = {
+        (b, n, h): sorted(pos[b, h][pos[b, h] >= 0].tolist())
+        for n, pos in enumerate(map(np.asarray, cache.pos))
+        for b, h in np.ndindex(B, K)
+    }
+    return held, found
+
+
+def poisoned(cache, held):
+    """The cache with large numbers, and plausible positions, in every place that is empty."""
+    if isinstance(cache, paged.PagedCache):
+        k, v = (jnp.where(held[..., None], x, 1e6) for x in (cache.k, cache.v))
+        return cache._replace(k=k, v=v, pos=jnp.where(held, cache.pos, 5))
+    k = tuple(jnp.where(h[:, :, None], x, 1e6) for h, x in zip(held, cache.k, strict=True))
+    v = tuple(jnp.where(h[..., None], x, 1e6) for h, x in zip(held, cache.v, strict=True))
+    return cache._replace(k=k, v=v)
+
+
+def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
+    """What was seen after each turn. Empty slots are poisoned before every turn; short arrays grow on the way."""
+    store = storage(CacheConfig(kind, CAPACITY, PAGE))
+    spec, params, random_keys = (
+        decode.DecodeSpec(Table(CONFIG), policy, store, SamplingConfig(), ()),
+        table(),
+        keys(seed),
+    )
+    state = decode.init(spec, B, jnp.float32, int(store.pages(np.full((B, L, K), CAPACITY)).max()))
+    past, record = np.zeros(N, int), []
+    for kind_of_turn, who in TURNS:
+        cache = fitted(store, state.cache, decode.live_tokens(spec, state) + (CHUNK if kind_of_turn == READ else 1))
+        state = state._replace(cache=poisoned(cache, live_slots(cache)[0]))
+        seen = {}
+        if kind_of_turn == READ:
+            group = SECOND if 4 in who else FIRST
+            count = np.array([who.get(n, 0) for n in group])
+            tokens = np.stack([n * T + np.minimum(past[n] + np.arange(CHUNK), T - 1) for n in group])
+            rows = np.array([ROW[n] if n in who or n % 2 else B for n in group])  # idle, or no row at all
+            limit = np.full(len(group), 99)
+            args = rows, tokens, count, limit, random_keys[list(group)], CAPACITY
+            state, out, reads = prefill(spec, params, state, *args)
+            for i, n in enumerate(group):
+                if n in who:
+                    seen[n] = np.asarray(out)[i], np.asarray(reads)[i, : count[i]]
+                    past[n] += count[i]
+        elif kind_of_turn == STEP:
+            fed, done = np.zeros(B, np.int32), np.ones(B, bool)
+            for n in who:
+                fed[ROW[n]], done[ROW[n]] = n * T + past[n], False
+            state, out, made = one_step(spec, params, state._replace(token=jnp.array(fed), done=jnp.array(done)))
+            np.testing.assert_array_equal(made.active, ~done)
+            reads = made.live if made.reads is None else made.reads
+            for n in who:
+                seen[n] = np.asarray(out)[ROW[n]], np.asarray(reads)[ROW[n]]
+                past[n] += 1
+        else:
+            state = decode.release(spec, state, np.isin(np.arange(B), [ROW[n] for n in who]))
+        _, found = live_slots(state.cache)
+        live = {n: [[found[ROW[n], layer, h] for h in range(K)] for layer in range(L)] for n in seen}
+        record.append([Seen(n, *both, live[n]) for n, both in seen.items()])
+        for n in who if kind_of_turn == LEAVE else ():
+            assert not any(found[ROW[n], layer, h] for layer in range(L) for h in range(K))
+    return record
+
+
+@functools.cache
+def trace(name: str, kind: str, seed: int = 0, budget: int | None = None) -> list[list[Seen]]:
+    return run_turns(CASES[name].build(budget), kind, seed)
+
+
+@functools.cache
+def expected(name: str) -> list[list[Seen]]:
+    """What the oracle sees in the same turns."""
+    case, record = CASES[name], []
+    oracles = [layers(case, n * T + np.arange(T), chance(0)[n]) for n in range(N)]
+    past = np.zeros(N, int)
+    for kind_of_turn, who in TURNS:
+        turn = []
+        for n in () if kind_of_turn == LEAVE else who:
+            if kind_of_turn == READ:
+                outs, reads = zip(*(layer.prompt(past[n], who[n]) for layer in oracles[n]), strict=True)
+                reads = np.sum(reads, axis=0)
+            else:
+                outs, reads = zip(*(layer.step(past[n]) for layer in oracles[n]), strict=True)
+            past[n] += who[n] if kind_of_turn == READ else 1
+            live = [[sorted(layer.live[h]) for h in range(K)] for layer in oracles[n]]
+            turn.append(Seen(n, np.concatenate(outs), np.array(reads), live))
+        record.append(turn)
+    return record
+
+
+def pairs(ours, theirs):
+    for turn, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        by_sequence = {seen.sequence: seen for seen in b}
+        assert {seen.sequence for seen in a} == set(by_sequence)
+        for seen in a:
+            yield f"turn {turn} {TURNS[turn]}, sequence {seen.sequence}", seen, by_sequence[seen.sequence]
+
+
+@pytest.mark.parametrize("kind", ["masked", "paged"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_head_keeps_and_reads_what_the_paper_says(name, kind):
+    """At every turn: the same positions live, the same outputs (so nothing empty is read), the same reads counted."""
+    for where, ours, theirs in pairs(trace(name, kind), expected(name)):
+        assert ours.live == theirs.live, where
+        np.testing.assert_array_equal(ours.reads, theirs.reads, err_msg=where)
+        np.testing.assert_allclose(ours.out, theirs.out, atol=1e-4, err_msg=where)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_budget_is_kept_at_every_step_and_used(name):
+    case, policy = CASES[name], CASES[name].build()
+    past = np.zeros(N, int)
+    for (kind_of_turn, who), turn in zip(TURNS, trace(name, "paged"), strict=True):
+        for seen in turn:
+            past[seen.sequence] += who[seen.sequence] if kind_of_turn == READ else 1
+            counts = {len(positions) for layer in seen.live for positions in layer}
+            if policy.budget is not None:
+                assert policy.budget == case.budget
+                assert counts == {min(case.budget, past[seen.sequence])}
+            elif case.policy == "dms":
+                assert max(counts) <= past[seen.sequence]
+            else:
+                assert counts == {past[seen.sequence]}, "everything is stored"
+            if case.policy == "quest" and kind_of_turn == STEP:
+                stored = past[seen.sequence]
+                pages = -(-stored // PAGE)
+                chosen = min(case.budget // PAGE, pages)
+                in_newest = stored - (pages - 1) * PAGE
+                assert np.all(seen.reads == (chosen - 1) * PAGE + in_newest + pages)
+    if case.policy == "dms":
+        everyone = [positions for turn in trace(name, "paged") for seen in turn for x in seen.live for positions in x]
+        assert min(map(len, everyone)) < max(map(len, everyone)) and any(len(p) != p[-1] + 1 for p in everyone)
+
+
+@pytest.mark.parametrize("name", WITH_BUDGET)
+def test_with_a_budget_of_everything_a_policy_is_the_full_cache(name):
+    """Exactly: the same numbers, not only close ones."""
+    for where, ours, full in pairs(trace(name, "paged", budget=CAPACITY), trace("full", "paged")):
+        assert ours.live == full.live, where
+        np.testing.assert_array_equal(ours.out, full.out, err_msg=where)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_repeated_exactly_and_only_random_eviction_heeds_the_seed(name):
+    again, other = (run_turns(CASES[name].build(), "paged", seed) for seed in (0, 1))
+    for where, ours, first in pairs(again, trace(name, "paged")):
+        assert ours.live == first.live, where
+        np.testing.assert_array_equal(ours.out, first.out, err_msg=where)
+    same = all(ours.live == first.live for _, ours, first in pairs(other, again))
+    assert same == (name != "random")
+
+
+@pytest.mark.parametrize("name", ["tova", "quest"])
+def test_the_engine_counts_what_was_read_and_held(name):
+    """KV reads and peak of chains that draw their own tokens, prompts of three chunks and of one, one row for all."""
+    case = CASES[name]
+    cache = CacheConfig("paged", CAPACITY, PAGE)
+    spec = decode.DecodeSpec(Table(CONFIG), case.build(), storage(cache), SamplingConfig(), ())
+    engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=4, prefill_chunk=CHUNK))
+    prompts = [list(range(19)), list(range(T, T + 5))]
+    jobs = [Job(prompt, np.zeros((1, 2), np.uint32), 12, n) for n, prompt in enumerate(prompts)]
+    for result in engine.run(jobs):
+        prompt = prompts[result.name]
+        tokens = np.array(prompt + result.tokens)
+        oracle = layers(case, tokens, np.zeros((K, len(tokens))))
+        saw = np.zeros(len(prompt))
+        for start in range(0, len(prompt), CHUNK):
+            part = slice(start, min(start + CHUNK, len(prompt)))
+            saw[part] = sum(np.array(layer.prompt(start, part.stop - start)[1]) for layer in oracle)
+        reads, held = 0, [sum(len(positions) for layer in oracle for positions in layer.live)]
+        for p in range(len(prompt), len(tokens) - 1):
+            reads += sum(sum(layer.step(p)[1]) for layer in oracle)
+            held.append(sum(len(positions) for layer in oracle for positions in layer.live))
+        assert len(result.tokens) == 12 and len(set(result.tokens)) > 3
+        assert result.use.prefill_reads == saw.sum() / (L * K)
+        assert result.use.kv_reads == reads / (L * K)
+        assert result.use.peak_tokens == max(*saw, *held) / (L * K)
+        assert result.use.achieved_cr == (len(tokens) - 1) * L * K / held[-1]
+
+
+@pytest.mark.parametrize(
+    "name, budget, message",
+    [
+        ("tova", None, "budget=None: policy 'tova' needs one"),
+        ("streaming", 4, "budget=4: policy 'streaming' needs more than the 4"),
+        ("quest", PAGE - 1, "budget=3: policy 'quest' reads whole pages of page_size=4"),
+        ("h2o", 0, "budget=0: must be positive"),
+        ("knorm", 1.5, "budget=1.5: a share"),
+        ("full", 8, "budget=8: policy 'full' takes none"),
+    ],
+)
+def test_impossible_budgets(name, budget, message):
+    with pytest.raises(ConfigError, match=message):
+        policies.policy(name, None, budget, CAPACITY, PAGE, D)
+
+
+def test_a_share_is_rounded_up():
+    assert policies.tokens_of(0.25, 101) == 26 and policies.tokens_of(1.0, 7) == 7 and policies.tokens_of(7, 1) == 7
+    assert policies.policy("tova", None, 0.25, 101).budget == 26

@@ -1,0 +1,135 @@
+"""The peers of the decode benchmark are what they claim: transformers' own step, on a cache that holds its tokens."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from dms_jax.weights.huggingface import config_to_hf
+from scripts.benchmarks import decode_peers
+from scripts.benchmarks.bench_decode import MODELS
+
+TIED = dataclasses.replace(MODELS["tiny"], family="llama", qk_norm=False, tie_embeddings=True)
+CONFIGS = {"qwen3": MODELS["tiny"], "llama, tied": TIED}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def small(tmp_path, **changes) -> decode_peers.Settings:
+    defaults = {"model": "tiny", "device": "cpu", "dtype": "float32", "steps": 2, "rounds": 1, "modes": ("eager",)}
+    return decode_peers.Settings(**defaults | {"out": tmp_path / "peers.json"} | changes)
+
+
+def rows(settings) -> list[dict]:
+    decode_peers.main(settings)
+    return json.loads(settings.out.read_text())["rows"]
+
+
+def test_the_model_is_transformers_own(config):
+    """What skipping the slow initialisation leaves out matters: tied weights, the buffers of RoPE."""
+    model = decode_peers.random_model(config, "float32", "cpu", seed=1)
+    values = config_to_hf(config)
+    plain = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32
+    )
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(64, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
+    shared = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert shared == config.tie_embeddings
+
+
+@torch.inference_mode()
+def test_steps_equal_a_forward_pass(config):
+    """A prompt read into the random cache, then steps: their logits are those of all tokens at once."""
+    model = decode_peers.random_model(config, "float32", "cpu", seed=2)
+    for weight in model.parameters():  # large enough that a wrong key would be seen
+        if weight.ndim > 1:
+            weight.mul_(10)
+    tokens = torch.randint(64, (3, 24))
+    wanted = model(tokens).logits
+    cache = decode_peers.random_cache(model, 3, 32)
+    decode_peers.rewind(cache, 0)
+    model(tokens[:, :16], **{decode_peers.cache_argument(model): cache})
+    step = decode_peers.stepper(model, cache)
+    for n in range(16, 24):
+        chosen, logits = step(tokens[:, n : n + 1])
+        torch.testing.assert_close(logits, wanted[:, n], atol=1e-4, rtol=1e-4)
+        assert torch.equal(chosen[:, 0], wanted[:, n].argmax(-1))
+    decode_peers.rewind(cache, 20)  # the tokens from 20 on are to be fed again
+    torch.testing.assert_close(step(tokens[:, 20:21])[1], wanted[:, 20], atol=1e-4, rtol=1e-4)
+    decode_peers.rewind(cache, 21)
+    assert not torch.allclose(step(tokens[:, 20:21])[1], wanted[:, 20], atol=1e-3)
+
+
+def test_bytes(config):
+    model = decode_peers.random_model(config, "float32", "cpu", seed=0)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    layers = [(layer.keys, layer.values) for layer in decode_peers.random_cache(model, 3, 32).layers]
+    stored = sum(x.nbytes for pair in layers for x in pair)
+    group = config.num_heads // config.num_kv_heads
+    repeated = group * sum(x.nbytes for x in layers[0])
+    assert decode_peers.bytes_needed(config, 3, 32, weights, 4) == weights + stored + repeated
+    memory = 10 * (weights + stored + repeated)
+    B = decode_peers.largest_batch(config, 32, weights, 4, memory)
+    needed = [decode_peers.bytes_needed(config, n, 32, weights, 4) for n in (B, B + 1)]
+    assert needed[0] <= 0.9 * memory < needed[1]
+
+
+def test_rows(tmp_path):
+    """A row for each mode, one for a cell that cannot fit; a mode that fails does not end the others."""
+    settings = small(tmp_path, cells=("9999x512", "2x32", "maxx64"), modes=("graph", "eager"), memory=2_000_000)
+    missing, graph, eager, *largest = rows(settings)
+    assert not missing["fits"] and missing["bytes_needed"] > settings.memory and "mode" not in missing
+    assert graph["mode"] == "graph" and "CUDAGraph" in graph["error"]
+    assert eager["mode"] == "eager" and eager["tokens_per_second"] == 2 / eager["seconds_per_step"]
+    assert eager["kv_bytes"] == 2 * 2 * 32 * 2 * 2 * 16 * 4 and len(eager["rounds"]) == settings.rounds
+    assert largest[1]["largest_batch"] and largest[1]["batch"] > 2 and "error" not in largest[1]
+
+
+def test_a_run_that_is_broken_off_keeps_its_rows(tmp_path, monkeypatch):
+    measure = decode_peers.measure
+
+    def interrupted(settings, model, cache, batch, context, mode):
+        if mode == "graph":
+            raise KeyboardInterrupt
+        return measure(settings, model, cache, batch, context, mode)
+
+    settings = small(tmp_path, cells=("2x32",), modes=("eager", "graph"))
+    monkeypatch.setattr(decode_peers, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decode_peers.main(settings)
+    assert [row["mode"] for row in json.loads(settings.out.read_text())["rows"]] == ["eager"]
+
+
+def test_the_compiled_step_is_one_graph(tmp_path, monkeypatch):
+    compile_with, given = torch.compile, {}
+
+    def traced(function, **options):
+        given.update(options)
+        return compile_with(function, backend="eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
+
+    monkeypatch.setattr(torch, "compile", traced)
+    (row,) = rows(small(tmp_path, cells=("2x32",), modes=("compiled",)))
+    assert "error" not in row and row["seconds_per_step"] > 0
+    assert given == {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+
+
+def test_memory_that_is_not_there_is_a_row(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decode_peers, "random_cache", full)
+    (row,) = rows(small(tmp_path, cells=("2x32",)))
+    assert row["fits"] and row["error"].startswith("OutOfMemoryError")
+
+
+def test_a_cell_that_is_none():
+    with pytest.raises(SystemExit, match="BATCHxCONTEXT"):
+        decode_peers.parse("largex8192")

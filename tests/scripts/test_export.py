@@ -1,0 +1,233 @@
+"""What comes out of a run: exported models and gates with their cards, and chains sampled to train on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import dms_jax
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.training import checkpoint, watch
+from dms_jax.training import step as retrofit
+from dms_jax.training.data import Batch
+from paper_figures import training_curves
+from scripts import export, pretrain_mini, sample_traces
+from scripts import retrofit as script
+from scripts.benchmarks import bench_retrofit
+from tests import test_dms
+
+MODEL = ModelConfig("llama", 31, 1, 12, 4, 2, 6, 16, tie_embeddings=True)
+QUICK = {"xla_backend_optimization_level": 0}
+CONFIG = """mode: {mode}
+dms: {{window: 3, gate: {gate}}}
+retire_steps: 2
+steps_per_cr: 2
+max_cr: 3
+learning_rate: 0.3
+batch_size: 4
+log_every: 1
+"""
+
+
+@pytest.fixture(scope="module", params=[("adapter", "adapter"), ("lora", "query")], ids=["adapter", "lora"])
+def run(request, tmp_path_factory):
+    """The folder of a run with CR 2 and 3, and its mode."""
+    mode, gate = request.param
+    folder = tmp_path_factory.mktemp(mode)
+    dms_jax.save(dms_jax.LM(MODEL, test_dms.random_params(MODEL, None)), folder / "base")
+    (folder / "config.yaml").write_text(CONFIG.format(mode=mode, gate=gate))
+    rng = np.random.default_rng(0)
+    pool = Batch(rng.integers(0, 31, (8, 16)), np.ones(8, int), rng.integers(4, 17, 8))
+    compiled = retrofit.compiled_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrofit, "compiled_step", lambda *args: compiled(*args, QUICK))
+        patch.setattr(pretrain_mini, "training_pool", lambda *args: pool)
+        script.main(folder / "config.yaml", script.Overrides(model=str(folder / "base")), out=folder / "run")
+    return folder, mode
+
+
+def test_exported_is_what_the_run_wrote(run):
+    """From the checkpoint at a whole CR comes what the run wrote when it passed there, bit for bit."""
+    folder, mode = run
+    for cr in (2.0, 3.0):
+        export.main(folder / "run", cr, folder / f"out{cr:g}")
+        lm = dms_jax.load(folder / f"out{cr:g}")
+        if mode == "adapter":
+            want = dms_jax.load(folder / "base", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
+        else:
+            want = dms_jax.load(folder / "run", cr=cr)
+        assert lm.dms == want.dms and lm.dms.cr == cr
+        ids = np.arange(12)[None]
+        np.testing.assert_array_equal(lm.logits(ids, dms=lm.dms), want.logits(ids, dms=want.dms))
+    assert (folder / "run" / "finished").exists()
+
+
+def test_the_card_tells_what_was_done(run):
+    folder, mode = run
+    export.main(folder / "run", 2.0, folder / "card")
+    card = (folder / "card" / "README.md").read_text()
+    figures = export.measured(folder / "run", export.step_of(2.0, export.settings_of_run(folder / "run")))
+    assert f"{figures['kl']:.4g} nats" in card and f"{figures['achieved_cr']:.2f}" in card
+    assert "the mini task" in card and f"base_model: {folder / 'base'}" in card
+    assert ("the gate, over frozen weights" if mode == "adapter" else "low-rank updates of q, k, v, o, rank 16") in card
+
+
+def test_the_adapter_alone(run):
+    folder, mode = run
+    if mode != "adapter":
+        with pytest.raises(ConfigError, match="form='adapter': the run trained in mode lora"):
+            export.main(folder / "run", 2.0, folder / "alone", form="adapter")
+        return
+    export.main(folder / "run", 2.0, folder / "alone", form="adapter")
+    lm = dms_jax.load(folder / "base", gate=folder / "alone" / "gate.safetensors")
+    assert lm.dms == DMSConfig(window=3, gate="adapter", cr=2.0)
+    assert 'gate="gate.safetensors"' in (folder / "alone" / "README.md").read_text()
+
+
+def test_what_cannot_be_exported(run, tmp_path):
+    folder, _ = run
+    with pytest.raises(ConfigError, match="cr=5.0: the family has 2, 3"):
+        export.main(folder / "run", 5.0, tmp_path)
+    with pytest.raises(ConfigError, match="run.json"):
+        export.main(folder / "base", 2.0, tmp_path)
+    step = export.step_of(2.0, export.settings_of_run(folder / "run"))
+    seal = folder / "run" / "checkpoints" / str(step) / checkpoint.SEAL
+    sums = seal.read_text()
+    try:
+        seal.write_text(sums.replace('": [', '": [1'))
+        with pytest.raises(checkpoint.CheckpointError, match=f"{step} is damaged"):
+            export.main(folder / "run", 2.0, tmp_path)
+    finally:
+        seal.write_text(sums)
+
+
+def test_curves_of_a_run(run, tmp_path):
+    folder, mode = run
+    rows = training_curves.read(folder / "run" / "log.jsonl")
+    figure = training_curves.draw_run(rows)
+    losses, ratios, layers = figure.axes[:3]
+    evicting = [row for row in rows if "alpha" in row]
+    assert len(losses.lines[0].get_xdata()) == len(rows) == len(evicting) + 2 * (mode == "lora")
+    np.testing.assert_array_equal(ratios.lines[0].get_ydata(), [row["achieved_cr"] for row in evicting])
+    assert layers.images[0].get_array().shape == (1, len(evicting))
+    training_curves.main([str(folder / "run" / "log.jsonl"), "--out", str(tmp_path / "curves")])
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# Sampling chains
+
+
+class Letters:
+    """a = 1, b = 2 ...; no chat template."""
+
+    eos_token = "!"
+
+    def __call__(self, text):
+        return {"input_ids": [ord(c) % 30 + 1 for c in text]}
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(96 + t) for t in tokens if t)
+
+
+@pytest.fixture
+def sampling(tmp_path, monkeypatch):
+    """Prompts in a file, and a model that answers with the prompt's length, cut off for every third prompt."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"question": "q" * (n + 1)}) + "\n" for n in range(7)))
+    lm = dms_jax.LM(dataclasses.replace(MODEL, eos_ids=(0,)), {}, Letters())
+    monkeypatch.setattr(dms_jax, "load", lambda model, dtype: lm)
+    asked = []
+
+    def writer(lm, max_new_tokens, temperature, top_p, chains):
+        def write(prompts, seed):
+            asked.append((seed, len(prompts)))
+            return [[[len(p) - 1, c + 1, *([0] if len(p) % 3 else [])] for c in range(chains)] for p in prompts]
+
+        return write
+
+    monkeypatch.setattr(sample_traces, "writer", writer)
+    return tmp_path, asked
+
+
+def test_sampled_chains_are_documents_to_train_on(sampling):
+    folder, asked = sampling
+    out = folder / "out.jsonl"
+    sample_traces.main("model", str(folder / "data.jsonl"), out, chains=2, batch=3)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert asked == [(0, 3), (3, 3), (6, 1)]
+    assert [line["row"] for line in lines] == [0, 0, 2, 2, 3, 3, 5, 5, 6, 6], "prompts 1 and 4 were cut off"
+    assert lines[3]["messages"] == [{"role": "user", "content": "qqq"}, {"role": "assistant", "content": "cb"}]
+    whole = out.read_bytes()
+    # Cut off at the end, in the second line of row 3, in the first of row 5, in the first of all: batches drawn again.
+    second = whole.index(b'"row": 3', whole.index(b'"row": 3') + 1)
+    for end, batches in ((len(whole), 1), (second + 5, 2), (whole.index(b'"row": 5') + 1, 2), (5, 3)):
+        asked.clear()
+        out.write_bytes(whole[:end])
+        sample_traces.main("model", str(folder / "data.jsonl"), out, chains=2, batch=3)
+        assert out.read_bytes() == whole
+        assert len(asked) == batches
+
+
+def test_the_mini_model_writes_chains(tmp_path):
+    """The real writer and model, for a few tokens."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Let a = 123."}) + "\n")
+    out = tmp_path / "out.jsonl"
+    sample_traces.main("mini", str(tmp_path / "data.jsonl"), out, max_new_tokens=4, finished_only=False)
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["tokens"] == 4 and line["messages"][1]["content"]
+
+
+def test_prompts_are_needed(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"a": "b"}\n')
+    with pytest.raises(ConfigError, match="row 0: no text in nothing .*it has a"):
+        sample_traces.main("mini", str(tmp_path / "data.jsonl"), tmp_path / "out.jsonl", prompt="nothing")
+
+
+# Watching, timing
+
+
+class Writer:
+    """Stands for tensorboardX.SummaryWriter and for a run of wandb."""
+
+    def __init__(self, *args, **kwargs):
+        self.seen = []
+
+    def add_scalar(self, key, value, step):
+        self.seen.append((step, key, value))
+
+    def log(self, values, step):
+        self.seen += [(step, *item) for item in values.items()]
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("name", watch.PACKAGES)
+def test_watchers_get_every_number(name, tmp_path, monkeypatch):
+    writer = Writer()
+
+    class Package:
+        SummaryWriter = init = staticmethod(lambda *args, **kwargs: writer)
+
+    monkeypatch.setattr(watch.importlib, "import_module", {watch.PACKAGES[name]: Package}.get)
+    watch.watcher(name, tmp_path, {})({"step": 3, "loss": 0.5, "alpha_by_head": [[0.25, 0.75], [1.0, 1.0]]})
+    assert set(writer.seen) == {(3, "loss", 0.5), (3, "alpha_layer_0", 0.5), (3, "alpha_layer_1", 1.0)}
+
+
+def test_a_watcher_that_is_not_installed(tmp_path, monkeypatch):
+    def absent(name):
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(watch.importlib, "import_module", absent)
+    with pytest.raises(ConfigError, match="watch='tensorboard': needs `pip install tensorboardX`"):
+        watch.watcher("tensorboard", tmp_path, {})
+    with pytest.raises(ConfigError, match="watch='email'"):
+        watch.watcher("email", tmp_path, {})
+
+
+def test_benchmark_of_a_tiny_shape(tmp_path):
+    fields = {key: value for key, value in dataclasses.asdict(MODEL).items() if key not in ("rope", "eos_ids")}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(fields))
+    got = bench_retrofit.main(tmp_path / "tiny.yaml", context=16, rows=2, window=2, steps=3, out=tmp_path / "out.json")
+    assert got["tokens_per_second"] == 32 / got["seconds_per_step"] and got["mfu"] is None
+    assert json.loads((tmp_path / "out.json").read_text()) == got and np.isfinite(got["loss"])
