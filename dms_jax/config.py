@@ -110,6 +110,7 @@ class DMSConfig:
     neuron: which dim of the first query head of a group the query gate borrows.
     per: "head" or "layer" (every head of a layer follows head 0).
     tau: temperature of the Gumbel-sigmoid in training.
+    sinks: the first so many tokens of a sequence are never evicted.
     cr: the compression ratio that the weights were retrofitted for; None if not.
     """
 
@@ -121,6 +122,7 @@ class DMSConfig:
     neuron: int = -1
     per: Literal["head", "layer"] = "head"
     tau: float = 0.1
+    sinks: int = 0
     cr: float | None = None
 
     def __post_init__(self):

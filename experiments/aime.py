@@ -195,8 +195,9 @@ def load_models(config: Config) -> tuple[list, list[stats.Cell]]:
         if config.window is not None:
             require(dms is not None or cr == 1, "window", config.window, "the model was never retrofitted")
             dms = dms and dataclasses.replace(dms, window=config.window)
-        policy, dms = resolve_dms(lm, config.policy, dms)
-        policies.policy(
+        dms = resolve_dms(lm, dms)
+        policy = config.policy or ("dms" if dms else "full")
+        policies.named(
             policy, dms, config.budget, config.max_length, config.page_size
         )  # an error now, before there is a run folder
         ratio = 1.0 if policy == "full" else (cr or (dms and dms.cr))

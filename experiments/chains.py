@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dms_jax.config import DMSConfig, SamplingConfig
+from dms_jax.config import DMSConfig
 from dms_jax.inference import generation, sampling
 from dms_jax.inference.engine import Engine
-from dms_jax.inference.jobs import EngineConfig, Job, Progress, Result
+from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.parallel import run_together
+from dms_jax.inference.scheduler import Job, Progress, Result
 from experiments.run import Run
 from experiments.tasks.base import Task, judge
 
@@ -138,19 +139,19 @@ class Sampler:
         if model.source not in self._engines:
             s = self.settings
             longest = max(len(prompt) for prompt in self._tokens(model))
-            self._engines[model.source] = generation.build(
-                model.lm,
-                longest + model.max_length,
+            config = GenerationConfig(
                 policy=model.policy,
                 dms=model.dms,
                 budget=model.budget,
-                sampling=SamplingConfig(s.temperature, top_p=s.top_p),
+                temperature=s.temperature,
+                top_p=s.top_p,
                 cache=s.cache,
                 page_size=s.page_size,
                 quant=s.quant,
-                engine=EngineConfig(max_num_seqs=s.batch_size),
-                on_progress=self.on_progress,
+                max_num_seqs=s.batch_size,
             )
+            length = longest + model.max_length
+            self._engines[model.source] = generation.build(model.lm, length, config, on_progress=self.on_progress)
         return self._engines[model.source]
 
     def _row(self, model: Model, result: Result) -> dict:

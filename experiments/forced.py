@@ -9,6 +9,8 @@ import numpy as np
 
 from dms_jax.config import require
 from dms_jax.inference import decode, generation
+from dms_jax.inference.generation import GenerationConfig
+from dms_jax.inference.runner import Runner
 from experiments.variants import Loaded
 
 
@@ -28,24 +30,6 @@ def _steps(spec: decode.DecodeSpec, params, state: decode.DecodeState, tokens) -
         return state, Forced(logits, made.live.mean(axis=(1, 2)))
 
     return jax.lax.scan(body, state, tokens)
-
-
-def _prefill(spec: decode.DecodeSpec, params, tokens: np.ndarray, lengths: np.ndarray, chunk: int, pages: int):
-    """The state after the first `lengths` tokens of each sequence, and the logits of the next, `[B, V]`."""
-    B, T = tokens.shape
-    state = decode.init(spec, B, params["embed"]["embedding"].dtype, pages)
-    # Every sequence takes steps until its last token is predicted; keys draw nothing, as all is given.
-    rows, keys, steps = np.arange(B), np.zeros((B, 2), np.uint32), T - lengths
-    logits, longest = None, generation.round_up(int(lengths.max()))
-    tokens = np.pad(np.asarray(tokens, np.int32), ((0, 0), (0, max(0, longest - T))))
-    for start in range(0, longest, chunk):
-        part = tokens[:, start : min(start + chunk, longest)]
-        count = np.clip(lengths - start, 0, part.shape[1])
-        width = generation.round_up(int(decode.live_tokens(spec, state).max()))
-        width = min(width, spec.storage.slots)
-        state, new, _ = decode.prefill(spec, params, state, rows, part, count, steps, keys, width)
-        logits = new if logits is None else np.where(count[:, None] > 0, new, logits)
-    return state, logits
 
 
 def forced_logits(
@@ -71,11 +55,16 @@ def forced_logits(
     B, T = tokens.shape
     longest = int(prompt_lengths.max())
     require(longest < T, "prompt", longest, f"leaves nothing of {T} tokens to predict")
-    engine = generation.build(lm, T, stop=(), cache=cache, page_size=page_size, **loaded.options)
-    worst = np.full((B, lm.config.num_layers, lm.config.num_kv_heads), T)
-    spec, pages = engine.spec, int(engine.spec.storage.pages(worst).max())
-    state, logits = _prefill(spec, lm.params, tokens, prompt_lengths, engine.config.prefill_chunk, pages)
-    yield Forced(logits[None], decode.live_tokens(spec, state).mean(axis=(1, 2))[None])
+    config = GenerationConfig(**loaded.options, stop=(), cache=cache, page_size=page_size, max_num_seqs=B)
+    engine = generation.build(lm, T, config)
+    spec, live = engine.spec, np.zeros((B, lm.config.num_layers, lm.config.num_kv_heads), np.int64)
+    pages = int(spec.kv_cache.pages_needed(live + T).max())
+    runner = Runner(spec, lm.params, B, pages, prefill_chunk=engine.config.prefill_chunk)
+    prompts = [row[:length].tolist() for row, length in zip(tokens, prompt_lengths, strict=True)]
+    # Every sequence takes steps until its last token is predicted; keys draw nothing, as all is given.
+    read = runner.prefill(list(range(B)), prompts, (T - prompt_lengths).tolist(), live)
+    state = runner.state
+    yield Forced(read.logits[None, :B], decode.live_tokens(spec, state).mean(axis=(1, 2))[None])
     steps = T - int(prompt_lengths.min()) - 1
     steps += -steps % chunk  # whole chunks: one shape compiles once
     # Step n of sequence b is fed token prompt_length + n; past the end a sequence takes no more steps.

@@ -19,7 +19,8 @@ from dms_jax.config import one_of, require
 from dms_jax.inference import generation
 from dms_jax.inference import use_counts as metrics
 from dms_jax.inference.engine import Engine
-from dms_jax.inference.jobs import EngineConfig, Job, Result
+from dms_jax.inference.generation import GenerationConfig
+from dms_jax.inference.scheduler import Job, Result
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
@@ -139,14 +140,9 @@ def engine_for(config: Config, cell: Cell, longest: int, bar: report.ProgressBar
     budget = cell.loaded.variant.budget
     if budget is not None:
         budget = policies.tokens_of(budget, cell.length or cell.loaded.lm.config.max_positions)
-    return generation.build(
-        cell.loaded.lm,
-        longest,
-        **{**cell.loaded.options, "budget": budget},
-        page_size=config.page_size,
-        engine=EngineConfig(max_num_seqs=config.batch_size),
-        on_progress=bar.on_progress,
-    )
+    options = {**cell.loaded.options, "budget": budget}
+    chosen = GenerationConfig(**options, page_size=config.page_size, max_num_seqs=config.batch_size)
+    return generation.build(cell.loaded.lm, longest, chosen, on_progress=bar.on_progress)
 
 
 def answer(cell: Cell, sample: Sample, prompt: list[int], result: Result) -> dict:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dms_jax.inference.jobs import Progress as EngineProgress
+from dms_jax.inference.scheduler import Progress as EngineProgress
 from experiments import stats
 
 CAPTION = (

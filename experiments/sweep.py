@@ -109,7 +109,7 @@ def models(plan: Sweep, load: Callable[[float | None], Any]) -> tuple[list[Model
             loaded[member] = load(member)
         lm, budget = loaded[member], entry.budget
         dms = lm.dms if entry.policy == "dms" else None
-        policies.policy(entry.policy, dms, budget, page_size=plan.page_size)  # an error now, not hours later
+        policies.named(entry.policy, dms, budget, page_size=plan.page_size)  # an error now, not hours later
         names = {w: f"{entry.max_length / 1024:.2g}-{w}-{entry.cr:g}" for w in sorted(plan.chains)}
         most = max(plan.chains)
         made.append(Model(entry.source, names[most], lm, entry.policy, dms, most, entry.max_length, budget))

@@ -1,23 +1,20 @@
-"""The cache: slots, and masked and paged storage."""
+"""KV caches: masked, paged, and paged over several devices."""
 
-import functools
-
-from dms_jax.cache.base import Pool, Storage, View, fitted
-from dms_jax.cache.masked import masked_storage
-from dms_jax.cache.paged import paged_storage
-from dms_jax.cache.sharded import sharded_storage
+from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View
+from dms_jax.cache.masked import MaskedCache
+from dms_jax.cache.paged import PagedCache
+from dms_jax.cache.sharded import ShardedPagedCache
 from dms_jax.config import CacheConfig, require
 
-__all__ = ["Pool", "Storage", "View", "fitted", "storage"]
+__all__ = ["DecodeQuery", "KVCache", "MaskedCache", "PagedCache", "Pool", "ShardedPagedCache", "View", "kv_cache"]
 
 
-@functools.cache
-def storage(config: CacheConfig, parts: int = 1) -> Storage:
-    """The storage that a configuration names. Cached, so that equal configs share compiled code.
+def kv_cache(config: CacheConfig, parts: int = 1) -> KVCache:
+    """The cache that a configuration names.
 
     parts: devices along the tensor axis of the mesh in force, each of which holds some of the KV heads.
     """
     if parts == 1:
-        return {"masked": masked_storage, "paged": paged_storage}[config.storage](config)
-    require(config.storage == "paged", "cache", config.storage, "only paged storage is split over devices")
-    return sharded_storage(paged_storage(config), parts, config.quant != "none")
+        return {"masked": MaskedCache, "paged": PagedCache}[config.storage](config)
+    require(config.storage == "paged", "cache", config.storage, "only a paged cache is split over devices")
+    return ShardedPagedCache(config, parts)

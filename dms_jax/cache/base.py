@@ -1,18 +1,22 @@
-"""What a storage of keys and values is, in the vocabulary of slots. Knows no policy.
+"""What a KV cache is, in the vocabulary of slots. It knows no policy.
 
-A token takes a slot in each KV head; a slot's `pos` is its token's position, -1 where the slot is empty. A policy
-names the slot that a newcomer drives out (the victim, -1 for none); the storage decides what becomes of it. Keys
-are stored after RoPE, so the order of slots never matters.
+A token has a slot in each KV head; a slot's `pos` is its token's position, -1 where the slot is empty. A policy names
+the slot that a new token overwrites (the victim, -1 for none); the cache decides what becomes of the victim. Keys are
+stored after RoPE, so the order of slots never matters.
 """
 
-from collections.abc import Callable
+import abc
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.types import Counts, NewKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.config import CacheConfig, ModelConfig
+from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
+
+Arrays = Any  # what a cache's `allocate` returns: a NamedTuple of arrays
 
 
 class View(NamedTuple):
@@ -24,69 +28,131 @@ class View(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The pages that a storage has; a page is whatever it grows by."""
+    """The pages of a paged cache."""
 
     free: Int[np.ndarray, "parts"]  # of each device's pool
     size: int  # free or not, of each
     page_bytes: int
 
 
-class Storage(NamedTuple):
-    """One kind of storage as a record of pure functions; `cache` is whatever `init` returns.
+class DecodeQuery(NamedTuple):
+    """One query a sequence, with the key and value that are to be stored before it attends.
 
-    slots: addressable slots a head.
-    init: an empty cache for a batch, with so many pages in all; masked storage has none.
-    admit: which of the active sequences have room for one more token in every head.
-    place: the slot of one new token a sequence, for M layers from `layer`; inactive sequences get slot `slots`.
-    attend: writes the new token's key and value in its slot; then one query a sequence over its live slots, or those
-      of them in `readable` pages; on request also the softmax weight of each slot, summed over the G query heads of
-      its KV head. `slots` is what `place` returned: of all layers, or of this one.
-    view: the first `width` slots, for a prompt to be read beside them.
-    extend: writes the tokens of a prompt that stay and drops the old slots that do not; `stay` covers the W slots of
-      the view, then the tokens. Returns the new slot of each, -1 for those that are gone. Slots that stay are moved
-      only if the cache shrinks, and only where `old` hands over what they hold.
-    live: live tokens of each layer and head.
-    take, put: the part of a cache that belongs to some sequences, and its return; a row beyond the batch is empty.
-    fork: copies whole sequences into empty rows, or moves them there; no head may hold more than `width` tokens.
-    release: empties the sequences marked.
-    pages: how many pages of each device's pool all rows take together, for so many tokens in each of their heads.
-    pool: what the pool is now; None for storage without one.
-    grow: the same cache with so many pages in each pool.
-    parts: devices that hold a part of the heads, each with a pool of its own.
+    slots: what `append` returned, of M layers: all of them, or this one.
+    readable: pages that may be read; None for all.
     """
 
-    slots: int
-    init: Callable[..., Any]  # (model config, batch, dtype, pages) -> cache
-    admit: Callable[[Any, Bool[Array, "B"]], Bool[Array, "B"]]
-    place: Callable[
-        ..., tuple[Any, Int[Array, "M B K"]]
-    ]  # (cache, layer, position [B], victim [M, B, K], active [B]) -> cache, slots
-    attend: Callable[
-        ..., tuple[Any, Float[Array, "B H D"], Float[Array, "B K S"] | None]
-    ]  # (cache, layer, q, k [B, K, D], v, slots [M, B, K], readable, weights) -> cache, out, weights
-    view: Callable[[Any, int, int], View]  # (cache, layer, width)
-    extend: Callable[[Any, int, NewKV, NewKV, Positions, SlotFlags, View | None], tuple[Any, Slots]]
-    live: Callable[[Any], Int[Array, "L B K"]]
-    take: Callable[[Any, Counts], Any]
-    put: Callable[[Any, Counts, Any], Any]
-    fork: Callable[..., Any]  # (cache, source rows [A], target rows [A], moved [A], width)
-    release: Callable[[Any, Bool[Array, "B"]], Any]
-    pages: Callable[[Int[np.ndarray, "... L K"]], Int[np.ndarray, "parts"]]
-    pool: Callable[[Any], Pool] | None = None
-    grow: Callable[[Any, int], Any] | None = None
-    parts: int = 1
+    q: Float[Array, "B H D"]
+    k: PerHeadKV
+    v: PerHeadKV
+    slots: Int[Array, "M B K"]
+    readable: Bool[Array, "B K P"] | None = None
 
 
-def fitted(storage: Storage, cache: Any, live: Int[np.ndarray, "rows L K"], limit: int | None = None) -> Any | None:
-    """`cache`, grown if so many live tokens need it; None where they need more than `limit` pages."""
-    if storage.pool is None:
+@dataclass(frozen=True)
+class KVCache(abc.ABC):
+    """The functions of one kind of cache; `cache` is the arrays that `allocate` returns."""
+
+    config: CacheConfig
+
+    @property
+    @abc.abstractmethod
+    def slots(self) -> int:
+        """Addressable slots a head."""
+
+    @property
+    def parts(self) -> int:
+        """Devices that hold a part of the heads, each with a pool of its own."""
+        return 1
+
+    @abc.abstractmethod
+    def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> Arrays:
+        """An empty cache of `batch` rows; a paged one has `pages` pages in each device's pool."""
+
+    @abc.abstractmethod
+    def can_append(self, cache: Arrays, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
+        """Which of the active sequences have room for one more token in every head."""
+
+    @abc.abstractmethod
+    def append(
+        self, cache: Arrays, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]
+    ) -> tuple[Arrays, Int[Array, "M B K"]]:
+        """The slot of one new token a sequence, for M layers from `layer`; `slots` for inactive sequences."""
+
+    @abc.abstractmethod
+    def attend(
+        self, cache: Arrays, layer: int, query: DecodeQuery, weights: bool
+    ) -> tuple[Arrays, Float[Array, "B H D"], Float[Array, "B K S"] | None]:
+        """Stores the new key and value, then attends to the live slots of each head.
+
+        weights: also return the softmax weight of each slot, summed over the G query heads of its KV head.
+        """
+
+    @abc.abstractmethod
+    def view(self, cache: Arrays, layer: int, width: int) -> View:
+        """The first `width` slots, for the tokens of a prompt to attend to."""
+
+    @abc.abstractmethod
+    def write_prefill(
+        self,
+        cache: Arrays,
+        layer: int,
+        k: NewKV,
+        v: NewKV,
+        position: Positions,
+        keep: SlotFlags,
+        old: View | None = None,
+    ) -> tuple[Arrays, Slots]:
+        """Stores the tokens of a prompt that are kept and drops the old slots that are not.
+
+        keep: of the W slots of the view, then of the tokens. old: the view, where the cache may shrink: only then are
+        slots moved. Returns the new slot of each, -1 for what is not stored.
+        """
+
+    @abc.abstractmethod
+    def live(self, cache: Arrays) -> Int[Array, "L B K"]:
+        """Live tokens of each layer, row and head."""
+
+    @abc.abstractmethod
+    def take_rows(self, cache: Arrays, rows: Counts) -> Arrays:
+        """The part of a cache that belongs to some rows; a row beyond the batch is empty."""
+
+    @abc.abstractmethod
+    def put_rows(self, cache: Arrays, rows: Counts, part: Arrays) -> Arrays:
+        """The cache with a part from `take_rows` put back."""
+
+    @abc.abstractmethod
+    def fork(self, cache: Arrays, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int) -> Arrays:
+        """Copies whole sequences into empty rows, or moves them there; no head may hold more than `width` tokens."""
+
+    @abc.abstractmethod
+    def free(self, cache: Arrays, rows: Bool[Array, "B"]) -> Arrays:
+        """Empties the rows marked."""
+
+    def pages_needed(self, tokens: Int[np.ndarray, "... L K"]) -> Int[np.ndarray, "parts"]:
+        """How many pages of each pool all rows need together, for so many tokens in each of their heads."""
+        return np.zeros(self.parts, int)
+
+    def pool_size(self, cache: Arrays) -> int:
+        """Pages of each pool, free or not; 0 for a cache without one. Never waits for the device."""
+        return 0
+
+    def pool(self, cache: Arrays) -> Pool | None:
+        """What the pool is now; None for a cache without one. Waits for the device."""
+        return None
+
+    def grow(self, cache: Arrays, pages: int) -> Arrays:
+        """The same cache with `pages` pages in each pool."""
         return cache
-    size, needed = storage.pool(cache).size, int(storage.pages(live).max())
-    if needed <= size:
-        return cache
-    wanted = max(needed, size + size // 2)
-    wanted = wanted if limit is None else min(wanted, limit)
-    return storage.grow(cache, wanted) if needed <= wanted else None
+
+    def fitted(self, cache: Arrays, live: Int[np.ndarray, "rows L K"], limit: int | None = None) -> Arrays | None:
+        """`cache`, grown if so many live tokens need it; None where they need more than `limit` pages."""
+        size, needed = self.pool_size(cache), int(self.pages_needed(live).max())
+        if needed <= size:
+            return cache
+        wanted = max(needed, size + size // 2)
+        wanted = wanted if limit is None else min(wanted, limit)
+        return self.grow(cache, wanted) if needed <= wanted else None
 
 
 class Written(NamedTuple):
@@ -98,10 +164,10 @@ class Written(NamedTuple):
     pos: Slots
 
 
-def packed(k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None) -> tuple[Slots, Written]:
-    """`extend` of a storage whose live slots are always [0, length): the new slots, and what is to be written."""
-    width = stay.shape[-1] - position.shape[1]
-    slots, written = _new_slots(stay, width)
+def compacted(k: NewKV, v: NewKV, position: Positions, keep: SlotFlags, old: View | None) -> tuple[Slots, Written]:
+    """`write_prefill` where live slots are always [0, length): the new slots, and what is to be written."""
+    width = keep.shape[-1] - position.shape[1]
+    slots, written = _new_slots(keep, width)
     target = jnp.where(written, slots, -1)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     pos = jnp.broadcast_to(position[:, None], k.shape[:3])
@@ -112,26 +178,26 @@ def packed(k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View |
     return slots, Written(target, k, v, jnp.concatenate([old.pos, pos], axis=2))
 
 
-def _new_slots(stay: SlotFlags, width: int) -> tuple[Slots, SlotFlags]:
-    """The slot of everything that stays, -1 for the rest, and what has to be written there.
+def _new_slots(keep: SlotFlags, width: int) -> tuple[Slots, SlotFlags]:
+    """The slot of everything that is kept, -1 for the rest, and what has to be written there.
 
-    The new length n is the number of those that stay. Old slots under n that stay remain; the newcomers, after the
-    old ones at n and beyond, take the holes under n in order. With three old slots and two tokens:
+    The new length n is the number of those kept. Old slots under n that are kept remain; new tokens, after the old
+    ones at n and beyond, fill the holes under n in order. With three old slots and two tokens:
 
-        stay   [1 0 1 | 1 1]   n = 4, holes 1 3   slots [0 -1 2 | 1 3]   written [0 0 0 | 1 1]
-        stay   [0 0 1 | 1 0]   n = 2, holes 0 1   slots [-1 -1 0 | 1 -1] written [0 0 1 | 1 0]
+        keep   [1 0 1 | 1 1]   n = 4, holes 1 3   slots [0 -1 2 | 1 3]   written [0 0 0 | 1 1]
+        keep   [0 0 1 | 1 0]   n = 2, holes 0 1   slots [-1 -1 0 | 1 -1] written [0 0 1 | 1 0]
     """
-    all_slots = jnp.arange(stay.shape[-1])
-    n = stay.sum(axis=-1, keepdims=True)
-    in_place = stay & (all_slots < n) & (all_slots < width)
+    all_slots = jnp.arange(keep.shape[-1])
+    n = keep.sum(axis=-1, keepdims=True)
+    in_place = keep & (all_slots < n) & (all_slots < width)
     hole = (all_slots < n) & ~in_place
-    written = stay & ~in_place
+    written = keep & ~in_place
 
     def rank(flags):
         return jnp.cumsum(flags, axis=-1) - 1
 
-    b, h = jnp.arange(stay.shape[0])[:, None, None], jnp.arange(stay.shape[1])[None, :, None]
-    index = jnp.where(hole, rank(hole), stay.shape[-1])
-    holes = jnp.zeros(stay.shape, jnp.int32).at[b, h, index].set(all_slots.astype(jnp.int32), mode="drop")
+    b, h = jnp.arange(keep.shape[0])[:, None, None], jnp.arange(keep.shape[1])[None, :, None]
+    index = jnp.where(hole, rank(hole), keep.shape[-1])
+    holes = jnp.zeros(keep.shape, jnp.int32).at[b, h, index].set(all_slots.astype(jnp.int32), mode="drop")
     taken = jnp.take_along_axis(holes, jnp.maximum(rank(written), 0), axis=-1)
     return jnp.where(written, taken, jnp.where(in_place, all_slots, -1)), written

@@ -1,23 +1,22 @@
-"""Masked storage: slot = order of arrival; a victim keeps its slot and is hidden. Memory never falls.
+"""A cache in which every token keeps its slot and a mask hides evicted ones. Memory never falls.
 
-For research, for debugging and as the oracle of the other storages. Keys are kept transposed: on a CPU the product
-with a query is then twice as fast. Dense storage shares all that does not choose slots.
+For research, for debugging, as the oracle of paged caches, and the fastest where nothing is evicted on a CPU. Keys are
+kept transposed: on a CPU the product with a query is then twice as fast.
 """
 
-import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.cache.base import Storage, View
-from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.types import MASK_VALUE, Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.cache.base import DecodeQuery, KVCache, View
+from dms_jax.config import ModelConfig
+from dms_jax.types import MASK_VALUE, Counts, NewKV, Positions, SlotFlags, Slots, StoredKV
 
 
-class ArrayCache(NamedTuple):
+class MaskedArrays(NamedTuple):
     """Keys and values: one array a layer, the batch its leading axis."""
 
     k: tuple[Float[Array, "B K D S"], ...]
@@ -26,118 +25,113 @@ class ArrayCache(NamedTuple):
     used: Int[Array, "L B K"]  # the next fresh slot
 
 
-def replaced(items: tuple, layer: int, item) -> tuple:
+def _replaced(items: tuple, layer: int, item) -> tuple:
     """`items` with another one for a layer."""
     return (*items[:layer], item, *items[layer + 1 :])
 
 
-def masked_storage(config: CacheConfig) -> Storage:
-    """Masked storage of `capacity` slots a head."""
-    S = config.capacity
+@dataclass(frozen=True)
+class MaskedCache(KVCache):
+    """Slots in the order in which tokens came, `capacity` a head."""
 
-    def init(model: ModelConfig, batch: int, dtype, pages: int = 0) -> ArrayCache:
-        return empty(model, batch, dtype, S)
+    @property
+    def slots(self) -> int:
+        return self.config.capacity
 
-    def admit(cache: ArrayCache, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
-        return active & (cache.used.max(axis=(0, 2)) < S)
+    def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> MaskedArrays:
+        L, K, D = model.num_layers, model.num_kv_heads, model.head_dim
+        return MaskedArrays(
+            k=tuple(jnp.zeros((batch, K, D, self.slots), dtype) for _ in range(L)),
+            v=tuple(jnp.zeros((batch, K, self.slots, D), dtype) for _ in range(L)),
+            pos=jnp.full((L, batch, K, self.slots), -1, jnp.int32),
+            used=jnp.zeros((L, batch, K), jnp.int32),
+        )
 
-    reading = functools.partial(attend, page=config.page_size)
-    return Storage(S, init, admit, place, reading, view, extend, live, take, put, fork, release, no_pages)
+    def can_append(self, cache: MaskedArrays, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
+        return active & (cache.used.max(axis=(0, 2)) < self.slots)
 
+    def append(
+        self, cache: MaskedArrays, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]
+    ) -> tuple[MaskedArrays, Int[Array, "M B K"]]:
+        S, layers = cache.pos.shape[-1], slice(layer, layer + len(victim))
+        used, on = cache.used[layers], active[:, None]
+        slot = jnp.where(on, used, S)  # S is out of range, and what goes there is dropped
+        n, b, h = jnp.ogrid[tuple(slice(size) for size in used.shape)]
+        pos = cache.pos.at[n + layer, b, h, jnp.where(on & (victim >= 0), victim, S)].set(-1, mode="drop")
+        pos = pos.at[n + layer, b, h, slot].set(position[:, None], mode="drop")
+        return cache._replace(pos=pos, used=cache.used.at[layers].add(on.astype(jnp.int32))), slot
 
-def empty(model: ModelConfig, batch: int, dtype, slots: int) -> ArrayCache:
-    L, K, D = model.num_layers, model.num_kv_heads, model.head_dim
-    return ArrayCache(
-        k=tuple(jnp.zeros((batch, K, D, slots), dtype) for _ in range(L)),
-        v=tuple(jnp.zeros((batch, K, slots, D), dtype) for _ in range(L)),
-        pos=jnp.full((L, batch, K, slots), -1, jnp.int32),
-        used=jnp.zeros((L, batch, K), jnp.int32),
-    )
+    def attend(self, cache: MaskedArrays, layer: int, query: DecodeQuery, weights: bool):
+        """The products read whole arrays: no key or value is copied."""
+        q, (B, H, D), (K, S) = query.q, query.q.shape, cache.pos.shape[2:]
+        b, h, slot = *jnp.ogrid[:B, :K], query.slots[layer % len(query.slots)]
+        keys = cache.k[layer].at[b, h, :, slot].set(query.k, mode="drop")
+        values = cache.v[layer].at[b, h, slot].set(query.v, mode="drop")
+        cache = cache._replace(k=_replaced(cache.k, layer, keys), v=_replaced(cache.v, layer, values))
+        read = cache.pos[layer] >= 0
+        if query.readable is not None:
+            read &= jnp.repeat(query.readable, self.config.page_size, axis=-1)[..., :S]
+        scores = jnp.einsum("BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), keys, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, MASK_VALUE)[:, :, None], axis=-1)
+        out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), values).reshape(B, H, D)
+        return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
 
+    def view(self, cache: MaskedArrays, layer: int, width: int) -> View:
+        k = cache.k[layer][..., :width].swapaxes(2, 3)
+        return View(k, cache.v[layer][:, :, :width], cache.pos[layer][:, :, :width])
 
-def no_pages(tokens: Int[np.ndarray, "... L K"]) -> Int[np.ndarray, "parts"]:
-    return np.zeros(1, int)
+    def write_prefill(
+        self,
+        cache: MaskedArrays,
+        layer: int,
+        k: NewKV,
+        v: NewKV,
+        position: Positions,
+        keep: SlotFlags,
+        old: View | None = None,
+    ) -> tuple[MaskedArrays, Slots]:
+        """Every token has a slot, also one that is not kept; nothing is ever moved."""
+        W = keep.shape[-1] - position.shape[1]
+        used, S = cache.used[layer], cache.pos.shape[-1]
+        b, h = (x[..., None] for x in jnp.ogrid[: used.shape[0], : used.shape[1]])
+        real = position >= 0
+        fresh = used[..., None] + jnp.cumsum(real, axis=1)[:, None] - 1
+        fresh = jnp.where(real[:, None], fresh, S)
+        kept = jnp.where(keep[..., :W], cache.pos[layer][..., :W], -1)
+        pos = cache.pos.at[layer, :, :, :W].set(kept)
+        pos = pos.at[layer, b, h, fresh].set(jnp.where(keep[..., W:], position[:, None], -1), mode="drop")
+        cache = cache._replace(
+            k=_replaced(cache.k, layer, cache.k[layer].at[b, h, :, fresh].set(k.swapaxes(1, 2), mode="drop")),
+            v=_replaced(cache.v, layer, cache.v[layer].at[b, h, fresh].set(v.swapaxes(1, 2), mode="drop")),
+            pos=pos,
+            used=cache.used.at[layer].add(real.sum(axis=1, dtype=jnp.int32)[:, None]),
+        )
+        old_slots = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32), (*used.shape, W))
+        slots = jnp.concatenate([old_slots, fresh.astype(jnp.int32)], axis=-1)
+        return cache, jnp.where(keep, slots, -1)
 
+    def live(self, cache: MaskedArrays) -> Int[Array, "L B K"]:
+        return jnp.sum(cache.pos >= 0, axis=-1, dtype=jnp.int32)
 
-def place(cache: ArrayCache, layer: int, position: Counts, victim: Int[Array, "M B K"], active: Bool[Array, "B"]):
-    S, layers = cache.pos.shape[-1], slice(layer, layer + len(victim))
-    used, on = cache.used[layers], active[:, None]
-    slot = jnp.where(on, used, S)  # S is out of range, and what goes there is dropped
-    n, b, h = jnp.ogrid[tuple(slice(size) for size in used.shape)]
-    pos = cache.pos.at[n + layer, b, h, jnp.where(on & (victim >= 0), victim, S)].set(-1, mode="drop")
-    pos = pos.at[n + layer, b, h, slot].set(position[:, None], mode="drop")
-    return cache._replace(pos=pos, used=cache.used.at[layers].add(on.astype(jnp.int32))), slot
+    def take_rows(self, cache: MaskedArrays, rows: Counts) -> MaskedArrays:
+        k, v = (tuple(x.at[rows].get(mode="fill", fill_value=0) for x in xs) for xs in (cache.k, cache.v))
+        pos = cache.pos.at[:, rows].get(mode="fill", fill_value=-1)
+        return MaskedArrays(k, v, pos, cache.used.at[:, rows].get(mode="fill", fill_value=0))
 
+    def put_rows(self, cache: MaskedArrays, rows: Counts, part: MaskedArrays) -> MaskedArrays:
+        k, v = (
+            tuple(x.at[rows].set(new, mode="drop") for x, new in zip(xs, parts, strict=True))
+            for xs, parts in ((cache.k, part.k), (cache.v, part.v))
+        )
+        pos = cache.pos.at[:, rows].set(part.pos, mode="drop")
+        return MaskedArrays(k, v, pos, cache.used.at[:, rows].set(part.used, mode="drop"))
 
-def attend(cache: ArrayCache, layer: int, q, k: PerHeadKV, v: PerHeadKV, slots, readable, weights: bool, page: int):
-    """The products read whole arrays: no key or value is copied."""
-    (B, H, D), (K, S) = q.shape, cache.pos.shape[2:]
-    b, h, slot = *jnp.ogrid[:B, :K], slots[layer % len(slots)]
-    keys = cache.k[layer].at[b, h, :, slot].set(k, mode="drop")
-    values = cache.v[layer].at[b, h, slot].set(v, mode="drop")
-    cache = cache._replace(k=replaced(cache.k, layer, keys), v=replaced(cache.v, layer, values))
-    read = cache.pos[layer] >= 0
-    if readable is not None:
-        read &= jnp.repeat(readable, page, axis=-1)[..., :S]
-    scores = jnp.einsum("BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), keys, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, MASK_VALUE)[:, :, None], axis=-1)
-    out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), values).reshape(B, H, D)
-    return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
+    def fork(
+        self, cache: MaskedArrays, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int
+    ) -> MaskedArrays:
+        """Always copies; a row that moves is left as it is, for `free` to empty."""
+        return self.put_rows(cache, target, self.take_rows(cache, source))
 
-
-def view(cache: ArrayCache, layer: int, width: int) -> View:
-    k = cache.k[layer][..., :width].swapaxes(2, 3)
-    return View(k, cache.v[layer][:, :, :width], cache.pos[layer][:, :, :width])
-
-
-def extend(
-    cache: ArrayCache, layer: int, k: NewKV, v: NewKV, position: Positions, stay: SlotFlags, old: View | None = None
-) -> tuple[ArrayCache, Slots]:
-    """Every token takes a slot, also one that does not stay; nothing is ever moved."""
-    W = stay.shape[-1] - position.shape[1]
-    used, S = cache.used[layer], cache.pos.shape[-1]
-    b, h = (x[..., None] for x in jnp.ogrid[: used.shape[0], : used.shape[1]])
-    real = position >= 0
-    fresh = used[..., None] + jnp.cumsum(real, axis=1)[:, None] - 1
-    fresh = jnp.where(real[:, None], fresh, S)
-    kept = jnp.where(stay[..., :W], cache.pos[layer][..., :W], -1)
-    pos = cache.pos.at[layer, :, :, :W].set(kept)
-    pos = pos.at[layer, b, h, fresh].set(jnp.where(stay[..., W:], position[:, None], -1), mode="drop")
-    cache = cache._replace(
-        k=replaced(cache.k, layer, cache.k[layer].at[b, h, :, fresh].set(k.swapaxes(1, 2), mode="drop")),
-        v=replaced(cache.v, layer, cache.v[layer].at[b, h, fresh].set(v.swapaxes(1, 2), mode="drop")),
-        pos=pos,
-        used=cache.used.at[layer].add(real.sum(axis=1, dtype=jnp.int32)[:, None]),
-    )
-    old_slots = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32), (*used.shape, W))
-    slots = jnp.concatenate([old_slots, fresh.astype(jnp.int32)], axis=-1)
-    return cache, jnp.where(stay, slots, -1)
-
-
-def live(cache: ArrayCache) -> Int[Array, "L B K"]:
-    return jnp.sum(cache.pos >= 0, axis=-1, dtype=jnp.int32)
-
-
-def take(cache: ArrayCache, rows: Counts) -> ArrayCache:
-    k, v = (tuple(x.at[rows].get(mode="fill", fill_value=0) for x in xs) for xs in (cache.k, cache.v))
-    pos = cache.pos.at[:, rows].get(mode="fill", fill_value=-1)
-    return ArrayCache(k, v, pos, cache.used.at[:, rows].get(mode="fill", fill_value=0))
-
-
-def put(cache: ArrayCache, rows: Counts, part: ArrayCache) -> ArrayCache:
-    k, v = (
-        tuple(x.at[rows].set(new, mode="drop") for x, new in zip(xs, parts, strict=True))
-        for xs, parts in ((cache.k, part.k), (cache.v, part.v))
-    )
-    pos = cache.pos.at[:, rows].set(part.pos, mode="drop")
-    return ArrayCache(k, v, pos, cache.used.at[:, rows].set(part.used, mode="drop"))
-
-
-def fork(cache: ArrayCache, source: Counts, target: Counts, moved: Bool[Array, "A"], width: int) -> ArrayCache:
-    """Always copies; a row that moves is left as it is, for `release` to empty."""
-    return put(cache, target, take(cache, source))
-
-
-def release(cache: ArrayCache, rows: Bool[Array, "B"]) -> ArrayCache:
-    gone = rows[None, :, None]
-    return cache._replace(pos=jnp.where(gone[..., None], -1, cache.pos), used=jnp.where(gone, 0, cache.used))
+    def free(self, cache: MaskedArrays, rows: Bool[Array, "B"]) -> MaskedArrays:
+        gone = rows[None, :, None]
+        return cache._replace(pos=jnp.where(gone[..., None], -1, cache.pos), used=jnp.where(gone, 0, cache.used))

@@ -1,121 +1,140 @@
-"""Paged storage over several devices: each holds some of the KV heads, in a pool of its own.
+"""A paged cache over several devices: each holds some of the KV heads, in a pool of its own.
 
-Nothing of another head is ever needed, so every function runs on each device by itself (`sharding.per_device`). The
+Nothing of another head is ever needed, so every method runs on each device by itself (`sharding.per_device`). The
 devices have to agree on one thing only: which sequences have room for a step.
 """
 
-import types
+import dataclasses
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dms_jax import sharding
-from dms_jax.cache.base import Storage, View
-from dms_jax.cache.paged import PagedCache
+from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View
+from dms_jax.cache.paged import PagedArrays, PagedCache
 from dms_jax.config import ModelConfig, require
 
-VIEW = View("B K W D", "B K W D", "B K W")
+VIEW = View("B K W D", "B K W D", "B K W")  # what lies where, in the letters of types.py
 
 
-def letters_of(quantized: bool) -> PagedCache:
-    """What lies where; `top` is one number a device."""
-    scale = "N p" if quantized else None
-    return PagedCache("N p D", "N p D", "N p", scale, scale, "L B K P", "L B K", "N", "N")
+@dataclass(frozen=True)
+class ShardedPagedCache(KVCache):
+    """A `PagedCache` over the `ways` devices of the mesh in force; its `top` is one number a device."""
 
+    ways: int = 1
 
-def sharded_storage(store: Storage, parts: int, quantized: bool) -> Storage:
-    """`store`, one of paged storage, over the `parts` devices of the mesh in force."""
-    cache_letters = letters_of(quantized)
+    @property
+    def local(self) -> PagedCache:
+        """What each device runs on its part."""
+        return PagedCache(self.config)
 
-    def on_each(function, inputs, outputs, changes=False):
-        """Runs `function(cache, *inputs)`; with `changes` its first result is the new cache."""
+    @property
+    def parts(self) -> int:
+        return self.ways
 
-        def local(cache, *arguments):
-            out = function(cache._replace(top=cache.top[0]), *arguments)
-            if not changes:
-                return out
-            new, *rest = out if outputs else (out,)
-            return (new._replace(top=new.top[None]), *rest)
+    @property
+    def slots(self) -> int:
+        return self.local.slots
 
-        results = (cache_letters, *outputs) if changes else outputs
-        run = sharding.per_device(local, (cache_letters, *inputs), results)
-        if changes and not outputs:
-            return lambda *arguments: run(*arguments)[0]
-        return run
+    @property
+    def letters(self) -> PagedArrays:
+        scale = None if self.config.quant == "none" else "N p"
+        return PagedArrays("N p D", "N p D", "N p", scale, scale, "L B K P", "L B K", "N", "N")
 
-    def init(model: ModelConfig, batch: int, dtype, pages: int) -> PagedCache:
+    def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> PagedArrays:
         K = model.num_kv_heads
-        require(K % parts == 0, "tensor", parts, f"must divide the {K} KV heads")
-        part = types.SimpleNamespace(num_layers=model.num_layers, num_kv_heads=K // parts, head_dim=model.head_dim)
+        require(K % self.ways == 0, "tensor", self.ways, f"must divide the {K} KV heads")
 
-        def local(_):
-            cache = store.init(part, batch, dtype, pages)
+        part = dataclasses.replace(model, num_heads=model.num_heads // self.ways, num_kv_heads=K // self.ways)
+
+        def empty(_):
+            cache = self.local.allocate(part, batch, dtype, pages)
             return cache._replace(top=cache.top[None])
 
-        return sharding.per_device(local, ("",), cache_letters)(jnp.zeros(()))
+        return sharding.per_device(empty, ("",), self.letters)(jnp.zeros(()))
 
-    def admit(cache, active):
+    def can_append(self, cache, active):
         def local(cache, active):
-            return sharding.all_agree(store.admit(cache, active))
+            return sharding.all_agree(self.local.can_append(cache, active))
 
-        return on_each(local, ("B",), "B")(cache, active)
+        return self._compute(local, ("B",), "B")(cache, active)
 
-    def place(cache, layer, position, victim, active):
-        def local(cache, *arguments):
-            return store.place(cache, layer, *arguments)
+    def append(self, cache, layer, position, victim, active):
+        def local(cache, position, victim, active):
+            return self.local.append(cache, layer, position, victim, active)
 
-        return on_each(local, ("B", "L B K", "B"), ("L B K",), changes=True)(cache, position, victim, active)
+        return self._change(local, ("B", "L B K", "B"), ("L B K",))(cache, position, victim, active)
 
-    def attend(cache, layer, q, k, v, slots, readable, weights):
-        def local(cache, *arguments):
-            return store.attend(cache, layer, *arguments, weights)
+    def attend(self, cache, layer, query, weights):
+        letters = DecodeQuery("B H D", "B K D", "B K D", "L B K", None if query.readable is None else "B K P")
 
-        inputs = ("B H D", "B K D", "B K D", "L B K", None if readable is None else "B K P")
-        outputs = ("B H D", "B K S" if weights else None)
-        return on_each(local, inputs, outputs, changes=True)(cache, q, k, v, slots, readable)
+        def local(cache, query):
+            return self.local.attend(cache, layer, query, weights)
 
-    def view(cache, layer, width):
-        return on_each(lambda cache: store.view(cache, layer, width), (), VIEW)(cache)
+        return self._change(local, (letters,), ("B H D", "B K S" if weights else None))(cache, query)
 
-    def extend(cache, layer, k, v, position, stay, old=None):
-        def local(cache, *arguments):
-            return store.extend(cache, layer, *arguments)
+    def view(self, cache, layer, width):
+        return self._compute(lambda cache: self.local.view(cache, layer, width), (), VIEW)(cache)
 
-        inputs = ("B T K D", "B T K D", "B T", "B K S", None if old is None else VIEW)
-        return on_each(local, inputs, ("B K S",), changes=True)(cache, k, v, position, stay, old)
+    def write_prefill(self, cache, layer, k, v, position, keep, old=None):
+        def local(cache, k, v, position, keep, old):
+            return self.local.write_prefill(cache, layer, k, v, position, keep, old)
 
-    def live(cache):
-        return on_each(store.live, (), "L B K")(cache)
+        letters = ("B T K D", "B T K D", "B T", "B K S", None if old is None else VIEW)
+        return self._change(local, letters, ("B K S",))(cache, k, v, position, keep, old)
 
-    def take(cache, rows):
-        return on_each(store.take, ("B",), (), changes=True)(cache, rows)
+    def live(self, cache):
+        return self._compute(self.local.live, (), "L B K")(cache)
 
-    def put(cache, rows, part):
+    def take_rows(self, cache, rows):
+        return self._change(self.local.take_rows, ("B",))(cache, rows)
+
+    def put_rows(self, cache, rows, part):
         def local(cache, rows, part):
-            return store.put(cache, rows, part._replace(top=part.top[0]))
+            return self.local.put_rows(cache, rows, part._replace(top=part.top[0]))
 
-        return on_each(local, ("B", cache_letters), (), changes=True)(cache, rows, part)
+        return self._change(local, ("B", self.letters))(cache, rows, part)
 
-    def fork(cache, source, target, moved, width):
-        def local(cache, *arguments):
-            return store.fork(cache, *arguments, width)
+    def fork(self, cache, source, target, moved, width):
+        def local(cache, source, target, moved):
+            return self.local.fork(cache, source, target, moved, width)
 
-        return on_each(local, ("B", "B", "B"), (), changes=True)(cache, source, target, moved)
+        return self._change(local, ("B", "B", "B"))(cache, source, target, moved)
 
-    def release(cache, rows):
-        return on_each(store.release, ("B",), (), changes=True)(cache, rows)
+    def free(self, cache, rows):
+        return self._change(self.local.free, ("B",))(cache, rows)
 
-    def grow(cache, pages):
-        return jax.jit(on_each(lambda cache: store.grow(cache, pages), (), (), changes=True))(cache)
+    def grow(self, cache, pages):
+        return jax.jit(self._change(functools.partial(self.local.grow, pages=pages), ()))(cache)
 
-    def pages(tokens):
-        return np.concatenate([store.pages(own) for own in np.split(tokens, parts, axis=-1)])
+    def pages_needed(self, tokens):
+        return np.concatenate([self.local.pages_needed(own) for own in np.split(tokens, self.ways, axis=-1)])
 
-    def pool(cache):
-        together = store.pool(cache)
-        return together._replace(size=together.size // parts)
+    def pool_size(self, cache) -> int:
+        return len(cache.free) // self.ways
 
-    return Storage(
-        store.slots, init, admit, place, attend, view, extend, live, take, put, fork, release, pages, pool, grow, parts
-    )
+    def pool(self, cache) -> Pool:
+        together = self.local.pool(cache)
+        return together._replace(size=together.size // self.ways)
+
+    def _compute(self, function, inputs, outputs):
+        """`function(cache, *inputs)` on each device's part; letters say how inputs and outputs are split."""
+
+        def run(cache, *arguments):
+            return function(cache._replace(top=cache.top[0]), *arguments)
+
+        return sharding.per_device(run, (self.letters, *inputs), outputs)
+
+    def _change(self, function, inputs, outputs=()):
+        """The same for a function whose first result is the new cache (and its only one, without outputs)."""
+
+        def run(cache, *arguments):
+            out = function(cache._replace(top=cache.top[0]), *arguments)
+            cache, *others = out if outputs else (out,)
+            cache = cache._replace(top=cache.top[None])
+            return (cache, *others) if outputs else cache
+
+        return sharding.per_device(run, (self.letters, *inputs), (self.letters, *outputs) if outputs else self.letters)

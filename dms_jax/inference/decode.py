@@ -5,6 +5,7 @@ row that is done idles and holds nothing that matters, so that another sequence 
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -12,27 +13,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dms_jax import dms, kernels, sharding
-from dms_jax.cache import Storage
+from dms_jax.cache import DecodeQuery, KVCache
 from dms_jax.config import SamplingConfig
-from dms_jax.dms import hard_log_keep_prob
 from dms_jax.inference import sampling
 from dms_jax.kernels import attention
 from dms_jax.models.transformer import Decoder, adapter_logits
-from dms_jax.policies import Policy
-from dms_jax.policies.base import DecodeStep, NewToken, PrefillChunk, positions
+from dms_jax.policies import DecodeStep, NewToken, Policy, PrefillChunk
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
 FEW_ROWS = 64  # see compiled_chunk and docs/speed.md
 
 
-class DecodeSpec(NamedTuple):
-    """What is fixed while decoding; hashable, so jit compiles once for each."""
+@dataclass(frozen=True)
+class DecodeSpec:
+    """What is fixed while decoding; hashable, so jit compiles once for each.
+
+    stop: token ids that end a sequence.
+    """
 
     model: Decoder
     policy: Policy
-    storage: Storage
-    sampling: SamplingConfig
-    stop: tuple[int, ...]  # token ids that end a sequence
+    kv_cache: KVCache
+    sampling: SamplingConfig = SamplingConfig()
+    stop: tuple[int, ...] = ()
 
 
 class DecodeState(NamedTuple):
@@ -47,22 +50,50 @@ class DecodeState(NamedTuple):
     keys: Keys
 
 
+class PromptChunk(NamedTuple):
+    """The next C tokens of the prompts of A rows.
+
+    rows: `[A]`, distinct; a row beyond the batch is padding. tokens: `[A, C]`, right-padded, of which `count` `[A]`
+    are real; 0 leaves a row as it is. remaining: tokens of each prompt after this chunk. max_new: at least 1.
+    """
+
+    rows: Counts
+    tokens: Tokens
+    count: Counts
+    remaining: Counts
+    max_new: Counts
+    keys: Keys
+
+
+class Taken(NamedTuple):
+    """What one decode step did. Of a sequence that took no step, `active` False, the rest says nothing."""
+
+    token: Counts
+    active: Bool[Array, "B"]
+    live: Int[Array, "B L K"]  # live tokens after the step
+    reads: Int[Array, "B L K"]  # KV tokens that attention read
+
+
 class Chunk(NamedTuple):
-    """What a chunk of N steps produced; `active[n, b]` says whether sequence b took step n."""
+    """What N decode steps did; `active[n, b]` says whether sequence b took step n."""
 
     tokens: Int[Array, "N B"]
     active: Bool[Array, "N B"]
-    live: Int[Array, "N B L K"]  # live tokens after the step
-    reads: Int[Array, "N B L K"] | None  # tokens read in the step, where that is not all that live
+    held: Int[Array, "N B"]  # live tokens after each step, summed over layers and heads
+    reads: Int[Array, "N B"]  # KV tokens that attention read, summed likewise
+    reads_by_head: Int[Array, "B L K"]  # summed over the steps taken
+    live: Int[Array, "B L K"]  # after the last step
+    done: Bool[Array, "B"]
 
 
 def init(spec: DecodeSpec, batch: int, dtype, pages: int = 0) -> DecodeState:
-    """A state of `batch` empty rows, all done; paged storage gets a pool of `pages` pages."""
+    """A state of `batch` empty rows, all done; a paged cache gets a pool of `pages` pages."""
     c = spec.model.config
     token, position, last = (jnp.zeros(batch, jnp.int32) for _ in range(3))  # three buffers: all are donated
+    own = spec.policy.init_state(batch, c.num_kv_heads, spec.kv_cache.slots, c.head_dim)
     return DecodeState(
-        cache=spec.storage.init(c, batch, dtype, pages),
-        policy=_join([spec.policy.init(batch, c.num_kv_heads, spec.storage.slots)] * c.num_layers),
+        cache=spec.kv_cache.allocate(c, batch, dtype, pages),
+        policy=_join([own] * c.num_layers),
         token=token,
         position=position,
         last=last,
@@ -94,127 +125,189 @@ def _join(states, together=jnp.stack):
     return jax.tree.map(lambda *xs: together(xs, axis=1), *states)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("state",))
-def prefill(
-    spec: DecodeSpec,
-    params: Params,
-    state: DecodeState,
-    rows: Counts,
-    tokens: Tokens,
-    count: Counts,
-    max_new: Counts,
-    keys: Keys,
-    width: int,
-) -> tuple[DecodeState, NextLogits, Int[Array, "B T"]]:
-    """Reads a chunk of prompt tokens into some rows, under the policy's mask, and draws the next token of each.
+# ---- Prefill
 
-    The rows may hold earlier tokens (an earlier chunk, an earlier turn); only survivors are stored. A prompt longer
-    than a chunk is read by several calls, of which the last one's draw counts.
 
-    Args:
-      rows: `[A]`, distinct; a row beyond the batch is padding. tokens: `[A, C]`, right-padded; count: `[A]` of them
-        that are real; 0 leaves a row as it is. max_new: `[A]`, at least 1. keys: `[A, 2]`.
-      width: static; no row may hold more live tokens a head than this. 0: all rows are empty.
-    Returns:
-      the state; the logits `[A, V]` of the next token; for each token the number of keys it saw, summed over layers
-      and heads, `[A, C]`.
+@dataclass(frozen=True, eq=False)
+class PrefillAttend:
+    """An `Attend` for a chunk of a prompt: reads the cache and the chunk under the policy's mask, stores what is kept.
+
+    before: the policy's state of the rows. start: the position of each row's first token. width: slots of the cache
+    that are read. It threads (cache, new states of the policy, keys seen by each token `[A, C]`) through the layers.
     """
-    storage, policy = spec.storage, spec.policy
-    A, C = tokens.shape
-    before, start = _rows((state.policy, state.position), rows)
-    query_pos = start[:, None] + jnp.arange(C, dtype=jnp.int32)
-    token_pos = jnp.where(jnp.arange(C) < count[:, None], query_pos, -1)
 
-    def attend(layer, q, k, v, logit, carried):
-        store, states, seen = carried
-        old, own = storage.view(store, layer, width), _layers(before, layer)
-        span = PrefillChunk(start, count, old.pos, k, logit, keys)
-        alpha = policy.mark(own, span)
+    spec: DecodeSpec
+    chunk: PromptChunk
+    before: Any
+    start: Counts
+    width: int
+
+    @property
+    def query_pos(self):
+        return self.start[:, None] + jnp.arange(self.chunk.tokens.shape[1], dtype=jnp.int32)
+
+    def __call__(self, layer, q, k, v, logit, carried):
+        (cache, states, seen), policy, kv_cache = carried, self.spec.policy, self.spec.kv_cache
+        chunk, query_pos = self.chunk, self.query_pos
+        C = query_pos.shape[1]
+        old, own = kv_cache.view(cache, layer, self.width), _layers(self.before, layer)
+        keys = chunk.keys
+        prompt = PrefillChunk(jnp.int32(layer), self.start, chunk.count, chunk.remaining, old.pos, k, v, logit, keys)
+        evicted, pos = policy.prefill_evict_mask(own, prompt), prompt.positions()
         all_k, all_v = (
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
         )
-        pos = positions(span)
         flash = functools.partial(kernels.flash_attention, window=policy.window, hard=True)
         letters = ("B T H D", "B S K D", "B S K D", "B T", "B K S", "B K S")
-        out = sharding.by_heads(flash, letters)(q, all_k, all_v, query_pos, pos, hard_log_keep_prob(alpha))
-        weights = None
-        if policy.weights is not None:
-            index = jnp.arange(C)
-            counted = index < count[:, None] if policy.weights == "sum" else index == count[:, None] - 1
-            weights = attention.key_weights(q, all_k, query_pos, pos, counted.astype(jnp.float32))
-        stay, carry = policy.retain(own, span, alpha, weights)
-        moving = old if policy.budget is not None else None  # only a budget makes a cache shrink
-        store, slots = storage.extend(store, layer, k, v, token_pos, stay, moving)
-        own = policy.settle(own, span, carry, slots)
-        seen += dms.live_counts(pos, alpha, start, C, policy.window).sum(axis=1)
-        return out, (store, (*states, own), seen)
+        out = sharding.by_heads(flash, letters)(q, all_k, all_v, query_pos, pos, dms.hard_log_keep_prob(evicted))
+        weights = self._observed(q, all_k, pos)
+        keep, carry = policy.prefill_keep_mask(own, prompt, evicted, weights)
+        token_pos = jnp.where(jnp.arange(C) < chunk.count[:, None], query_pos, -1)
+        moving = old if policy.max_budget is not None else None  # only a budget makes a cache shrink
+        cache, slots = kv_cache.write_prefill(cache, layer, k, v, token_pos, keep, moving)
+        own = policy.commit_prefill(own, prompt, carry, slots)
+        seen += dms.live_counts(pos, evicted, self.start, C, policy.window).sum(axis=1)
+        return out, (cache, (*states, own), seen)
 
-    begin = (storage.take(state.cache, rows), (), jnp.zeros((A, C), jnp.int32))
-    hidden, (store, states, seen) = spec.model.apply({"params": params}, tokens, query_pos, attend, begin)
+    def _observed(self, q, k, pos):
+        """The attention that each token gets from the queries that the policy wants to observe."""
+        wanted, chunk = self.spec.policy.attention_from, self.chunk
+        if wanted is None:
+            return None
+        index = jnp.arange(q.shape[1])
+        counted = index < chunk.count[:, None]
+        if wanted != "all":
+            counted &= index >= (chunk.count + chunk.remaining - wanted)[:, None]
+        return attention.key_weights(q, k, self.query_pos, pos, counted.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("state",))
+def prefill(
+    spec: DecodeSpec, params: Params, state: DecodeState, chunk: PromptChunk, width: int
+) -> tuple[DecodeState, NextLogits, Int[Array, "A C"]]:
+    """Reads a chunk of prompt tokens into some rows, under the policy's mask, and draws the next token of each.
+
+    The rows may hold earlier tokens (an earlier chunk, an earlier turn); only what the policy keeps is stored. A
+    prompt longer than a chunk is read by several calls, of which the last one's draw counts.
+
+    Args:
+      width: static; no row may hold more live tokens a head than this. 0: all rows are empty.
+    Returns:
+      the state; the logits `[A, V]` of the next token; for each token the number of keys it attended to, summed over
+      layers and heads, `[A, C]`.
+    """
+    rows, count = chunk.rows, chunk.count
+    before, start = _rows((state.policy, state.position), rows)
+    attend = PrefillAttend(spec, chunk, before, start, width)
+    begin = (spec.kv_cache.take_rows(state.cache, rows), (), jnp.zeros(chunk.tokens.shape, jnp.int32))
+    hidden, (cache, states, seen) = spec.model.apply({"params": params}, chunk.tokens, attend.query_pos, attend, begin)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = spec.model.apply({"params": params}, hidden, method="unembed")[:, 0]
     position = start + count
-    token = sampling.sample(logits, keys, position, spec.sampling)
-    last = position + max_new - 1
+    token = sampling.sample(logits, chunk.keys, position, spec.sampling)
+    last = position + chunk.max_new - 1
     done = _stopped(token, position, last, spec.stop)
     rows = jnp.where(count > 0, rows, len(state.done))
-    new = _put_rows(tuple(state[1:]), rows, (_join(states), token, position, last, done, keys))
-    return DecodeState(storage.put(state.cache, rows, store), *new), logits, seen
+    new = _put_rows(tuple(state[1:]), rows, (_join(states), token, position, last, done, chunk.keys))
+    return DecodeState(spec.kv_cache.put_rows(state.cache, rows, cache), *new), logits, seen
 
 
-def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[DecodeState, NextLogits, Chunk]:
+# ---- Steps
+
+
+class _Carried(NamedTuple):
+    """What a decode step threads through the layers."""
+
+    cache: Any
+    slots: Any  # of the layers in which victims were chosen last, `[M, B, K]`
+    states: tuple  # the policy's states, a piece for each such choice
+    new: tuple[NewToken, ...]
+    reads: tuple
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeAttend:
+    """An `Attend` for one new token a sequence.
+
+    Victims are chosen for all layers together, except where a policy needs each layer's current logit for it.
+    """
+
+    spec: DecodeSpec
+    step: DecodeStep  # of all layers: `layer` [L], `live` [L, B, K]
+    before: Any  # the policy's state of all layers
+
+    @property
+    def layers_at_once(self) -> int:
+        return 1 if self.spec.policy.needs_current_logit else self.spec.model.config.num_layers
+
+    def __call__(self, layer, q, k, v, logit, carried: _Carried):
+        policy, index = self.spec.policy, layer % self.layers_at_once
+        q, k, v, logit = q[:, 0], k[:, 0], v[:, 0], None if logit is None else logit[..., 0]
+        if index == 0:
+            carried = self._append(layer, logit, carried)
+        readable, reads = None, carried.reads
+        if policy.selects_pages:
+            own = _layers(carried.states[-1], index)
+            readable, read = policy.select_pages(own, _of_layers(self.step, layer), q)
+            reads = (*reads, read)
+        query = DecodeQuery(q, k, v, carried.slots, readable)
+        observes = policy.attention_from is not None
+        cache, out, weights = self.spec.kv_cache.attend(carried.cache, layer, query, observes)
+        new = (*carried.new, NewToken(carried.slots[index], k, v, logit, weights))
+        return out[:, None], carried._replace(cache=cache, new=new, reads=reads)
+
+    def _append(self, layer: int, logit, carried: _Carried) -> _Carried:
+        """Chooses victims and appends the new token, in `layers_at_once` layers."""
+        policy, layers = self.spec.policy, slice(layer, layer + self.layers_at_once)
+        logit = logit[None] if policy.needs_current_logit else None
+        choose = jax.vmap(policy.choose_victim, (1, LAYER_AXES, 0), (0, 1))
+        victim, own = choose(_layers(self.before, layers), _of_layers(self.step, layers), logit)
+        step = self.step
+        cache, slots = self.spec.kv_cache.append(carried.cache, layer, step.position, victim, step.active)
+        return carried._replace(cache=cache, slots=slots, states=(*carried.states, own))
+
+
+LAYER_AXES = DecodeStep(layer=0, position=None, active=None, live=0, keys=None)  # that of a policy's state is 1
+
+
+def _of_layers(step: DecodeStep, layers: int | slice) -> DecodeStep:
+    return step._replace(layer=step.layer[layers], live=step.live[layers])
+
+
+def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[DecodeState, NextLogits, Taken]:
     """Feeds `state.token` to the model and draws the next one.
 
-    Sequences that are done, and those for which the storage has no room, stay as they are. Returns the new state,
-    the logits `[B, V]` and the Chunk of this one step, without its axis N.
+    Sequences that are done, and those for which the cache has no room, stay as they are. Returns the new state,
+    the logits `[B, V]` and what was done.
     """
-    model, policy, storage = spec.model, spec.policy, spec.storage
-    position, active = state.position, storage.admit(state.cache, ~state.done)
-    step = DecodeStep(position, active, storage.live(state.cache), state.keys)
-    mapped = DecodeStep(None, None, 0, None)  # the axis of layers; that of a policy's state is 1
-    at_once = 1 if policy.late else model.config.num_layers  # layers in which room is made together
-
-    def make_room(cache, layer, logit):
-        layers = slice(layer, layer + at_once)
-        now = step._replace(live=step.live[layers])
-        victim, own = jax.vmap(policy.choose, (1, mapped, 0), (0, 1))(_layers(state.policy, layers), now, logit)
-        return *storage.place(cache, layer, position, victim, active), own
-
-    def attend(layer, q, k, v, logit, carried):
-        cache, slots, owns, new, reads = carried  # slots and owns[-1]: of the layers that room was made for last
-        q, k, v = q[:, 0], k[:, 0], v[:, 0]
-        logit = None if logit is None else logit[..., 0]
-        if layer % at_once == 0:
-            cache, slots, own = make_room(cache, layer, logit[None] if policy.late else None)
-            owns = (*owns, own)
-        readable = None
-        if policy.select is not None:
-            now = step._replace(live=step.live[layer])
-            readable, read = policy.select(_layers(owns[-1], layer % at_once), now, q)
-            reads = (*reads, read)
-        cache, out, weights = storage.attend(cache, layer, q, k, v, slots, readable, policy.weights is not None)
-        newcomer = NewToken(slots[layer % at_once], k, logit, weights)
-        return out[:, None], (cache, slots, owns, (*new, newcomer), reads)
-
-    given = {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())
-    # All layers' eviction logits at once where none is asked for before the layers are through.
-    together = model.dms is not None and model.dms.gate == "adapter" and not policy.late
-    if together:
-        hidden, carried, residuals = Decoder(model.config).apply(*given, method="with_residuals")
-    else:
-        hidden, carried = model.apply(*given)
-    cache, _, owns, new, reads = carried
-    new = jax.tree.map(lambda *xs: jnp.stack(xs), *new)
-    if together:
-        new = new._replace(logit=adapter_logits(model, params, residuals)[..., 0])
-    own = jax.vmap(policy.record, (1, mapped, 0), 1)(_join(owns, jnp.concatenate), step, new)
+    model, policy, kv_cache = spec.model, spec.policy, spec.kv_cache
+    position, active = state.position, kv_cache.can_append(state.cache, ~state.done)
+    layers = jnp.arange(model.config.num_layers)
+    step = DecodeStep(layers, position, active, kv_cache.live(state.cache), state.keys)
+    given = state.token[:, None], position[:, None], DecodeAttend(spec, step, state.policy)
+    hidden, carried, logit = _apply(spec, params, given, _Carried(state.cache, None, (), (), ()))
+    new = jax.tree.map(lambda *xs: jnp.stack(xs), *carried.new)
+    new = new if logit is None else new._replace(logit=logit)
+    own = jax.vmap(policy.update, (1, LAYER_AXES, 0), 1)(_join(carried.states, jnp.concatenate), step, new)
     logits = model.apply({"params": params}, hidden, method="unembed")[:, 0]
-    live = jnp.moveaxis(storage.live(cache), 0, 1)
     token = jnp.where(active, sampling.sample(logits, state.keys, position + 1, spec.sampling), state.token)
     position = position + active
     done = state.done | active & _stopped(token, position, state.last, spec.stop)
-    state = DecodeState(cache, own, token, position, state.last, done, state.keys)
-    return state, logits, Chunk(token, active, live, jnp.stack(reads, axis=1) if reads else None)
+    live = jnp.moveaxis(kv_cache.live(carried.cache), 0, 1)
+    reads = jnp.stack(carried.reads, axis=1) if carried.reads else live
+    state = DecodeState(carried.cache, own, token, position, state.last, done, state.keys)
+    return state, logits, Taken(token, active, live, reads)
+
+
+def _apply(spec: DecodeSpec, params: Params, given, carried: _Carried):
+    """Hidden states, what was carried, and the eviction logits `[L, B, K]` where they are computed for all layers."""
+    model = spec.model
+    together = model.dms is not None and model.dms.gate == "adapter" and not spec.policy.needs_current_logit
+    if not together:
+        return *model.apply({"params": params}, *given, carried), None
+    ungated = Decoder(model.config)
+    hidden, carried, residuals = ungated.apply({"params": params}, *given, carried, method="with_residuals")
+    return hidden, carried, adapter_logits(model, params, residuals)[..., 0]
 
 
 def decode_chunk(
@@ -244,36 +337,51 @@ def compiled_chunk(few: bool):
 
 
 def _chunk(spec: DecodeSpec, params: Params, state: DecodeState, steps: int, batch: int | None):
-    def body(state, _):
-        state, _, made = decode_step(spec, params, state)
-        return state, made
-
     if batch is None or batch == len(state.done):
-        return jax.lax.scan(body, state, None, length=steps)
-    rows = jnp.arange(batch)
-    part = DecodeState(spec.storage.take(state.cache, rows), *jax.tree.map(lambda x: x[:batch], tuple(state[1:])))
-    part, made = jax.lax.scan(body, part, None, length=steps)
+        return _scan(spec, params, state, steps)
+    rows, kv_cache = jnp.arange(batch), spec.kv_cache
+    part = DecodeState(kv_cache.take_rows(state.cache, rows), *jax.tree.map(lambda x: x[:batch], tuple(state[1:])))
+    part, made = _scan(spec, params, part, steps)
     rest = jax.tree.map(lambda x, y: x.at[:batch].set(y), tuple(state[1:]), tuple(part[1:]))
-    return DecodeState(spec.storage.put(state.cache, rows, part.cache), *rest), made
+    return DecodeState(kv_cache.put_rows(state.cache, rows, part.cache), *rest), made
+
+
+def _scan(spec: DecodeSpec, params: Params, state: DecodeState, steps: int) -> tuple[DecodeState, Chunk]:
+    def body(carried, _):
+        state, by_head = carried
+        state, _, taken = decode_step(spec, params, state)
+        by_head += jnp.where(taken.active[:, None, None], taken.reads, 0)
+        summed = (x.sum(axis=(1, 2)) for x in (taken.live, taken.reads))
+        return (state, by_head), (taken.token, taken.active, *summed)
+
+    live = live_tokens(spec, state)
+    (state, by_head), made = jax.lax.scan(body, (state, jnp.zeros_like(live)), None, length=steps)
+    return state, Chunk(*made, by_head, live_tokens(spec, state), state.done)
+
+
+# ---- Rows
+
+
+class Copies(NamedTuple):
+    """Prefilled rows `source` `[A]` to copy into empty rows `target` `[A]`, each with a random key of its own.
+
+    A row that is `moved` gives its pages away and is to be released next. A target beyond the batch is padding.
+    """
+
+    source: Counts
+    target: Counts
+    moved: Bool[Array, "A"]
+    keys: Keys
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("state",))
-def fork(
-    spec: DecodeSpec,
-    state: DecodeState,
-    logits: NextLogits,
-    source: Counts,
-    target: Counts,
-    moved: Bool[Array, "A"],
-    keys: Keys,
-    width: int,
-) -> DecodeState:
-    """Copies prefilled rows `source` `[A]` into empty rows `target` `[A]`, each with a random key of its own.
+def fork(spec: DecodeSpec, state: DecodeState, logits: NextLogits, copies: Copies, width: int) -> DecodeState:
+    """The state with rows copied; logits `[A, V]`: those of the prompt's next token, which every copy draws for itself.
 
-    A row that is `moved` hands over what it holds and is to be released next. logits `[A, V]`: those of the prompt's
-    next token, which every copy draws for itself. A target beyond the batch is padding. width: as for `prefill`.
+    width: as for `prefill`.
     """
-    cache = spec.storage.fork(state.cache, source, target, moved, width)
+    source, target, moved, keys = copies
+    cache = spec.kv_cache.fork(state.cache, source, target, moved, width)
     own, position, last = _rows((state.policy, state.position, state.last), source)
     token = sampling.sample(logits, keys, position, spec.sampling)
     done = _stopped(token, position, last, spec.stop)
@@ -285,7 +393,7 @@ def fork(
 def release(spec: DecodeSpec, state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
     """Empties the rows marked; their pages go back to the pool."""
     return state._replace(
-        cache=spec.storage.release(state.cache, rows),
+        cache=spec.kv_cache.free(state.cache, rows),
         position=jnp.where(rows, 0, state.position),
         done=state.done | rows,
     )
@@ -294,12 +402,12 @@ def release(spec: DecodeSpec, state: DecodeState, rows: Bool[Array, "B"]) -> Dec
 @functools.partial(jax.jit, static_argnames=("spec",))
 def live_tokens(spec: DecodeSpec, state: DecodeState) -> Int[Array, "B L K"]:
     """Live tokens of every row, layer and head."""
-    return jnp.moveaxis(spec.storage.live(state.cache), 0, 1)
+    return jnp.moveaxis(spec.kv_cache.live(state.cache), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
 def stored_positions(spec: DecodeSpec, state: DecodeState, row: Int[Array, ""]) -> Int[Array, "L K S"]:
     """The position in every slot of one row, -1 for none."""
-    part = spec.storage.take(state.cache, row[None])
+    part, kv_cache = spec.kv_cache.take_rows(state.cache, row[None]), spec.kv_cache
     layers = range(spec.model.config.num_layers)
-    return jnp.stack([spec.storage.view(part, n, spec.storage.slots).pos[0] for n in layers])
+    return jnp.stack([kv_cache.view(part, n, kv_cache.slots).pos[0] for n in layers])

@@ -1,62 +1,61 @@
 """Many prompts x many chains through a fixed number of rows, with continuous batching.
 
-The rows of a DecodeState are `max_num_seqs` rows that decode and a few parked rows behind them. A prompt is read
-once, into a parked row, and copied to a row for each of its chains as rows become free; a chain that ends gives its row and its
-pages back at the next chunk boundary. A chain's tokens depend on its prompt and its key alone.
+A prompt is read once and copied to a row for each of its chains as rows become free; a chain that ends gives its row
+and its pages back at the next chunk boundary. A chain's tokens depend on its prompt and its key alone.
 
 When the pool runs out nothing is lost: sequences wait for pages, the pool grows up to its limit, and if all wait the
-youngest chain starts over later, with the same tokens.
+youngest chain is preempted and starts over later, with the same tokens.
 """
 
-import collections
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from dms_jax.cache import fitted
-from dms_jax.config import CacheConfig, require
-from dms_jax.inference import decode
-from dms_jax.inference import use_counts as metrics
-from dms_jax.inference.decode import DecodeSpec
-from dms_jax.inference.jobs import EngineConfig, Job, PoolError, Progress, Result
+from dms_jax.config import CacheConfig
+from dms_jax.inference import use_counts
+from dms_jax.inference.decode import Chunk, DecodeSpec
+from dms_jax.inference.runner import Prefilled, Runner, Started
+from dms_jax.inference.scheduler import (
+    Chain,
+    EngineConfig,
+    Job,
+    PoolError,
+    Progress,
+    Prompt,
+    Result,
+    Scheduler,
+    finished,
+)
 from dms_jax.types import Params
 
-BUCKET = 64  # prompt lengths and capacities are rounded up to this, so that few shapes are compiled
-PARKED = 8  # prompts read in one call, at most
+
+class _Read(NamedTuple):
+    """Prompts whose counts are still on the device."""
+
+    rows: list[int]
+    prompts: list[Prompt]
+    made: Prefilled
 
 
-@dataclass
-class _Chain:
-    """A chain in a row, and what it has done so far."""
+class _Begun(NamedTuple):
+    """Chains whose first tokens are still on the device."""
 
-    job: Job
-    number: int
-    age: int  # chains are numbered as they start
-    prompt_reads: np.ndarray
-    tokens: list[int]
-    live: list[np.ndarray]  # [n, L, K] pieces
-    reads: list[np.ndarray]
+    rows: list[int]
+    chains: list[Chain]
+    made: Started
 
 
-@dataclass
-class _Prompt:
-    """A prompt in a parked row, and the chains that are still to start."""
+class _Launched(NamedTuple):
+    """A chunk on its way, and the chains that were in the rows; `serial` counts chunks."""
 
-    job: Job
-    waiting: list[int]
-    reads: np.ndarray  # [T]
-    logits: Array  # [V]
-    live: np.ndarray  # [L, K]
-
-
-def round_up(n: int) -> int:
-    return -(-n // BUCKET) * BUCKET
+    chunk: Chunk
+    chains: list[Chain | None]
+    serial: int
 
 
 @dataclass
@@ -75,291 +74,239 @@ class Engine:
     mesh: Mesh | None = None
     on_tokens: Callable[[Any, int, list[int]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
+    runner: Runner | None = field(default=None, init=False)  # of the last run
 
     def run(self, jobs: Iterable[Job], stop: threading.Event | None = None) -> Iterator[Result]:
         """Results as chains finish, in no fixed order. Once `stop` is set it ends at the next chunk boundary.
 
+        jobs: read as rows become free, so they may come from a generator.
+
         Raises:
-          ConfigError: a job that may become longer than the cache's capacity; nothing has run then.
+          ConfigError: a job that may become longer than the cache's capacity.
           PoolError: one sequence alone needs more than `max_pages`.
         """
-        self._todo = collections.deque((job, list(range(len(job.keys)))) for job in jobs)
-        if not self._todo:
-            return
-        longest = max(len(job.prompt) + job.max_new for job, _ in self._todo)
-        require(longest <= self.cache.capacity, "capacity", self.cache.capacity, f"a job may make {longest} tokens")
-        chains = sum(len(waiting) for _, waiting in self._todo)
-        self._slots = min(self.config.max_num_seqs, chains)
-        parked = min(PARKED, self._slots, len(self._todo))
-        self._rows: list[_Chain | _Prompt | None] = [None] * (self._slots + parked)
-        self._hold, self._age, self._reported = False, 0, collections.Counter()
-        dtype = self.params["embed"]["embedding"].dtype
-        self._state = self._call(decode.init, self.spec, len(self._rows), dtype, self._first_pool())
-        self._live = np.zeros((len(self._rows), *self._heads), np.int64)
-        while (self._todo or any(self._rows)) and not (stop and stop.is_set()):
-            self._admit()
-            yield from self._finished()  # a first token may already end a chain
-            if any(self._rows[: self._slots]):
-                self._decode()
-                yield from self._finished()
-
-    @property
-    def _heads(self) -> tuple[int, int]:
         c = self.spec.model.config
-        return c.num_layers, c.num_kv_heads
-
-    # The pool
-
-    def _first_pool(self) -> int:
-        """Pages of each pool at first: what all rows will need if heads compress as expected."""
-        longest = max(len(job.prompt) + job.max_new for job, _ in self._todo)
-        prompt = max(len(job.prompt) for job, _ in self._todo)
-        tokens = np.full((len(self._rows), *self._heads), self.expected(longest))
-        tokens[self._slots :] = min(prompt, self.expected(prompt) + self.config.prefill_chunk)
-        pages = self.config.pages or int(self.spec.storage.pages(tokens).max())
-        return min(pages, self.config.max_pages or pages)
+        scheduler = Scheduler(jobs, self.config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
+        if scheduler.idle():
+            return
+        yield from _Run(self, scheduler).results(stop)
 
     def expected(self, length: int) -> int:
         """Live tokens a head of a sequence, with something to spare: heads and chains differ."""
         policy = self.spec.policy
-        each = length if policy.budget is None else min(length, policy.budget)
+        each = length if policy.max_budget is None else min(length, policy.max_budget)
         return min(length, round(1.25 * each / self.expected_cr) + policy.window + self.cache.page_size)
 
-    def _after(self, rows, more: int | np.ndarray) -> np.ndarray:
-        """Live tokens of all rows once these have `more` in every head, if every one stays."""
-        live = self._live.copy()
-        live[rows] += more
-        return live
+    def first_pool(self, scheduler: Scheduler) -> int:
+        """Pages of each pool at first: what all rows will need if heads compress as expected."""
+        prompt, longest = scheduler.longest()
+        tokens = np.full(scheduler.live.shape, self.expected(longest))
+        tokens[scheduler.max_num_seqs :] = min(prompt, self.expected(prompt) + self.config.prefill_chunk)
+        pages = self.config.pages or int(self.spec.kv_cache.pages_needed(tokens).max())
+        return min(pages, self.config.max_pages or pages)
 
-    def _ensure(self, live: np.ndarray) -> bool:
-        """Whether the pools hold so many tokens `[rows, L, K]`, after growing if they may grow."""
-        cache = self._call(fitted, self.spec.storage, self._state.cache, live, self.config.max_pages)
-        if cache is None:
+
+class _Run:
+    """One call of `Engine.run`: launches work on the runner as the scheduler decides, and collects what it made."""
+
+    def __init__(self, engine: Engine, scheduler: Scheduler):
+        self.engine, self.scheduler, self.config = engine, scheduler, engine.config
+        options = {"prefill_chunk": self.config.prefill_chunk, "max_pages": self.config.max_pages, "mesh": engine.mesh}
+        pages = engine.first_pool(scheduler)
+        self.runner = engine.runner = Runner(engine.spec, engine.params, len(scheduler.rows), pages, **options)
+        scheduler.fits = self.runner.fits
+        lookahead = self.config.lookahead
+        self.depth = int(jax.default_backend() != "cpu" if lookahead is None else lookahead)
+        self.logits: dict[int, tuple[Prefilled, int]] = {}  # of the prompt in each parked row
+        self.made: list[_Read | _Begun | _Launched] = []  # launched and not looked at, in order
+        self.reported: dict[tuple[int, int], int] = {}
+        self.serial, self.room_made_at = 0, -1
+
+    def results(self, stop: threading.Event | None) -> Iterator[Result]:
+        while not self.scheduler.idle() and not (stop and stop.is_set()):
+            self._admit()
+            if self.scheduler.running:
+                self._launch()
+            while sum(isinstance(x, _Launched) for x in self.made) > (self.depth if self.scheduler.running else 0):
+                yield from self._collect()
+            if not self.scheduler.running:  # a first token may end a chain
+                while self.made:
+                    yield from self._collect()
+
+    # Launching
+
+    def _admit(self) -> None:
+        """Reads prompts into parked rows and starts chains in free rows, as long as both are to be had."""
+        scheduler = self.scheduler
+        while True:
+            copies = scheduler.next_copies()
+            if copies:
+                self._start(copies)
+            batch = scheduler.next_prompts()
+            if not batch:
+                return
+            if not (self._read(batch) or self._read(scheduler.next_prompts(most=1))):
+                if not any(row is not None for row in scheduler.rows):
+                    raise self._too_small(scheduler.first_waiting())
+                return
+
+    def _read(self, batch: list[tuple[int, Prompt]]) -> bool:
+        """Prefills prompts; False, with all as before but these in the queue again, if pages are wanting."""
+        rows, prompts = [row for row, _ in batch], [prompt for _, prompt in batch]
+        made = self.runner.prefill(
+            rows, [p.job.prompt for p in prompts], [p.job.max_new for p in prompts], self.scheduler.live
+        )
+        if made is None:
+            self.runner.release(rows)
+            self.scheduler.released(rows)
+            self.scheduler.requeue(prompts)
             return False
-        self._state = self._state._replace(cache=cache)
+        for n, (row, prompt) in enumerate(batch):
+            self.scheduler.prompt_read(row, prompt)
+            self.logits[row] = (made, n)
+        self.made.append(_Read(rows, prompts, made))
         return True
 
+    def _start(self, copies) -> None:
+        """Starts chains, those of prompts that were read together in one call."""
+        of_one_call: dict[int, list] = {}
+        for copy in copies:
+            of_one_call.setdefault(id(self.logits[copy.source][0]), []).append(copy)
+        for group in of_one_call.values():
+            prompts = [self.scheduler.rows[copy.source] for copy in group]
+            made, _ = self.logits[group[0].source]
+            A = 1 << (len(group) - 1).bit_length()
+            index = np.zeros(A, np.int32)
+            index[: len(group)] = [self.logits[copy.source][1] for copy in group]
+            keys = np.stack([p.job.keys[copy.number] for p, copy in zip(prompts, group, strict=True)])
+            width = max(len(p.job.prompt) for p in prompts)
+            started = self.runner.fork(made.logits[index], group, keys, width)
+            rows = [copy.target for copy in group]
+            self.made.append(_Begun(rows, self.scheduler.chains_started(group), started))
+            emptied = [copy.source for copy in group if copy.moved]
+            self.runner.release(emptied)
+            for row in emptied:
+                del self.logits[row]
+
+    def _launch(self) -> None:
+        n = self.scheduler.max_num_seqs
+        chunk = self.runner.decode(self.config.steps, n)
+        chains = [row if isinstance(row, Chain) else None for row in self.scheduler.rows[:n]]
+        self.made.append(_Launched(chunk, chains, self.serial))
+        self.serial += 1
+
+    # Collecting
+
+    def _collect(self) -> Iterator[Result]:
+        """Waits for the oldest thing launched, and takes in what it made."""
+        oldest = self.made.pop(0)
+        if isinstance(oldest, _Read):
+            self._collect_prompts(oldest)
+        elif isinstance(oldest, _Begun):
+            yield from self._collect_first_tokens(oldest)
+        else:
+            yield from self._collect_chunk(oldest)
+
+    def _collect_prompts(self, read: _Read) -> None:
+        seen, live = np.asarray(read.made.seen), np.asarray(read.made.live)
+        for n, (row, prompt) in enumerate(zip(read.rows, read.prompts, strict=True)):
+            prompt.reads, prompt.live = seen[n, : len(prompt.job.prompt)], live[n].astype(np.int64)
+            if self.scheduler.rows[row] is prompt:
+                self.scheduler.live[row] = prompt.live
+        for row, chain in enumerate(self.scheduler.rows):
+            if isinstance(chain, Chain) and chain.prompt in read.prompts and not chain.tokens:
+                self.scheduler.live[row] = chain.prompt.live
+
+    def _collect_first_tokens(self, begun: _Begun) -> Iterator[Result]:
+        tokens, done = np.asarray(begun.made.token), np.asarray(begun.made.done)
+        ended = []
+        for n, (row, chain) in enumerate(zip(begun.rows, begun.chains, strict=True)):
+            chain.tokens.append(int(tokens[n]))
+            self._report(chain)
+            if done[n]:
+                ended.append((row, chain))
+        yield from self._end(ended)
+
+    def _collect_chunk(self, launched: _Launched) -> Iterator[Result]:
+        chunk: Chunk = jax.tree.map(np.asarray, launched.chunk)
+        made, ended, starved = 0, [], []
+        for row, chain in enumerate(launched.chains):
+            if chain is None or chain.finished or self.scheduler.rows[row] is not chain:
+                continue
+            took = chunk.active[:, row]
+            steps = int(took.sum())
+            if steps:
+                chain.tokens += chunk.tokens[took, row].tolist()
+                chain.held.append(chunk.held[took, row])
+                chain.reads.append(chunk.reads[took, row])
+                chain.reads_by_head = chain.reads_by_head + chunk.reads_by_head[row]
+                self._report(chain)
+            self.scheduler.live[row] = chunk.live[row]
+            made += steps
+            if chunk.done[row]:
+                ended.append((row, chain))
+            elif not took[-1]:
+                starved.append(row)
+        yield from self._end(ended, chunk.live)
+        self._report_progress(made)
+        if starved:
+            self._make_room(starved, stuck=made == 0 and launched.serial > self.room_made_at)
+
+    def _end(self, ended: list[tuple[int, Chain]], live: np.ndarray | None = None) -> Iterator[Result]:
+        """Results of chains that are done; their rows are emptied."""
+        for row, chain in ended:
+            chain.finished = True
+            shares = None
+            if self.config.retention:
+                seen = len(chain.job.prompt) + len(chain.tokens) - 1
+                shares = use_counts.live_by_position(self.runner.stored_positions(row), seen)
+            by_head = chain.prompt.live if live is None else live[row].astype(np.int64)
+            yield finished(chain, (by_head, shares))
+        if ended:
+            self.scheduler.resume()
+            self._release([row for row, _ in ended])
+
+    # Pages
+
+    def _make_room(self, starved: list[int], stuck: bool) -> None:
+        before = self.runner.state.cache
+        try:
+            victim = self.scheduler.make_room(starved, stuck)
+        except PoolError as error:
+            raise self._too_small(error.args[0]) from None
+        if victim is not None:
+            self.logits.pop(victim, None)
+            self._release([victim])
+        if victim is not None or self.runner.state.cache is not before:
+            self.room_made_at = self.serial - 1  # chunks already launched had less room
+
+    def _release(self, rows: list[int]) -> None:
+        self.runner.release(rows)
+        self.scheduler.released(rows)
+
     def _too_small(self, tokens: int) -> PoolError:
-        most, storage = self.config.max_pages, self.spec.storage
-        pages = int(storage.pages(np.full((1, *self._heads), tokens)).max())
-        size = storage.pool(self._state.cache).page_bytes
+        most, kv_cache = self.config.max_pages, self.engine.spec.kv_cache
+        pages = int(kv_cache.pages_needed(np.full((1, *self.scheduler.heads), tokens)).max())
+        size = kv_cache.pool(self.runner.state.cache).page_bytes
         return PoolError(
             f"max_pages={most}: one sequence of {tokens} tokens needs up to {pages} pages ({pages * size:,} bytes), "
             f"and the pool may hold {most} ({most * size:,} bytes)"
         )
 
-    # Prompts come in
+    # Reports
 
-    def _admit(self) -> None:
-        """Reads prompts into parked rows and starts chains in free rows, as long as both are to be had."""
-        while True:
-            self._start_chains()
-            parked = [r for r in range(self._slots, len(self._rows)) if self._rows[r] is None]
-            running = sum(row is not None for row in self._rows[: self._slots])
-            if not self._todo or not parked or running == self._slots or self._hold and running:
-                return
-            if not (self._read_prompts(parked) or self._read_prompts(parked[:1])):
-                if not any(self._rows):
-                    raise self._too_small(len(self._todo[0][0].prompt) + self._todo[0][0].max_new)
-                return
-
-    def _read_prompts(self, rows: list[int]) -> bool:
-        """Prefills the next prompts of one bucket of lengths; False, with all as before, if pages are wanting."""
-        length = round_up(len(self._todo[0][0].prompt))
-        batch = []
-        while self._todo and len(batch) < len(rows) and round_up(len(self._todo[0][0].prompt)) == length:
-            batch.append(self._todo.popleft())
-        A = 1 << (len(batch) - 1).bit_length()  # few batch sizes, so that few programs are compiled
-        rows = rows[: len(batch)]
-        padded = np.array(rows + [len(self._rows)] * (A - len(batch)))
-        tokens = np.zeros((A, length), np.int32)
-        counts = np.zeros(A, np.int32)
-        max_new = np.ones(A, np.int32)
-        for n, (job, _) in enumerate(batch):
-            counts[n], max_new[n] = len(job.prompt), job.max_new
-            tokens[n, : counts[n]] = job.prompt
-        read = self._prefill(padded, tokens, counts, max_new)
-        if read is None:
-            self._release(rows)
-            self._todo.extendleft(reversed(batch))
-            return False
-        logits, seen = read
-        for n, (row, (job, waiting)) in enumerate(zip(rows, batch, strict=True)):
-            self._rows[row] = _Prompt(job, waiting, seen[n, : counts[n]], logits[n], self._live[row].copy())
-        return True
-
-    def _prefill(self, rows, tokens, counts, max_new):
-        """Chunk by chunk; logits `[A, V]` and what each token saw `[A, T]`, or None if the pool is too small."""
-        C, real = self.config.prefill_chunk, rows[rows < len(self._rows)]
-        keys = np.zeros((len(rows), 2), np.uint32)  # what is drawn here is not used: every chain draws for itself
-        logits, seen = None, []
-        for start in range(0, tokens.shape[1], C):
-            part = tokens[:, start : start + C]
-            count = np.clip(counts - start, 0, part.shape[1])
-            if not self._ensure(self._after(real, count[: len(real), None, None])):
-                return None
-            width = min(round_up(int(self._live[real].max())), self.spec.storage.slots)
-            self._state, new, saw = self._call(
-                decode.prefill, self.spec, self.params, self._state, rows, part, count, max_new, keys, width
-            )
-            logits = new if logits is None else np.where(count[:, None] > 0, new, logits)
-            seen.append(saw)
-            self._look_at_live()
-        return logits, np.concatenate(seen, axis=1)
-
-    def _start_chains(self) -> None:
-        """Copies parked prompts into free rows; the last chain of a prompt takes over what its row holds."""
-        free = [r for r in range(self._slots) if self._rows[r] is None]
-        moves: list[tuple[int, int, int]] = []  # parked row, row, chain
-        for source in range(self._slots, len(self._rows)):
-            prompt = self._rows[source]
-            while prompt and prompt.waiting and len(moves) < len(free):
-                if not self._room_for_copy(moves, source):
-                    if moves or len(free) < self._slots:
-                        break
-                    # No room for a copy although nothing runs: one chain goes on alone, the others read again later.
-                    self._todo.appendleft((prompt.job, prompt.waiting[1:]))
-                    del prompt.waiting[1:]
-                moves.append((source, free[len(moves)], prompt.waiting.pop(0)))
-        if moves:
-            self._fork(moves)
-
-    def _room_for_copy(self, moves, source: int) -> bool:
-        """Whether the pool has pages for the copies planned and one of `source`, which may be a move."""
-        rows = [parked for n, (parked, _, _) in enumerate(moves) if not self._moves(moves, n)]
-        rows += [source] * (len(self._rows[source].waiting) > 1)
-        return self._ensure(np.concatenate([self._live, self._live[rows]]))
-
-    def _moves(self, moves, n: int) -> bool:
-        """Whether the n-th of the moves planned is its prompt's last chain."""
-        parked = moves[n][0]
-        return not self._rows[parked].waiting and all(later[0] != parked for later in moves[n + 1 :])
-
-    def _fork(self, moves) -> None:
-        A, rows = self._slots, len(self._rows)  # one shape: padding costs nothing
-        source, target = np.full(A, rows), np.full(A, rows)
-        moved, keys = np.zeros(A, bool), np.zeros((A, 2), np.uint32)
-        logits = np.zeros((A, self.spec.model.config.vocab_size), np.float32)
-        for n, (parked, row, chain) in enumerate(moves):
-            source[n], target[n], moved[n] = parked, row, self._moves(moves, n)
-            logits[n] = self._rows[parked].logits
-            keys[n] = self._rows[parked].job.keys[chain]
-        width = round_up(int(max(self._rows[parked].live.max() for parked, _, _ in moves)))
-        width = min(width, self.spec.storage.slots)
-        self._state = self._call(decode.fork, self.spec, self._state, logits, source, target, moved, keys, width)
-        first = np.asarray(self._state.token)
-        for parked, row, number in moves:
-            prompt: _Prompt = self._rows[parked]
-            self._age += 1
-            chain = _Chain(prompt.job, number, self._age, prompt.reads, [int(first[row])], [prompt.live[None]], [])
-            self._rows[row], self._live[row] = chain, prompt.live
-            self._report(chain)
-        self._release([r for r in range(self._slots, rows) if self._rows[r] and not self._rows[r].waiting])
-
-    # Chunks
-
-    def _decode(self) -> None:
-        """One chunk of steps for all rows that decode."""
-        self._state, chunk = self._call(
-            decode.decode_chunk, self.spec, self.params, self._state, self.config.steps, self._slots
-        )
-        chunk = jax.tree.map(np.asarray, chunk)
-        self._look_at_live()
-        made = 0
-        for row, chain in enumerate(self._rows[: self._slots]):
-            if chain is None:
-                continue
-            took = chunk.active[:, row]
-            live = chunk.live[took, row]
-            chain.tokens += chunk.tokens[took, row].tolist()
-            chain.live.append(live)
-            chain.reads.append(live if chunk.reads is None else chunk.reads[took, row])
-            made += int(took.sum())
-            self._report(chain)
-        self._report_progress(made)
-        starved = ~np.asarray(self._state.done)[: self._slots] & ~chunk.active[-1]
-        if starved.any():
-            self._find_room(np.flatnonzero(starved), stuck=made == 0)
-
-    def _find_room(self, rows: np.ndarray, stuck: bool) -> None:
-        """Grows the pool for rows that could not step; where it cannot grow and nothing moves, one starts over."""
-        if any(self._ensure(self._after(rows, more)) for more in (self.config.steps, 1)):
-            return
-        if not stuck:
-            return
-        parked = [r for r in range(self._slots, len(self._rows)) if self._rows[r]]
-        running = [r for r in range(self._slots) if self._rows[r]]
-        if parked:  # a prompt is the cheapest to read again
-            victim = parked[-1]
-            self._todo.appendleft((self._rows[victim].job, self._rows[victim].waiting))
-        elif len(running) > 1:
-            victim = max(running, key=lambda r: self._rows[r].age)
-            self._todo.appendleft((self._rows[victim].job, [self._rows[victim].number]))
-        else:
-            chain = self._rows[running[0]]
-            raise self._too_small(len(chain.job.prompt) + chain.job.max_new)
-        self._hold = True
-        self._release([victim])
-
-    def _finished(self) -> Iterator[Result]:
-        """Results of the chains that are done; their rows are emptied."""
-        done = np.asarray(self._state.done)
-        rows = [r for r in range(self._slots) if self._rows[r] and done[r]]
-        results = [self._result(row) for row in rows]
-        if rows:
-            self._hold = False
-            self._release(rows)
-        yield from results
-
-    def _result(self, row: int) -> Result:
-        chain: _Chain = self._rows[row]
-        live = np.concatenate(chain.live)
-        reads = np.concatenate([*chain.reads, np.zeros((0, *self._heads), live.dtype)])
-        seen = len(chain.prompt_reads) + len(live) - 1
-        shares = None
-        if self.config.retention:
-            pos = np.asarray(self._call(decode.stored_positions, self.spec, self._state, np.int32(row)))
-            shares = metrics.live_by_position(pos, seen)
-        by_head = metrics.HeadUse(reads.sum(axis=0, dtype=np.int64), live[-1], seen, shares)
-        use = metrics.cache_use(chain.prompt_reads, live, reads)
-        return Result(chain.job.name, chain.number, chain.tokens, use, by_head)
-
-    # Small things
-
-    def _call(self, function, *arguments):
-        """Everything that runs on the devices goes through here: under the mesh, where there is one."""
-        if self.mesh is None:
-            return function(*arguments)
-        with jax.set_mesh(self.mesh):
-            return function(*arguments)
-
-    def _release(self, rows: list[int]) -> None:
-        if not rows:
-            return
-        flags = np.zeros(len(self._rows), bool)
-        flags[rows] = True
-        self._state = self._call(decode.release, self.spec, self._state, flags)
-        self._live[rows] = 0
-        for row in rows:
-            self._rows[row] = None
-
-    def _look_at_live(self) -> None:
-        self._live = np.asarray(self._call(decode.live_tokens, self.spec, self._state)).astype(np.int64)
-
-    def _report(self, chain: _Chain) -> None:
-        if self.on_tokens:
+    def _report(self, chain: Chain) -> None:
+        if self.engine.on_tokens:
             key = (id(chain.job), chain.number)
-            new = chain.tokens[self._reported[key] :]
-            self._reported[key] = max(self._reported[key], len(chain.tokens))
+            new = chain.tokens[self.reported.get(key, 0) :]
+            self.reported[key] = max(self.reported.get(key, 0), len(chain.tokens))
             if new:
-                self.on_tokens(chain.job.name, chain.number, new)
+                self.engine.on_tokens(chain.job.name, chain.number, new)
 
     def _report_progress(self, made: int) -> None:
-        if self.on_progress:
-            used = pages = 0
-            if self.spec.storage.pool:
-                pool = self.spec.storage.pool(self._state.cache)
-                pages = len(pool.free) * pool.size
-                used = pages - int(pool.free.sum())
-            live = float(self._live.sum()) / (self._heads[0] * self._heads[1])
-            self.on_progress(Progress(made, live, used, pages))
+        if self.engine.on_progress:
+            kv_cache = self.engine.spec.kv_cache
+            used = int(kv_cache.pages_needed(self.scheduler.live).sum())
+            pages = kv_cache.parts * kv_cache.pool_size(self.runner.state.cache)
+            live = float(self.scheduler.live.sum()) / (self.scheduler.heads[0] * self.scheduler.heads[1])
+            self.engine.on_progress(Progress(made, live, used, pages))

@@ -1,7 +1,8 @@
 """From a loaded model to an engine, and `generate`."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -10,24 +11,71 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from dms_jax import policies, sharding
-from dms_jax.cache import storage
+from dms_jax.cache import kv_cache
 from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
-from dms_jax.inference import sampling
-from dms_jax.inference import use_counts as metrics
+from dms_jax.inference import sampling, use_counts
 from dms_jax.inference.decode import DecodeSpec
-from dms_jax.inference.engine import Engine, round_up
-from dms_jax.inference.jobs import EngineConfig, Job
+from dms_jax.inference.engine import Engine
 from dms_jax.inference.parallel import run_together
+from dms_jax.inference.scheduler import EngineConfig, Job, round_up
 from dms_jax.models.transformer import Decoder
+from dms_jax.policies import Policy
 from dms_jax.types import Keys
-from dms_jax.weights import table as weights
+from dms_jax.weights import table
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What `generate` can be asked for.
+
+    max_new_tokens, chains: of each prompt. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+    stop: token ids that end a chain; None means the model's own.
+    policy: a name of `policies.NAMES` or a Policy; None means "dms" where the model was retrofitted, else "full".
+    dms: overrides `lm.dms` (another window, say).
+    budget: for named policies that need one: tokens a head, or a float in (0, 1]: a share of the longest sequence.
+    protect_prompt: for named policies with a budget: never evict a token of the prompt.
+    cache, page_size, quant: see CacheConfig.
+    max_num_seqs: sequences decoded at the same time (by each engine); more of them wait.
+    devices: (data, tensor): prompts are shared between `data` engines, and the heads of each between `tensor`
+      devices. None: one device.
+    engine: other settings of the engine; its max_num_seqs counts.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    chains: int = 1
+    seed: int = 0
+    policy: str | Policy | None = None
+    cache: str = "paged"
+    dms: DMSConfig | None = None
+    budget: int | float | None = None
+    protect_prompt: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: Sequence[int] | None = None
+    page_size: int = 64
+    quant: str = "none"
+    max_num_seqs: int = 64
+    devices: tuple[int, int] | None = None
+    engine: EngineConfig | None = None
+
+    def __post_init__(self):
+        for key in ("max_new_tokens", "chains", "max_num_seqs"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        named = not isinstance(self.policy, Policy)
+        require(named or self.budget is None, "budget", self.budget, "a policy object has its own")
+        require(named or not self.protect_prompt, "protect_prompt", self.protect_prompt, "a policy object has its own")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(self.temperature, self.top_k, self.top_p)
 
 
 class Output(NamedTuple):
     """What `generate` returns; every field is indexed `[prompt][chain]`.
 
     text is None without a tokenizer; tokens are the new ids, the stop token included; for the counts see
-    `metrics.CacheUse`, and for `by_head` `metrics.HeadUse`.
+    `use_counts.CacheUse`, and for `by_head` `use_counts.HeadUse`.
     """
 
     text: list[list[str]] | None
@@ -36,20 +84,36 @@ class Output(NamedTuple):
     prefill_reads: np.ndarray
     peak_tokens: np.ndarray
     achieved_cr: np.ndarray
-    by_head: list[list[metrics.HeadUse]]
+    by_head: list[list[use_counts.HeadUse]]
 
 
-def resolve_dms(lm, policy: str | None, dms: DMSConfig | None) -> tuple[str, DMSConfig | None]:
-    """The policy's name and the gate's config that `generate` means by None.
+def resolve_dms(lm, dms: DMSConfig | None) -> DMSConfig | None:
+    """The gate's config that `generate` means by None.
 
     Raises:
-      ConfigError: a DMS policy or config on a model that was never retrofitted, or another gate than its own.
+      ConfigError: a config on a model that was never retrofitted, or of another gate than its own.
     """
     if dms is not None:
         require(lm.dms is not None, "dms", dms, "this model was never retrofitted")
         require(dms.gate == lm.dms.gate, "dms.gate", dms.gate, f"the model carries the {lm.dms.gate!r} gate")
-    dms = dms or lm.dms
-    return policy or ("dms" if dms else "full"), dms
+    return dms or lm.dms
+
+
+def resolve_policy(config: GenerationConfig, dms: DMSConfig | None, length: int) -> Policy:
+    """The policy that a config means for sequences of up to `length` tokens.
+
+    Raises:
+      ConfigError: an unknown policy, a missing budget, or DMS on a model that was never retrofitted.
+    """
+    policy = config.policy
+    if not isinstance(policy, Policy):
+        name = policy or ("dms" if dms else "full")
+        return policies.named(name, dms, config.budget, length, config.page_size, config.protect_prompt)
+    same = getattr(policy, "page_size", config.page_size) == config.page_size
+    require(same, "page_size", config.page_size, f"the policy reads pages of {getattr(policy, 'page_size', None)}")
+    if isinstance(policy, policies.DelayedEviction):
+        require(dms is not None, "policy", policy.name, "this model was never retrofitted (no DMSConfig)")
+    return policy
 
 
 def encode(lm, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
@@ -74,51 +138,35 @@ def encode(lm, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
     return encoded
 
 
-def build(
-    lm,
-    length: int,
-    policy: str | None = None,
-    dms: DMSConfig | None = None,
-    budget: int | float | None = None,
-    sampling: SamplingConfig | None = None,
-    stop: Sequence[int] | None = None,
-    cache: str = "paged",
-    page_size: int = 64,
-    quant: str = "none",
-    engine: EngineConfig | None = None,
-    mesh: Mesh | None = None,
-    **callbacks,
-) -> Engine:
+def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, **callbacks) -> Engine:
     """An engine for sequences of up to `length` tokens, prompt included.
 
     Args:
-      policy: None means "dms" where the model was retrofitted, else "full".
-      dms: overrides `lm.dms` (another window, say).
-      budget: for policies that need one: tokens a head, or as a float in (0, 1] a share of `length`.
-      stop: token ids that end a chain; None means the model's own.
-      cache, page_size, quant: see CacheConfig.
       mesh: devices to share the heads of every sequence along its tensor axis, each with a pool of its own.
+      callbacks: `on_tokens` and `on_progress` of the Engine.
     Raises:
-      ConfigError: an unknown policy or storage, a missing budget, or DMS on a model that was never retrofitted.
+      ConfigError: an impossible config; see `resolve_policy` and CacheConfig.
     """
-    name, dms = resolve_dms(lm, policy, dms)
-    cache_config = CacheConfig(cache, round_up(length), page_size, quant)
-    chosen = policies.policy(name, dms, budget, length, page_size, lm.config.head_dim)
+    dms = resolve_dms(lm, config.dms)
+    policy = resolve_policy(config, dms, length)
+    cache_config = CacheConfig(config.cache, round_up(length), config.page_size, config.quant)
     spec = DecodeSpec(
         model=Decoder(lm.config, dms),
-        policy=chosen,
-        storage=storage(cache_config, 1 if mesh is None else sharding.tensor_ways(mesh)),
-        sampling=sampling or SamplingConfig(),
-        stop=tuple(lm.config.eos_ids if stop is None else stop),
+        policy=policy,
+        kv_cache=kv_cache(cache_config, 1 if mesh is None else sharding.tensor_ways(mesh)),
+        sampling=config.sampling,
+        stop=tuple(lm.config.eos_ids if config.stop is None else config.stop),
     )
-    expected_cr = (dms.cr or 1.0) if name == "dms" else 1.0
+    steps = min(EngineConfig.steps, config.max_new_tokens)
+    engine = config.engine or EngineConfig(max_num_seqs=config.max_num_seqs, steps=steps)
+    expected_cr = (lm.dms.cr or 1.0) if policy.name == "dms" else 1.0
     params = lm.params if mesh is None else place(lm, mesh)
-    return Engine(spec, params, cache_config, engine or EngineConfig(), expected_cr, mesh, **callbacks)
+    return Engine(spec, params, cache_config, engine, expected_cr, mesh, **callbacks)
 
 
 def place(lm, mesh: Mesh):
     """The model's parameters laid out over a mesh."""
-    letters = {spec.path: spec.letters for spec in weights.specs(lm.config, lm.dms)}
+    letters = {spec.path: spec.letters for spec in table.specs(lm.config, lm.dms)}
     flat = traverse_util.flatten_dict(lm.params, sep="/")
     places = {path: sharding.parameter(mesh, letters[path], x.shape) for path, x in flat.items()}
     return traverse_util.unflatten_dict(jax.device_put(flat, places), sep="/")
@@ -127,68 +175,44 @@ def place(lm, mesh: Mesh):
 def generate(
     lm,
     prompts: Sequence[str | Sequence[int]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    chains: int = 1,
-    seed: int = 0,
-    policy: str | None = None,
-    cache: str = "paged",
-    dms: DMSConfig | None = None,
-    budget: int | float | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: Sequence[int] | None = None,
+    max_new_tokens: int | None = None,
+    *,
+    config: GenerationConfig | None = None,
     keys: Keys | None = None,
-    max_num_seqs: int = 64,
-    devices: tuple[int, int] | None = None,
     on_tokens: Callable[[int, int, list[int]], None] | None = None,
     **options,
 ) -> Output:
-    """Continues every prompt with `chains` chains.
+    """Continues every prompt with some chains.
 
     Args:
       lm: from `dms_jax.load`.
       prompts: strings, or lists of token ids.
-      keys: `[prompts * chains, 2]` raw random keys in place of those made from `seed`.
-      max_num_seqs: sequences decoded at the same time (by each engine); more of them wait for a place.
-      devices: (data, tensor): prompts are shared between `data` engines, and the heads of each between `tensor`
-        devices. None: one device.
+      config, max_new_tokens, options: a GenerationConfig, or its fields by name; both together are the config with
+        these fields replaced.
+      keys: `[prompts * chains, 2]` raw random keys in place of those made from the seed.
       on_tokens: called with (prompt number, chain number, new tokens) while decoding.
-      policy, dms, budget, stop, cache and `options` (page_size, quant, engine): see `build`.
     Raises:
       ConfigError: an impossible option.  ValueError: bad prompts.
     """
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
-    require(chains >= 1, "chains", chains, "must be at least 1")
+    options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    config = dataclasses.replace(config or GenerationConfig(), **options)
     ids = encode(lm, prompts)
     if not ids:
         raise ValueError("prompts is empty")
     if keys is None:
-        keys = sampling.sequence_keys(seed, len(ids), chains)
-    keys = np.asarray(keys).reshape(len(ids), chains, 2)
-    options.setdefault("engine", EngineConfig(max_num_seqs=max_num_seqs, steps=min(64, max_new_tokens)))
-    make = functools.partial(
-        build,
-        lm,
-        max(len(p) for p in ids) + max_new_tokens,
-        policy=policy,
-        dms=dms,
-        budget=budget,
-        sampling=SamplingConfig(temperature, top_k, top_p),
-        stop=stop,
-        cache=cache,
-        on_tokens=on_tokens,
-        **options,
-    )
-    jobs = [Job(prompt, keys[n], max_new_tokens, n) for n, prompt in enumerate(ids)]
-    meshes = [None] if devices is None else sharding.tensor_meshes(*devices)
-    work = [(make(mesh=mesh), jobs[n :: len(meshes)]) for n, mesh in enumerate(meshes)]
+        keys = sampling.sequence_keys(config.seed, len(ids), config.chains)
+    keys = np.asarray(keys).reshape(len(ids), config.chains, 2)
+    length = max(map(len, ids)) + config.max_new_tokens
+    jobs = [Job(prompt, keys[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
+    meshes = [None] if config.devices is None else sharding.tensor_meshes(*config.devices)
+    engines = [build(lm, length, config, mesh, on_tokens=on_tokens) for mesh in meshes]
+    work = [(engine, jobs[n :: len(meshes)]) for n, engine in enumerate(engines)]
     done = {(result.name, result.chain): result for _, result in run_together(work)}
-    table = [[done[n, c] for c in range(chains)] for n in range(len(ids))]
-    tokens = [[result.tokens for result in row] for row in table]
+    rows = [[done[n, c] for c in range(config.chains)] for n in range(len(ids))]
+    tokens = [[result.tokens for result in row] for row in rows]
     counts = {
-        field: np.array([[getattr(result.use, field) for result in row] for row in table])
-        for field in metrics.CacheUse._fields
+        field: np.array([[getattr(result.use, field) for result in row] for row in rows])
+        for field in use_counts.CacheUse._fields
     }
-    decoded = lm.tokenizer and [[lm.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens]
-    return Output(decoded, tokens, by_head=[[result.by_head for result in row] for row in table], **counts)
+    text = lm.tokenizer and [[lm.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens]
+    return Output(text, tokens, by_head=[[result.by_head for result in row] for row in rows], **counts)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from dms_jax.inference.engine import Engine
-from dms_jax.inference.jobs import Job, Result
+from dms_jax.inference.scheduler import Job, Result
 
 
 def run_together(

@@ -42,21 +42,21 @@ class HeadUse(NamedTuple):
 POSITION_BINS = 20
 
 
-def cache_use(prompt_reads: Int[np.ndarray, "T"], live: Int[np.ndarray, "N L K"], reads: Int[np.ndarray, "N L K"]):
-    """The CacheUse of one chain.
+def cache_use(
+    prompt_reads: Int[np.ndarray, "T"], held: Int[np.ndarray, "M"], reads: Int[np.ndarray, "N"], heads: int
+) -> CacheUse:
+    """The CacheUse of one chain of N decode steps; all counts are sums over the `heads` KV heads of all layers.
 
     Args:
-      prompt_reads: keys that each prompt token saw, summed over layers and KV heads.
-      live: live tokens before the first decode step and after each: N = steps + 1.
+      prompt_reads: keys that each prompt token attended to.
+      held: live tokens before the first decode step and after each, M = N + 1.
       reads: KV tokens read in each decode step.
     """
-    heads = live.shape[1] * live.shape[2]
-    held = live.sum(axis=(1, 2), dtype=np.int64)
     return CacheUse(
         kv_reads=float(reads.sum(dtype=np.int64)) / heads,
         prefill_reads=float(prompt_reads.sum(dtype=np.int64)) / heads,
         peak_tokens=float(max(prompt_reads.max(), held.max())) / heads,
-        achieved_cr=(len(prompt_reads) + len(live) - 1) * heads / float(held[-1]),
+        achieved_cr=(len(prompt_reads) + len(held) - 1) * heads / float(held[-1]),
     )
 
 

@@ -1,91 +1,139 @@
-"""What an eviction policy is: a record of pure functions over a state kept for each layer.
+"""What an eviction policy is: a frozen dataclass whose fields are hyper-parameters and whose methods are pure.
 
-A policy decides which slot a new token drives out, and what of a prompt stays. It never touches what is stored, so
-it does not know how. While decoding it is asked, in this order: `choose` (who leaves), `select` (what is read),
-`record` (what was read, and where the newcomer went). Who leaves follows from what was seen before the step (unless
-the policy is `late`), so `choose` runs for all layers before the first of them, and `record` after the last: both are
-written for one layer and mapped over all. While a prompt is read, chunk by chunk: `mark` (what the later tokens of
-the chunk no longer see), `retain` (what stays after the chunk), `settle` (where it lies).
+A policy chooses which slot a new token overwrites, and which tokens of a prompt are kept. It never touches what is
+stored, so it does not know how. Its state, a pytree of arrays that begin with the batch axis, is passed in and
+returned; there is one for each layer. In a decode step its methods run in this order:
+
+    choose_victim   the slot that the new token overwrites in each head, -1 for a fresh one
+    select_pages    the pages that attention reads (only where `selects_pages`)
+    update          the state, from what attention read and where the new token was stored
+
+What is evicted follows from what was read before the step (unless `needs_current_logit`), so `choose_victim` runs for
+all layers before the first, and `update` after the last: both are written for one layer and mapped over all. While a
+prompt is read, chunk by chunk:
+
+    prefill_evict_mask   which tokens later tokens of the chunk cannot see beyond `window`
+    prefill_keep_mask    which tokens are stored after the chunk
+    commit_prefill       the state, from the slots where they were stored
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.types import Counts, GateLogits, Keys, NewKV, PerHead, PerHeadKV, SlotFlags, Slots
 
+State = Any  # a policy's state of one layer
+
 
 class DecodeStep(NamedTuple):
-    """One new token of each sequence. Of a sequence that is not active nothing may change."""
+    """One new token of each sequence, in one layer. Of a sequence that is not active nothing may change."""
 
+    layer: Int[Array, ""]
     position: Counts  # of the new token
     active: Bool[Array, "B"]
-    live: PerHead  # live tokens before it comes
+    live: PerHead  # live tokens before the new one is stored
     keys: Keys  # a random key for each sequence
 
 
 class NewToken(NamedTuple):
-    """What a layer showed of the new token."""
+    """What attention computed for the new token in one layer."""
 
-    slot: PerHead  # where it lies; no slot where its sequence is not active
-    k: PerHeadKV  # its key
+    slot: PerHead  # where it is stored; no slot where its sequence is not active
+    k: PerHeadKV
+    v: PerHeadKV
     logit: Float[Array, "B K"] | None  # its eviction logit, None for a model without a gate
-    weights: Float[Array, "B K S"] | None  # its attention, where the policy asks for weights
+    attention: Float[Array, "B K S"] | None  # weight of each slot, summed over the query heads of a KV head
 
 
 class PrefillChunk(NamedTuple):
-    """A chunk of C prompt tokens, at positions `start + 0 .. start + count - 1`, after W slots already filled."""
+    """C tokens of a prompt, at positions `start + 0 .. start + count - 1`, after W slots already filled."""
 
+    layer: Int[Array, ""]
     start: Counts
     count: Counts
+    remaining: Counts  # tokens of the same prompt that are still to be read after this chunk
     pos: Slots  # [B, K, W] positions in the old slots, -1 for empty
     k: NewKV  # [B, C, K, D]
+    v: NewKV
     logit: GateLogits | None  # [B, K, C]
     keys: Keys
 
+    def present(self) -> SlotFlags:
+        """Which old slots and which places of the chunk hold a token, `[B, K, W + C]`."""
+        real = jnp.arange(self.k.shape[1]) < self.count[:, None]
+        real = jnp.broadcast_to(real[:, None], (*self.pos.shape[:2], real.shape[1]))
+        return jnp.concatenate([self.pos >= 0, real], axis=-1)
 
-class Policy(NamedTuple):
-    """One method. Everything about slots covers the W old slots of a PrefillChunk, then its C tokens.
+    def positions(self) -> Slots:
+        """The position in each old slot and of each token of the chunk, -1 for none, `[B, K, W + C]`."""
+        new = self.start[:, None] + jnp.arange(self.k.shape[1], dtype=jnp.int32)
+        new = jnp.broadcast_to(new[:, None], (*self.pos.shape[:2], new.shape[1]))
+        return jnp.where(self.present(), jnp.concatenate([self.pos, new], axis=-1), -1)
 
-    window: a marked prompt token stays visible to the next `window` tokens.
-    budget: the most live tokens a head may hold after a chunk or a step; None where no number bounds it.
-    weights: whether it needs attention weights. They are summed over the query heads of a KV head; for a prompt also
-      over its queries ("sum"), or they are those of the last query alone ("last").
-    late: whether who leaves depends on the newcomer's own eviction logit.
+    def newest(self) -> Counts:
+        """The position of the last token read."""
+        return self.start + self.count - 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Keeps everything, reads everything; a subclass overrides what differs.
+
+    attention_from: the queries of a prompt whose attention `prefill_keep_mask` is given, summed over them: the last
+      n of the whole prompt, or "all"; None: no attention weights are computed, in decoding neither.
+    selects_pages: whether `select_pages` is used.
+    needs_current_logit: whether what is evicted depends on the new token's own eviction logit.
     """
 
-    name: str
-    window: int
-    budget: int | None
-    weights: str | None
-    init: Callable[[int, int, int], Any]  # (batch, KV heads, slots) -> state of a layer
-    mark: Callable[[Any, PrefillChunk], SlotFlags]  # -> alpha [B, K, W + C]
-    retain: Callable[..., tuple[SlotFlags, Any]]  # (state, PrefillChunk, alpha, weights [B, K, W + C]) -> stay, carry
-    settle: Callable[..., Any]  # (state, PrefillChunk, carry, slots [B, K, W + C]) -> state
-    choose: Callable[
-        ..., tuple[PerHead, Any]
-    ]  # (state, DecodeStep, logit [B, K] if late) -> victim's slot or -1, state
-    select: Callable[..., Bool[Array, "B K P"]] | None  # (state, DecodeStep, q [B, H, D]) -> readable pages; None: all
-    record: Callable[[Any, DecodeStep, NewToken], Any]  # -> state
-    late: bool = False
+    name: ClassVar[str] = "full"
+    attention_from: ClassVar[int | Literal["all"] | None] = None
+    selects_pages: ClassVar[bool] = False
 
+    @property
+    def needs_current_logit(self) -> bool:
+        return False
 
-def present(span: PrefillChunk) -> SlotFlags:
-    """Which old slots and which places of the chunk hold a token, `[B, K, W + C]`."""
-    real = jnp.arange(span.k.shape[1]) < span.count[:, None]
-    real = jnp.broadcast_to(real[:, None], (*span.pos.shape[:2], real.shape[1]))
-    return jnp.concatenate([span.pos >= 0, real], axis=-1)
+    @property
+    def window(self) -> int:
+        """A prompt token in `prefill_evict_mask` stays visible to the next `window` tokens."""
+        return 0
 
+    @property
+    def max_budget(self) -> int | None:
+        """The largest number of live tokens that a head is pruned to; None where nothing is pruned to a number."""
+        return None
 
-def positions(span: PrefillChunk) -> Slots:
-    """The position in each old slot and of each token of the chunk, -1 for none, `[B, K, W + C]`."""
-    new = span.start[:, None] + jnp.arange(span.k.shape[1], dtype=jnp.int32)
-    new = jnp.broadcast_to(new[:, None], (*span.pos.shape[:2], new.shape[1]))
-    return jnp.where(present(span), jnp.concatenate([span.pos, new], axis=-1), -1)
+    def init_state(self, batch: int, num_kv_heads: int, slots: int, head_dim: int) -> State:
+        """The state of one layer for `batch` empty sequences of up to `slots` slots a head."""
+        return ()
 
+    def prefill_evict_mask(self, state: State, chunk: PrefillChunk) -> SlotFlags:
+        """alpha of the W old slots and the C tokens, `[B, K, W + C]`: True is invisible beyond the window."""
+        return jnp.zeros_like(chunk.present())
 
-def nothing_marked(state, span: PrefillChunk) -> SlotFlags:
-    """`mark` of every policy without a mask of its own: a chunk reads all that came before."""
-    return jnp.zeros_like(present(span))
+    def prefill_keep_mask(
+        self, state: State, chunk: PrefillChunk, evicted: SlotFlags, attention: Float[Array, "B K WC"] | None
+    ) -> tuple[SlotFlags, Any]:
+        """Which tokens are stored after the chunk, `[B, K, W + C]`, and a value for `commit_prefill`."""
+        return chunk.present(), ()
+
+    def commit_prefill(self, state: State, chunk: PrefillChunk, carry: Any, slots: Slots) -> State:
+        """The state after the chunk; `slots` `[B, K, W + C]` says where each token is stored now, -1 for nowhere."""
+        return state
+
+    def choose_victim(self, state: State, step: DecodeStep, logit: Float[Array, "B K"] | None) -> tuple[PerHead, State]:
+        """The slot that the new token overwrites, -1 for a fresh one; `logit` only where `needs_current_logit`."""
+        return jnp.full_like(step.live, -1), state
+
+    def select_pages(
+        self, state: State, step: DecodeStep, q: Float[Array, "B H D"]
+    ) -> tuple[Bool[Array, "B K P"], PerHead]:
+        """The pages to read, and how many KV tokens' worth that costs each head."""
+        raise NotImplementedError(f"policy {self.name!r} reads all pages")
+
+    def update(self, state: State, step: DecodeStep, new: NewToken) -> State:
+        """The state after the step."""
+        return state

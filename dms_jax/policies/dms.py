@@ -1,21 +1,21 @@
 """Dynamic Memory Sparsification with delayed eviction (arXiv 2506.05345, section 3.2).
 
-At each step one token comes in and at most one leaves a head: the one whose distance becomes w + 1, if it was
-marked. So a ring of the last w + 1 slots and decisions is all the state there is. With w = 2:
+At each step one token is stored and at most one is evicted in a head: the one whose distance becomes w + 1, if its
+decision was to evict. So a ring of the last w + 1 slots and decisions is all the state there is. With w = 2:
 
     position   0  1  2  3  4         position % 3 is the ring index, and at position 4 the entry there
-    ring index 0  1  2  0  1         still belongs to token 1, the one that is leaving
+    ring index 0  1  2  0  1         still belongs to token 1, whose distance becomes 3
 """
 
-import functools
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import dms
 from dms_jax.config import DMSConfig
-from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, positions, present
+from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk
 from dms_jax.types import Counts, PerHead, SlotFlags, Slots
 
 
@@ -26,72 +26,84 @@ class Ring(NamedTuple):
     evict: Bool[Array, "B K R"]
 
 
-@functools.cache
-def delayed_eviction(config: DMSConfig) -> Policy:
-    """The policy for a window, an offset and a gate. Cached, so that equal configs share compiled code."""
-    width = config.window + 1
-    offset = config.decision_offset
-    late = offset == width  # the token that tells is the one at which the other leaves
+@dataclass(frozen=True)
+class DelayedEviction(Policy):
+    """Evicts the tokens that the gate decided on, each `window` tokens later."""
 
-    def init(batch: int, heads: int, slots: int) -> Ring:
-        shape = (batch, heads, width)
+    dms: DMSConfig = DMSConfig()
+    name: ClassVar[str] = "dms"
+
+    @property
+    def window(self) -> int:
+        return self.dms.window
+
+    @property
+    def needs_current_logit(self) -> bool:
+        """With o = w + 1 a token's decision is read off the token at which it is evicted."""
+        return self.dms.decision_offset == self.dms.window + 1
+
+    def init_state(self, batch: int, num_kv_heads: int, slots: int, head_dim: int) -> Ring:
+        shape = (batch, num_kv_heads, self.window + 1)
         return Ring(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
-    def newest(end: Counts) -> Int[Array, "B R"]:
-        """The newest position before `end` with each ring index, negative for none: for 7 and width 3: 6, 4, 5."""
-        last = end[:, None] - 1
-        return last - (last - jnp.arange(width)) % width
+    def prefill_evict_mask(self, state: Ring, chunk: PrefillChunk) -> SlotFlags:
+        decided, offset = dms.hard_decisions(chunk.logit), self.dms.decision_offset
+        evict = self._decide_earlier_tokens(state, chunk, decided).evict if offset > 0 else state.evict
+        B, K, W = chunk.pos.shape
+        slot = jnp.where((self._newest(chunk.start) >= 0)[:, None], state.slot, W)
+        b, h = jnp.ogrid[:B, :K]
+        old = jnp.zeros((B, K, W), bool).at[b[..., None], h[..., None], slot].set(evict, mode="drop")
+        alpha = jnp.concatenate([old, dms.shift(decided, offset, chunk.count, False)], axis=-1)
+        return alpha & (chunk.positions() >= self.dms.sinks)
 
-    def mark(state: Ring, span: PrefillChunk) -> SlotFlags:
-        fresh = dms.hard_decisions(span.logit)
-        if offset > 0:  # the chunk's first tokens tell the fate of those `offset` before them
-            ring = newest(span.start)
-            source = ring + offset - span.start[:, None]
-            told = (ring >= 0) & (source >= 0) & (source < span.count[:, None])
-            index = jnp.clip(source, 0, fresh.shape[-1] - 1)[:, None]
-            news = jnp.take_along_axis(fresh, jnp.broadcast_to(index, state.evict.shape), axis=-1)
-            state = state._replace(evict=jnp.where(told[:, None], news, state.evict))
-        B, K, W = span.pos.shape
-        slot = jnp.where((newest(span.start) >= 0)[:, None], state.slot, W)
-        b, h = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-        old = jnp.zeros((B, K, W), bool).at[b, h, slot].set(state.evict, mode="drop")
-        return jnp.concatenate([old, dms.shift(fresh, offset, span.count, False)], axis=-1)
+    def prefill_keep_mask(self, state, chunk: PrefillChunk, evicted: SlotFlags, attention):
+        distance = chunk.newest()[:, None, None] - chunk.positions()
+        return chunk.present() & ~(evicted & (distance > self.window)), evicted
 
-    def retain(state: Ring, span: PrefillChunk, alpha: SlotFlags, weights) -> tuple[SlotFlags, SlotFlags]:
-        last = (span.start + span.count - 1)[:, None, None]
-        return present(span) & ~(alpha & (last - positions(span) > config.window)), alpha
-
-    def settle(state: Ring, span: PrefillChunk, alpha: SlotFlags, slots: Slots) -> Ring:
-        W = span.pos.shape[-1]
-        token = newest(span.start + span.count)
-        # An entry is the chunk's if its newest token is; an older one keeps its slot, and may have been marked since.
-        # An index that no token has yet holds something arbitrary; it is overwritten before it is looked at.
-        of_chunk = (token >= span.start[:, None])[:, None]
-        index = W + jnp.clip(token - span.start[:, None], 0, span.k.shape[1] - 1)[:, None]
+    def commit_prefill(self, state: Ring, chunk: PrefillChunk, carry: SlotFlags, slots: Slots) -> Ring:
+        W = chunk.pos.shape[-1]
+        token = self._newest(chunk.start + chunk.count)
+        # An entry is the chunk's if its newest token is; an older one keeps its slot, with its decision as it is now.
+        # An index that no token has yet holds something arbitrary; it is overwritten before it is read.
+        of_chunk = (token >= chunk.start[:, None])[:, None]
+        index = W + jnp.clip(token - chunk.start[:, None], 0, chunk.k.shape[1] - 1)[:, None]
         index = jnp.where(of_chunk, index, jnp.clip(state.slot, 0, max(W - 1, 0)))
-        evict = jnp.take_along_axis(alpha, index, axis=-1)
-        return Ring(jnp.take_along_axis(slots, index, axis=-1), evict)
+        return Ring(jnp.take_along_axis(slots, index, axis=-1), jnp.take_along_axis(carry, index, axis=-1))
 
-    def tell(state: Ring, step: DecodeStep, logit) -> Ring:
-        """The newcomer's logit is the decision for the token `offset` before it."""
-        told = step.active & (step.position >= offset)
-        evict = _set(state.evict, (step.position - offset) % width, dms.hard_decisions(logit), told)
-        return state._replace(evict=evict)
-
-    def choose(state: Ring, step: DecodeStep, logit) -> tuple[PerHead, Ring]:
+    def choose_victim(self, state: Ring, step: DecodeStep, logit: Float[Array, "B K"] | None) -> tuple[PerHead, Ring]:
+        width = self.window + 1
+        if self.needs_current_logit:
+            state = self._decide(state, step, logit)
         index = step.position % width
-        if late:
-            state = tell(state, step, logit)
-        leaving = _get(state.evict, index) & (step.active & (step.position >= width))[:, None]
-        return jnp.where(leaving, _get(state.slot, index), -1), state
+        evicted = _get(state.evict, index) & (step.active & (step.position >= width))[:, None]
+        return jnp.where(evicted, _get(state.slot, index), -1), state
 
-    def record(state: Ring, step: DecodeStep, new: NewToken) -> Ring:
-        index, undecided = step.position % width, jnp.zeros_like(new.slot, bool)
+    def update(self, state: Ring, step: DecodeStep, new: NewToken) -> Ring:
+        index, undecided = step.position % (self.window + 1), jnp.zeros_like(new.slot, bool)
         evict = _set(state.evict, index, undecided, step.active)
         state = Ring(_set(state.slot, index, new.slot, step.active), evict)
-        return state if late else tell(state, step, new.logit)
+        return state if self.needs_current_logit else self._decide(state, step, new.logit)
 
-    return Policy("dms", config.window, None, None, init, mark, retain, settle, choose, None, record, late)
+    def _newest(self, end: Counts) -> Int[Array, "B R"]:
+        """The newest position before `end` with each ring index, negative for none: for 7 and width 3: 6, 4, 5."""
+        last = end[:, None] - 1
+        return last - (last - jnp.arange(self.window + 1)) % (self.window + 1)
+
+    def _decide_earlier_tokens(self, state: Ring, chunk: PrefillChunk, decided: Bool[Array, "B K C"]) -> Ring:
+        """The chunk's first tokens carry the decisions of those `offset` before them."""
+        ring = self._newest(chunk.start)
+        source = ring + self.dms.decision_offset - chunk.start[:, None]
+        known = (ring >= 0) & (source >= 0) & (source < chunk.count[:, None])
+        index = jnp.clip(source, 0, decided.shape[-1] - 1)[:, None]
+        new = jnp.take_along_axis(decided, jnp.broadcast_to(index, state.evict.shape), axis=-1)
+        return state._replace(evict=jnp.where(known[:, None], new, state.evict))
+
+    def _decide(self, state: Ring, step: DecodeStep, logit: Float[Array, "B K"]) -> Ring:
+        """The new token's logit is the decision of the token `offset` before it."""
+        token = step.position - self.dms.decision_offset
+        known = step.active & (token >= self.dms.sinks)
+        evict = _set(state.evict, token % (self.window + 1), dms.hard_decisions(logit), known)
+        return state._replace(evict=evict)
 
 
 def _get(ring: Array, index: Int[Array, "B"]) -> Array:

@@ -1,22 +1,22 @@
-"""KNorm: keys of a large L2 norm go first (Devoto et al. 2024, arXiv 2406.11430).
+"""KNorm: keys of a large L2 norm are evicted first (Devoto et al. 2024, arXiv 2406.11430).
 
 The norm is taken after RoPE, which does not change it. No attention weights are needed. The authors leave the first
-two layers uncompressed; here every layer has the same budget.
+two layers uncompressed; here every layer has the same budget unless it is given for each.
 """
 
-import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
-from dms_jax.policies.base import Policy
-from dms_jax.policies.scored import budgeted
+from dms_jax.policies.scored import ScoredPolicy
 
 
-@functools.cache
-def knorm(budget: int) -> Policy:
+@dataclass(frozen=True)
+class KNorm(ScoredPolicy):
     """Keeps the `budget` tokens with the smallest key norms."""
 
-    def begin(k, pos, keys):
-        return -jnp.linalg.norm(k.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    name: ClassVar[str] = "knorm"
 
-    return budgeted("knorm", budget, begin=begin)
+    def initial_score(self, k, v, pos, keys):
+        return -jnp.linalg.norm(k.astype(jnp.float32), axis=-1).swapaxes(1, 2)

@@ -1,12 +1,32 @@
 """Random eviction, the control: a method that is not clearly better than this one knows nothing."""
 
-import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
-from dms_jax.policies.base import Policy
-from dms_jax.policies.scored import budgeted, uniform
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dms_jax.policies.scored import ScoredPolicy
+from dms_jax.types import Keys, Slots
 
 
-@functools.cache
-def random(budget: int) -> Policy:
-    """Every token draws a number when it comes; the lowest goes. The same seed keeps the same tokens."""
-    return budgeted("random", budget, begin=lambda k, pos, keys: uniform(pos, keys))
+@dataclass(frozen=True)
+class Random(ScoredPolicy):
+    """Every token draws a number when it is stored; the lowest is evicted. The same seed keeps the same tokens."""
+
+    name: ClassVar[str] = "random"
+
+    def initial_score(self, k, v, pos, keys):
+        return uniform(pos, keys)
+
+
+def uniform(pos: Slots, keys: Keys) -> Float[Array, "B K T"]:
+    """A number in [0, 1) for each token and head that depends on the sequence's key and the position alone."""
+    heads = jnp.arange(pos.shape[1])
+
+    def one(key, head, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, head), position))
+
+    over_tokens = jax.vmap(one, (None, None, 0))
+    return jax.vmap(jax.vmap(over_tokens, (None, 0, 0)), (0, None, 0))(keys, heads, pos)

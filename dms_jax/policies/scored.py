@@ -1,116 +1,132 @@
-"""Policies with a budget: every live token has a score, and a newcomer to a full head drives out the lowest.
+"""Policies with a budget: every live token has a score, and in a full head a new token overwrites the lowest.
 
-A method says how a score begins, how it changes with the attention weights seen, and which tokens are safe. Budgets
-hold at every step: with `budget` tokens live, the victim leaves before the newcomer is stored and read. A prompt is
-read whole (chunk by chunk, each pruned at its end), as the training-free methods do.
+A prompt is read whole and pruned once, at its end, so that the size of its chunks changes nothing; from then on the
+budget holds at every step: with `budget` tokens live the victim is evicted before the new token is stored and read.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from dms_jax.config import require
-from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, nothing_marked, positions
-from dms_jax.types import Counts, NewKV, PerHead, SlotFlags, Slots
+from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk
+from dms_jax.types import Counts, Keys, NewKV, PerHead, SlotFlags, Slots
+
+Budget = int | tuple[tuple[int, ...], ...]
 
 
 class Scores(NamedTuple):
-    """What is known of each slot; a position of -1 marks an empty one."""
+    """What is known of each slot."""
 
-    pos: Slots  # [B, K, S]
+    pos: Slots  # [B, K, S], -1 for an empty one
     score: Float[Array, "B K S"]
+    prompt: SlotFlags  # whether the token came with a prompt
 
 
-def _begin(k: NewKV, pos: Slots, keys) -> Float[Array, "B K T"]:
-    return jnp.zeros(pos.shape)
+@dataclass(frozen=True)
+class ScoredPolicy(Policy):
+    """Keeps the tokens with the highest scores; a method overrides `initial_score`, `update_score` or `protected`.
 
-
-def _keep(score: Float[Array, "B K S"], weights) -> Float[Array, "B K S"]:
-    return score
-
-
-def _none(pos: Slots, last: Counts) -> SlotFlags:
-    return jnp.zeros_like(pos, bool)
-
-
-def budgeted(
-    name: str,
-    budget: int,
-    *,
-    begin: Callable = _begin,
-    update: Callable = _keep,
-    safe: Callable = _none,
-    safe_tokens: int = 0,
-    weights: str | None = None,
-) -> Policy:
-    """A policy that keeps `budget` tokens a head.
-
-    Args:
-      begin: (keys `[B, T, K, D]`, positions `[B, K, T]`, random keys `[B, 2]`) -> scores of new tokens `[B, K, T]`.
-      update: (scores, attention weights) -> scores `[B, K, S]`, after each look at the cache.
-      safe: (positions `[B, K, S]`, newest position `[B]`) -> which must stay, at most `safe_tokens` of them.
-      weights: which attention weights of a prompt count, "sum" over its queries or the "last" query's.
-    Raises:
-      ConfigError: a budget that leaves nothing to evict.
+    budget: live tokens a head, or a tuple of tuples: one number for each layer and KV head.
+    protect_prompt: never evict a token of a prompt. A prompt that fills the budget is kept all the same, and beside
+      it the least number of tokens that the method can work with (`max_protected` + 1).
     """
-    require(
-        budget > safe_tokens, "budget", budget, f"policy {name!r} needs more than the {safe_tokens} it never evicts"
-    )
 
-    def init(batch: int, heads: int, slots: int) -> Scores:
-        return Scores(jnp.full((batch, heads, slots), -1, jnp.int32), jnp.zeros((batch, heads, slots)))
+    budget: Budget = 1024
+    protect_prompt: bool = False
+    max_protected: ClassVar[int] = 0
 
-    def retain(state: Scores, span: PrefillChunk, alpha, seen) -> tuple[SlotFlags, Float[Array, "B K S"]]:
-        W, pos = span.pos.shape[-1], positions(span)
-        score = jnp.concatenate([state.score[..., :W], begin(span.k, pos[..., W:], span.keys)], axis=-1)
-        score = score if seen is None else update(score, seen)
-        rank = jnp.where(safe(pos, span.start + span.count - 1), jnp.inf, score)
-        rank = jnp.where(pos >= 0, rank, -jnp.inf)
-        # Of equals the older goes first, whatever the order of slots.
+    def __post_init__(self):
+        smallest = int(np.min(self.budget))
+        held = f"policy {self.name!r} needs more than the {self.num_protected} it never evicts"
+        require(smallest > self.num_protected, "budget", self.budget, held)
+
+    @property
+    def num_protected(self) -> int:
+        """The most tokens that `protected` names at any time."""
+        return self.max_protected
+
+    @property
+    def max_budget(self) -> int:
+        return int(np.max(self.budget))
+
+    # What a method overrides
+
+    def initial_score(self, k: NewKV, v: NewKV, pos: Slots, keys: Keys) -> Float[Array, "B K T"]:
+        """Scores of new tokens; k, v `[B, T, K, D]`, pos `[B, K, T]`, keys `[B, 2]`: one random key a sequence."""
+        return jnp.zeros(pos.shape)
+
+    def update_score(self, score: Float[Array, "B K S"], attention: Float[Array, "B K S"]) -> Float[Array, "B K S"]:
+        """Scores after a chunk or a step in which the slots got these attention weights."""
+        return score
+
+    def protected(self, pos: Slots, newest: Counts) -> SlotFlags:
+        """Which positions must stay, given the newest one; at most `num_protected` of them."""
+        return jnp.zeros_like(pos, bool)
+
+    # What follows
+
+    def init_state(self, batch: int, num_kv_heads: int, slots: int, head_dim: int) -> Scores:
+        shape = (batch, num_kv_heads, slots)
+        return Scores(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+
+    def prefill_keep_mask(self, state: Scores, chunk: PrefillChunk, evicted, attention):
+        W, pos = chunk.pos.shape[-1], chunk.positions()
+        fresh = self.initial_score(chunk.k, chunk.v, pos[..., W:], chunk.keys)
+        score = jnp.concatenate([state.score[..., :W], fresh], axis=-1)
+        score = score if attention is None else self.update_score(score, attention)
+        prompt = jnp.concatenate([state.prompt[..., :W], jnp.ones_like(fresh, bool)], axis=-1) & (pos >= 0)
+        limit = self._limit(chunk.layer, prompt)
+        # The rest of the prompt is still to be read, and attends to all of it.
+        limit = jnp.where((chunk.remaining > 0)[:, None], pos.shape[-1], limit)
+        kept = self.protected(pos, chunk.newest()) | (prompt & self.protect_prompt)
+        rank = jnp.where(pos >= 0, jnp.where(kept, jnp.inf, score), -jnp.inf)
+        # Of equals the older is evicted first, whatever the order of slots.
         order = jnp.argsort(jnp.lexsort((-pos, -rank), axis=-1), axis=-1)
-        return (order < budget) & (pos >= 0), score
+        return (order < limit[..., None]) & (pos >= 0), (score, prompt)
 
-    def settle(state: Scores, span: PrefillChunk, score, slots: Slots) -> Scores:
+    def commit_prefill(self, state: Scores, chunk: PrefillChunk, carry, slots: Slots) -> Scores:
         B, K, S = state.pos.shape
-        b, h = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-        target = jnp.where(slots < 0, S, slots)  # out of range: dropped
-        new = init(B, K, S)
+        b, h = jnp.ogrid[:B, :K]
+        at = b[..., None], h[..., None], jnp.where(slots < 0, S, slots)  # out of range: dropped
+        score, prompt = carry
+        empty = self.init_state(B, K, S, 0)
         return Scores(
-            new.pos.at[b, h, target].set(positions(span), mode="drop"),
-            new.score.at[b, h, target].set(score, mode="drop"),
+            empty.pos.at[at].set(chunk.positions(), mode="drop"),
+            empty.score.at[at].set(score, mode="drop"),
+            empty.prompt.at[at].set(prompt, mode="drop"),
         )
 
-    def choose(state: Scores, step: DecodeStep, _) -> tuple[PerHead, Scores]:
-        candidate = (state.pos >= 0) & ~safe(state.pos, step.position)
+    def choose_victim(self, state: Scores, step: DecodeStep, logit) -> tuple[PerHead, Scores]:
+        live = state.pos >= 0
+        candidate = live & ~self.protected(state.pos, step.position)
+        if self.protect_prompt:
+            candidate &= ~state.prompt
         score = jnp.where(candidate, state.score, jnp.inf)
         lowest = candidate & (score == score.min(axis=-1, keepdims=True))
         oldest = jnp.argmin(jnp.where(lowest, state.pos, jnp.iinfo(jnp.int32).max), axis=-1)
-        victim = jnp.where((step.live >= budget) & step.active[:, None], oldest, -1)
+        full = step.live >= self._limit(step.layer, live & state.prompt)
+        victim = jnp.where(full & step.active[:, None], oldest, -1).astype(jnp.int32)
         gone = jnp.arange(state.pos.shape[-1]) == victim[..., None]
         return victim, state._replace(pos=jnp.where(gone, -1, state.pos))
 
-    def record(state: Scores, step: DecodeStep, new: NewToken) -> Scores:
+    def update(self, state: Scores, step: DecodeStep, new: NewToken) -> Scores:
         at = jnp.arange(state.pos.shape[-1]) == new.slot[..., None]
-        fresh = jnp.broadcast_to(step.position[:, None], new.slot.shape)
-        score = begin(new.k[:, None], fresh[..., None], step.keys)
-        state = Scores(jnp.where(at, fresh[..., None], state.pos), jnp.where(at, score, state.score))
-        if new.weights is None:
-            return state
-        active = step.active[:, None, None]
-        return state._replace(score=jnp.where(active, update(state.score, new.weights), state.score))
+        pos = jnp.broadcast_to(step.position[:, None], new.slot.shape)[..., None]
+        fresh = self.initial_score(new.k[:, None], new.v[:, None], pos, step.keys)
+        score = jnp.where(at, fresh, state.score)
+        if new.attention is not None:
+            active = step.active[:, None, None]
+            score = jnp.where(active, self.update_score(score, new.attention), score)
+        return Scores(jnp.where(at, pos, state.pos), score, state.prompt & ~at)
 
-    return Policy(name, 0, budget, weights, init, nothing_marked, retain, settle, choose, None, record)
-
-
-def uniform(pos: Slots, keys) -> Float[Array, "B K T"]:
-    """A number in [0, 1) for each token and head that depends on the sequence's key and the position alone."""
-    heads = jnp.arange(pos.shape[1])
-
-    def one(key, head, position):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, head), position))
-
-    over_tokens = jax.vmap(one, (None, None, 0))
-    return jax.vmap(jax.vmap(over_tokens, (None, 0, 0)), (0, None, 0))(keys, heads, pos)
+    def _limit(self, layer: Int[Array, ""], prompt: SlotFlags) -> PerHead:
+        """Live tokens that each head may hold, `[B, K]`; `prompt` flags those that came with a prompt."""
+        budget = jnp.asarray(np.asarray(self.budget, np.int32))
+        budget = jnp.broadcast_to(budget if budget.ndim == 0 else budget[layer], prompt.shape[:2])
+        if not self.protect_prompt:
+            return budget
+        return jnp.maximum(budget, prompt.sum(axis=-1, dtype=jnp.int32) + self.num_protected + 1)

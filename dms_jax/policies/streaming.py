@@ -4,23 +4,23 @@ Keeps the first tokens of a sequence and the most recent ones. Deviation: keys k
 where the authors renumber positions inside the cache, which only matters beyond the trained context.
 """
 
-import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
-from dms_jax.policies.base import Policy
-from dms_jax.policies.scored import budgeted
-
-SINKS = 4  # the paper's
+from dms_jax.policies.scored import ScoredPolicy
 
 
-@functools.cache
-def streaming(budget: int) -> Policy:
-    """`SINKS` first tokens and the `budget - SINKS` newest."""
-    return budgeted(
-        "streaming",
-        budget,
-        begin=lambda k, pos, keys: pos.astype(jnp.float32),  # the oldest goes first
-        safe=lambda pos, last: (pos >= 0) & (pos < SINKS),
-        safe_tokens=SINKS,
-    )
+@dataclass(frozen=True)
+class StreamingLLM(ScoredPolicy):
+    """The 4 first tokens (the paper's number) and the `budget - 4` newest."""
+
+    name: ClassVar[str] = "streaming"
+    max_protected: ClassVar[int] = 4
+
+    def initial_score(self, k, v, pos, keys):
+        return pos.astype(jnp.float32)  # the oldest is evicted first
+
+    def protected(self, pos, newest):
+        return (pos >= 0) & (pos < self.max_protected)

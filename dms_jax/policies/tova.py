@@ -1,25 +1,25 @@
-"""TOVA: the token that the newest query attends to least goes (Oren et al. 2024, arXiv 2401.06104).
+"""TOVA: the token with the lowest attention from the newest query is evicted (Oren et al. 2024, arXiv 2401.06104).
 
 As in the authors' code the weights are averaged over all heads of a layer, so its heads keep the same tokens. The
-weights of one step decide who leaves at the next, so that a head never holds more than its budget while it is read;
-the authors read budget + 1 tokens and evict afterwards, which is the same with a budget larger by one.
+weights of one step decide what is evicted at the next, so that a head never holds more than its budget while it is
+read; the authors read budget + 1 tokens and evict afterwards, which is the same with a budget larger by one.
 """
 
-import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
-from dms_jax.policies.base import Policy
-from dms_jax.policies.scored import budgeted
+from dms_jax.policies.scored import ScoredPolicy
 
 
-@functools.cache
-def tova(budget: int) -> Policy:
+@dataclass(frozen=True)
+class TOVA(ScoredPolicy):
     """Keeps the `budget` tokens with the largest weights of the last query."""
-    return budgeted(
-        "tova",
-        budget,
+
+    name: ClassVar[str] = "tova"
+    attention_from: ClassVar[int] = 1
+
+    def update_score(self, score, attention):
         # All heads of a layer hold the same tokens in the same slots, so their weights can be averaged slot by slot.
-        update=lambda score, weights: jnp.broadcast_to(weights.mean(axis=1, keepdims=True), weights.shape),
-        weights="last",
-    )
+        return jnp.broadcast_to(attention.mean(axis=1, keepdims=True), attention.shape)

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from dms_jax.cache import paged, storage
+from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
 from dms_jax.inference import decode
 from dms_jax.models import transformer
-from dms_jax.policies import policy
+from dms_jax.policies import DelayedEviction, Full
 from experiments.run import environment
 from scripts.benchmarks.records import Record
 
@@ -132,9 +132,9 @@ def cache_of(settings: Settings, context: int) -> CacheConfig:
 
 
 def setup_of(settings: Settings, plan: Plan) -> decode.DecodeSpec:
-    chosen, dms = (policy("full", None), None) if plan.cr == 1 else (policy("dms", GATE), GATE)
+    chosen, dms = (Full(), None) if plan.cr == 1 else (DelayedEviction(GATE), GATE)
     model = transformer.Decoder(MODELS[settings.model], dms)
-    return decode.DecodeSpec(model, chosen, storage(cache_of(settings, plan.context)), SamplingConfig(), ())
+    return decode.DecodeSpec(model, chosen, kv_cache(cache_of(settings, plan.context)), SamplingConfig(), ())
 
 
 def planned(settings: Settings, cell: tuple[str, int, float], weights: int, memory: int) -> Plan:
@@ -189,14 +189,14 @@ def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) 
     L, B, K = live.shape
     page, D = settings.page_size, spec.model.config.head_dim
     held = -(-live // page)
-    P = spec.storage.slots // page
+    P = spec.kv_cache.slots // page
     ids = np.random.default_rng(settings.seed).permutation(pages).astype(np.int32)
     table = np.zeros((L, B, K, P), np.int32)
     mask = np.arange(P) < held[..., None]
     used = int(mask.sum())
     table[mask] = ids[:used]
     key, pool = jax.random.split(jax.random.key(settings.seed)), (pages, page, D)
-    cache = paged.PagedCache(
+    cache = paged.PagedArrays(
         k=random_pool(key[0], pool, settings.dtype),
         v=random_pool(key[1], pool, settings.dtype),
         pos=jnp.zeros((pages, page), jnp.int32),
@@ -229,7 +229,7 @@ def measure(settings: Settings, params, plan: Plan, pages: int, rate: float) -> 
     item = jnp.dtype(settings.dtype).itemsize
     # The embedding is a lookup of B rows, unless it is the unembedding too.
     read = bytes_of(params) - (0 if config.tie_embeddings else config.vocab_size * config.model_dim * item)
-    kv = float(np.asarray(chunk.live).sum(axis=(1, 2, 3)).mean()) * 2 * config.head_dim * item
+    kv = float(np.asarray(chunk.held).sum(axis=1).mean()) * 2 * config.head_dim * item
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "seconds_per_step": step,

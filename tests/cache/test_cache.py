@@ -15,12 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dms_jax import dms
-from dms_jax.cache import paged, storage
+from dms_jax.cache import DecodeQuery, kv_cache, paged
 from dms_jax.config import CacheConfig, DMSConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import attention
-from dms_jax.policies import policy
-from dms_jax.policies.base import DecodeStep, NewToken, PrefillChunk, positions
+from dms_jax.policies import DecodeStep, DelayedEviction, NewToken, PrefillChunk
 
 QUICK = {"xla_backend_optimization_level": 0}
 B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
@@ -50,8 +49,8 @@ def oracle(q, k, v, logit, window, offset):
 
 
 def rules(window, offset, kind, page):
-    dms = policy("dms", DMSConfig(window=window, decision_offset=offset))
-    return dms, storage(CacheConfig(kind, CAPACITY, page))
+    dms = DelayedEviction(DMSConfig(window=window, decision_offset=offset))
+    return dms, kv_cache(CacheConfig(kind, CAPACITY, page))
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "width"), compiler_options=QUICK)
@@ -63,15 +62,15 @@ def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
     outs, new = [], []
     for n in range(L):
         old = store.view(cache, n, width)
-        span = PrefillChunk(start, count, old.pos, k[n], logit[n], KEYS)
-        alpha = dms.mark(states[n], span)
+        chunk = PrefillChunk(n, start, count, 0 * count, old.pos, k[n], v[n], logit[n], KEYS)
+        alpha = dms.prefill_evict_mask(states[n], chunk)
         keys, values = (jnp.concatenate([a.swapaxes(1, 2), b], 1) for a, b in ((old.k, k[n]), (old.v, v[n])))
         outs.append(
-            attention.dense(q[n], keys, values, query_pos, positions(span), hard_log_keep_prob(alpha), dms.window)
+            attention.dense(q[n], keys, values, query_pos, chunk.positions(), hard_log_keep_prob(alpha), dms.window)
         )
-        stay, carry = dms.retain(states[n], span, alpha, None)
-        cache, slots = store.extend(cache, n, k[n], v[n], token_pos, stay, None)
-        new.append(dms.settle(states[n], span, carry, slots))
+        keep, carry = dms.prefill_keep_mask(states[n], chunk, alpha, None)
+        cache, slots = store.write_prefill(cache, n, k[n], v[n], token_pos, keep, None)
+        new.append(dms.commit_prefill(states[n], chunk, carry, slots))
     return cache, tuple(new), jnp.stack(outs)
 
 
@@ -79,14 +78,14 @@ def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
 def one_step(rule, cache, states, q, k, v, logit, position, active):
     """What `decode.decode_step` does, layer by layer."""
     dms, store = rules(*rule)
-    admitted = store.admit(cache, active)
+    admitted = store.can_append(cache, active)
     outs, new = [], []
     for n in range(L):
-        step = DecodeStep(position, admitted, store.live(cache)[n], KEYS)
-        victim, own = dms.choose(states[n], step, logit[n])
-        cache, slots = store.place(cache, n, position, victim[None], admitted)
-        cache, out, _ = store.attend(cache, n, q[n], k[n], v[n], slots, None, False)
-        new.append(dms.record(own, step, NewToken(slots[0], k[n], logit[n], None)))
+        step = DecodeStep(n, position, admitted, store.live(cache)[n], KEYS)
+        victim, own = dms.choose_victim(states[n], step, logit[n])
+        cache, slots = store.append(cache, n, position, victim[None], admitted)
+        cache, out, _ = store.attend(cache, n, DecodeQuery(q[n], k[n], v[n], slots), False)
+        new.append(dms.update(own, step, NewToken(slots[0], k[n], v[n], logit[n], None)))
         outs.append(out)
     return cache, tuple(new), jnp.stack(outs), admitted
 
@@ -109,28 +108,29 @@ def check(kind, cache, expected_lengths):
 def test_what_a_page_is_in_each_storage():
     """Pages of two rows of 2 x 2 heads, in pages of 3 slots; a capacity of 40 is 14 pages."""
     tokens = np.array([[[0, 1], [3, 4]], [[7, 50], [0, 0]]])
-    made = {kind: storage(CacheConfig(kind, CAPACITY, 3)) for kind in ("masked", "paged")}
+    made = {kind: kv_cache(CacheConfig(kind, CAPACITY, 3)) for kind in ("masked", "paged")}
     want = {"masked": 0, "paged": 0 + 1 + 1 + 2 + 3 + 17}
-    assert {kind: store.pages(tokens).tolist() for kind, store in made.items()} == {k: [n] for k, n in want.items()}
+    assert {kind: store.pages_needed(tokens).tolist() for kind, store in made.items()} == {
+        k: [n] for k, n in want.items()
+    }
     store = made["paged"]
-    free, pages, page_bytes = store.pool(store.grow(store.init(MODEL, B, jnp.float32, 2), 5))
+    free, pages, page_bytes = store.pool(store.grow(store.allocate(MODEL, B, jnp.float32, 2), 5))
     assert (free.tolist(), pages, page_bytes) == ([5], 5, 3 * (2 * D * 4 + 4))
 
 
 @pytest.mark.parametrize("kind", ("masked", "paged"))
 def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     """A page size that does not divide the capacity: of 9 tokens in pages of 4, those of pages 0 and 2 are read."""
-    store, T = storage(CacheConfig(kind, 9, 4)), 9
+    store, T = kv_cache(CacheConfig(kind, 9, 4)), 9
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(B, T, n, D)).astype(np.float32) for n in (K * G, K, K))
-    cache, at = store.init(MODEL, B, jnp.float32, L * B * K * 3), np.broadcast_to(np.arange(T), (B, T))
+    cache, at = store.allocate(MODEL, B, jnp.float32, L * B * K * 3), np.broadcast_to(np.arange(T), (B, T))
     for n in range(T):
-        cache, slot = store.place(cache, 0, at[:, n], np.full((1, B, K), -1), np.ones(B, bool))
-        cache, *_ = store.attend(cache, 0, q[:, n], k[:, n], v[:, n], slot, None, False)
+        cache, slot = store.append(cache, 0, at[:, n], np.full((1, B, K), -1), np.ones(B, bool))
+        cache, *_ = store.attend(cache, 0, DecodeQuery(q[:, n], k[:, n], v[:, n], slot), False)
     readable = np.broadcast_to([True, False, True], (B, K, 3))
-    _, out, weights = store.attend(
-        cache, 0, q[:, 0], k[:, 0], v[:, 0], jnp.full((1, B, K), store.slots), readable, True
-    )
+    query = DecodeQuery(q[:, 0], k[:, 0], v[:, 0], jnp.full((1, B, K), store.slots), readable)
+    _, out, weights = store.attend(cache, 0, query, True)
     pages = np.repeat([True, False, True], 4)[:T]
     kept = np.zeros((B, K, int(pages.sum())), np.float32)
     want = attention.dense(q[:, :1], k[:, pages], v[:, pages], np.full((B, 1), T), at[:, pages], kept, 0)
@@ -156,8 +156,8 @@ def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, tu
     want, seen = (np.asarray(x) for x in oracle(q, k, v, logit, window, offset))
     for kind in ("masked", "paged"):
         dms, store = rules(window, offset, kind, page)
-        cache = store.init(MODEL, B, jnp.float32, int(store.pages(np.full((B, L, K), CAPACITY)).max()))
-        states = tuple(dms.init(B, K, store.slots) for _ in range(L))
+        cache = store.allocate(MODEL, B, jnp.float32, int(store.pages_needed(np.full((B, L, K), CAPACITY)).max()))
+        states = tuple(dms.init_state(B, K, store.slots, D) for _ in range(L))
         position = np.zeros(B, np.int32)
         for turn in [[1, CHUNK, 3], *turns, None]:
             count = np.minimum(np.ones(B, int) if turn is None else turn, TOTAL - position).astype(np.int32)
@@ -184,10 +184,10 @@ def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, tu
             live = np.where(position[:, None] > 0, seen[:, np.arange(B), :, position - 1].sum(-1).swapaxes(0, 1), 0)
             np.testing.assert_array_equal(store.live(cache), live)
             check(kind, cache, live)
-        cache = store.release(cache, np.array([True, False, True]))
+        cache = store.free(cache, np.array([True, False, True]))
         live[:, [0, 2]] = 0
         np.testing.assert_array_equal(store.live(cache), live)
         check(kind, cache, live)
         if kind != "masked":
-            pool = store.pool(store.release(cache, np.ones(B, bool)))
+            pool = store.pool(store.free(cache, np.ones(B, bool)))
             assert pool.free == pool.size, "pages leak"

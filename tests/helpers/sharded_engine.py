@@ -10,7 +10,7 @@ import jax  # noqa: E402
 
 from dms_jax.config import DMSConfig  # noqa: E402
 from dms_jax.inference import generation  # noqa: E402
-from dms_jax.inference.jobs import EngineConfig  # noqa: E402
+from dms_jax.inference.scheduler import EngineConfig  # noqa: E402
 from tests.inference.test_decode import random_lm, tiny  # noqa: E402
 
 PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 20]

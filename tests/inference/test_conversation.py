@@ -7,7 +7,7 @@ import pytest
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.inference import decode
 from dms_jax.inference.chat import Conversation
-from dms_jax.inference.jobs import EngineConfig
+from dms_jax.inference.scheduler import EngineConfig
 from tests.inference.test_decode import full_forward, random_lm, tiny
 
 DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
@@ -17,7 +17,7 @@ DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it
 def test_three_turns_are_one_sequence(cache):
     lm = random_lm(tiny(), DMS)
     talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])
-    size = 0 if cache == "masked" else talk.spec.storage.pool(talk.state.cache).size
+    size = 0 if cache == "masked" else talk.runner.spec.kv_cache.pool(talk.runner.state.cache).size
     for turn in ([5, 6, 7, 8, 9], [12], [2] * 9):
         begun = len(talk.tokens) + len(turn)
         answer = talk.say(turn, 8)
@@ -30,9 +30,9 @@ def test_three_turns_are_one_sequence(cache):
     # What lives is what the last token in the cache could see: evicted tokens of earlier turns are gone.
     last = len(talk.tokens) - 2
     seen = (np.arange(64) <= last) & ((last - np.arange(64) <= DMS.window) | ~alpha[:, 0])
-    live = talk.spec.storage.live(talk.state.cache)[:, 0]
+    live = talk.runner.spec.kv_cache.live(talk.runner.state.cache)[:, 0]
     np.testing.assert_array_equal(jnp.stack(live), seen.sum(-1))
-    assert cache == "masked" or talk.spec.storage.pool(talk.state.cache).size > size
+    assert cache == "masked" or talk.runner.spec.kv_cache.pool(talk.runner.state.cache).size > size
 
 
 def test_a_turn_that_is_too_long_loses_nothing():
@@ -71,13 +71,13 @@ def test_a_turn_broken_off_is_read_on(where, monkeypatch):
         with pytest.raises(Broken):
             talk.say([5, 6, 7, 8, 9, 10, 11], 150, hear)
     begun = len(talk.tokens) + 2
-    assert begun == {"prompt": 9, "first": 10, "chunk": 138}[where]
+    assert begun == {"prompt": 9, "first": 10, "chunk": 42}[where]
     answer = talk.say([12, 13], 8)
     assert talk.tokens[begun:] == answer and len(answer) == 8
     logits, _ = full_forward(lm, np.array([talk.tokens]))
     assert answer == logits[0].argmax(-1)[begun - 1 : -1].tolist()
 
 
-def test_a_mesh_is_refused():
-    with pytest.raises(ConfigError, match="mesh=.*one device"):
-        Conversation(random_lm(tiny(), DMS), 20, mesh=object())
+def test_several_devices_are_refused():
+    with pytest.raises(ConfigError, match="devices=.*one device"):
+        Conversation(random_lm(tiny(), DMS), 20, devices=(1, 2))

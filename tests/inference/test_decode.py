@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dms_jax import policies
-from dms_jax.cache import storage
+from dms_jax.cache import kv_cache
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.models import transformer
@@ -39,7 +39,7 @@ def random_lm(config: ModelConfig, dms: DMSConfig | None, seed: int = 0):
 
 def spec_for(lm, policy: str, cache: CacheConfig) -> decode.DecodeSpec:
     decoder = transformer.Decoder(lm.config, lm.dms)
-    return decode.DecodeSpec(decoder, policies.policy(policy, lm.dms), storage(cache), SamplingConfig(), ())
+    return decode.DecodeSpec(decoder, policies.named(policy, lm.dms), kv_cache(cache), SamplingConfig(), ())
 
 
 # Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
@@ -62,7 +62,9 @@ def forced_decode(lm, tokens, lengths, policy="dms", cache=PAGED, chunk=14):
         part = np.where(np.arange(chunk) < count[:, None], tokens[:, start : start + chunk], 0)
         keys = np.zeros((B, 2), np.uint32)  # greedy: no noise is drawn
         width = 16 if start else 0
-        state, logits, saw = prefill(spec, lm.params, state, rows, part, count, np.full(B, 99), keys, width)
+        remaining = np.maximum(lengths - start - chunk, 0)
+        prompt = decode.PromptChunk(rows, part, count, remaining, np.full(B, 99), keys)
+        state, logits, saw = prefill(spec, lm.params, state, prompt, width)
         first = np.where(count[:, None] > 0, logits, first)
         seen.append(saw)
     all_logits, all_live = [first], []

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.cache import paged, storage
-from dms_jax.config import CacheConfig, ConfigError, DMSConfig, SamplingConfig
+from dms_jax.cache import kv_cache, paged
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig
 from dms_jax.inference import decode, generation, sampling
-from dms_jax.inference.jobs import EngineConfig, Job, PoolError
+from dms_jax.inference.generation import GenerationConfig
+from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
 from tests.inference.test_decode import prefill, random_lm, spec_for, step, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +39,9 @@ def jobs(prompts=PROMPTS, chains=3):
 
 def build(lm, **options):
     engine = {"max_num_seqs": 4, "steps": 8, **options.pop("engine", {})}
-    return generation.build(
-        lm, 70 + NEW, sampling=SamplingConfig(1.0), stop=STOP, page_size=4, engine=EngineConfig(**engine), **options
-    )
+    callbacks = {name: options.pop(name) for name in ("on_tokens", "on_progress") if name in options}
+    config = GenerationConfig(temperature=1.0, stop=STOP, page_size=4, engine=EngineConfig(**engine), **options)
+    return generation.build(lm, 70 + NEW, config, **callbacks)
 
 
 def by_name(results):
@@ -105,8 +106,8 @@ def test_a_job_longer_than_the_cache_is_refused(lm):
 
 def need(lm, engine, tokens):
     """What a PoolError has to say of one sequence: its pages, and their bytes."""
-    c, store = lm.config, engine.spec.storage
-    pages = int(store.pages(np.full((1, c.num_layers, c.num_kv_heads), tokens)).max())
+    c, store = lm.config, engine.spec.kv_cache
+    pages = int(store.pages_needed(np.full((1, c.num_layers, c.num_kv_heads), tokens)).max())
     size = paged.bytes_per_page(c, engine.cache, jnp.float32)
     return f"{tokens} tokens needs up to {pages} pages ({pages * size:,} bytes)"
 
@@ -129,7 +130,7 @@ def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted):
         outcomes.append(True)
         assert len(results) == 12
         assert_same(results, wanted)
-        pool = engine.spec.storage.pool(engine._state.cache)
+        pool = engine.spec.kv_cache.pool(engine.runner.state.cache)
         assert pool.free == pool.size <= pages, "all pages are back"
     assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
     one = lm.config.num_layers * lm.config.num_kv_heads * -(-(12 + NEW) // 4)
@@ -139,7 +140,7 @@ def test_small_pools_give_the_same_chains_or_say_what_they_need(lm, wanted):
 def test_the_pool_grows_without_a_limit(lm, wanted):
     engine = build(lm, engine={"pages": 1})
     assert_same(by_name(engine.run(jobs())), wanted)
-    assert engine.spec.storage.pool(engine._state.cache).size > 1
+    assert engine.spec.kv_cache.pool(engine.runner.state.cache).size > 1
 
 
 def test_quantized_storage_is_close(lm):
@@ -150,8 +151,8 @@ def test_quantized_storage_is_close(lm):
         spec = spec_for(lm, "dms", CacheConfig("paged", 48, 4, quant))
         state = decode.init(spec, 3, jnp.float32, 200)
         count, new = np.full(3, 10), np.full(3, 99)
-        args = (np.arange(3), tokens[:, :10], count, new, np.zeros((3, 2), np.uint32))
-        state, logits, _ = prefill(spec, lm.params, state, *args, width=0)
+        chunk = decode.PromptChunk(np.arange(3), tokens[:, :10], count, 0 * count, new, np.zeros((3, 2), np.uint32))
+        state, logits, _ = prefill(spec, lm.params, state, chunk, width=0)
         out = [logits]
         for n in range(10, 20):
             state, logits, _ = step(spec, lm.params, state._replace(token=jnp.asarray(tokens[:, n], jnp.int32)))
@@ -198,7 +199,7 @@ def test_no_pool_sized_buffer_is_copied():
 @functools.partial(jax.jit, static_argnames="store", donate_argnames="cache")
 def _fill(store, cache, layer, k, v, stay):
     position = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
-    return store.extend(cache, layer, k, v, position, stay, None)[0]
+    return store.write_prefill(cache, layer, k, v, position, stay, None)[0]
 
 
 @pytest.mark.parametrize("evicted", (0.75, 0.875))
@@ -206,9 +207,9 @@ def test_bytes_in_use_follow_the_live_tokens(evicted):
     """SmolLM2's shape, 8 sequences x 4,096 tokens: pages in use within 10% of what lives, plus a page a head."""
     model = types.SimpleNamespace(num_layers=30, num_kv_heads=3, head_dim=64)
     B, T, config = 8, 4096, CacheConfig("paged", 4096, page_size=16)
-    store = storage(config)
+    store = kv_cache(config)
     pages = int(1.2 * (1 - evicted) * B * 30 * 3 * T / 16)
-    cache = store.init(model, B, jnp.bfloat16, pages)
+    cache = store.allocate(model, B, jnp.bfloat16, pages)
     rng = np.random.default_rng(0)
     k = jnp.asarray(rng.normal(size=(B, T, 3, 64)), jnp.bfloat16)
     live = 0

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from dms_jax import policies
-from dms_jax.cache import fitted, paged, storage
+from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
 from dms_jax.inference import decode
 from dms_jax.inference.engine import Engine
-from dms_jax.inference.jobs import EngineConfig, Job
+from dms_jax.inference.scheduler import EngineConfig, Job
 from tests.helpers import brute_policies as brute
 
 B, K, G, D, L, N, T, CHUNK = 4, 2, 3, 6, 2, 5, 40, 8  # N sequences of T tokens
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
     def build(self, budget=None):
         dms = DMSConfig(window=WINDOW, decision_offset=self.offset)
-        return policies.policy(self.policy, dms, budget or self.budget, CAPACITY, PAGE, D)
+        return policies.named(self.policy, dms, budget or self.budget, CAPACITY, PAGE)
 
 
 CASES = {
@@ -147,7 +147,7 @@ prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"),
 
 def live_slots(cache):
     """Which places hold something, in the shape of the cache's positions, and the positions by row, layer, head."""
-    if isinstance(cache, paged.PagedCache):
+    if isinstance(cache, paged.PagedArrays):
         held, found = np.zeros(cache.pos.shape, bool), {}
         for n, b, h in np.ndindex(cache.length.shape):
             slots = np.arange(int(cache.length[n, b, h]))
@@ -167,7 +167,7 @@ def live_slots(cache):
 
 def poisoned(cache, held):
     """The cache with large numbers, and plausible positions, in every place that is empty."""
-    if isinstance(cache, paged.PagedCache):
+    if isinstance(cache, paged.PagedArrays):
         k, v = (jnp.where(held[..., None], x, 1e6) for x in (cache.k, cache.v))
         return cache._replace(k=k, v=v, pos=jnp.where(held, cache.pos, 5))
     k = tuple(jnp.where(h[:, :, None], x, 1e6) for h, x in zip(held, cache.k, strict=True))
@@ -177,16 +177,16 @@ def poisoned(cache, held):
 
 def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
     """What was seen after each turn. Empty slots are poisoned before every turn; short arrays grow on the way."""
-    store = storage(CacheConfig(kind, CAPACITY, PAGE))
+    store = kv_cache(CacheConfig(kind, CAPACITY, PAGE))
     spec, params, random_keys = (
         decode.DecodeSpec(Table(CONFIG), policy, store, SamplingConfig(), ()),
         table(),
         keys(seed),
     )
-    state = decode.init(spec, B, jnp.float32, int(store.pages(np.full((B, L, K), CAPACITY)).max()))
+    state = decode.init(spec, B, jnp.float32, int(store.pages_needed(np.full((B, L, K), CAPACITY)).max()))
     past, record = np.zeros(N, int), []
     for kind_of_turn, who in TURNS:
-        cache = fitted(store, state.cache, decode.live_tokens(spec, state) + (CHUNK if kind_of_turn == READ else 1))
+        cache = store.fitted(state.cache, decode.live_tokens(spec, state) + (CHUNK if kind_of_turn == READ else 1))
         state = state._replace(cache=poisoned(cache, live_slots(cache)[0]))
         seen = {}
         if kind_of_turn == READ:
@@ -195,8 +195,8 @@ def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
             tokens = np.stack([n * T + np.minimum(past[n] + np.arange(CHUNK), T - 1) for n in group])
             rows = np.array([ROW[n] if n in who or n % 2 else B for n in group])  # idle, or no row at all
             limit = np.full(len(group), 99)
-            args = rows, tokens, count, limit, random_keys[list(group)], CAPACITY
-            state, out, reads = prefill(spec, params, state, *args)
+            chunk = decode.PromptChunk(rows, tokens, count, 0 * count, limit, random_keys[list(group)])
+            state, out, reads = prefill(spec, params, state, chunk, CAPACITY)
             for i, n in enumerate(group):
                 if n in who:
                     seen[n] = np.asarray(out)[i], np.asarray(reads)[i, : count[i]]
@@ -207,7 +207,7 @@ def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
                 fed[ROW[n]], done[ROW[n]] = n * T + past[n], False
             state, out, made = one_step(spec, params, state._replace(token=jnp.array(fed), done=jnp.array(done)))
             np.testing.assert_array_equal(made.active, ~done)
-            reads = made.live if made.reads is None else made.reads
+            reads = made.reads
             for n in who:
                 seen[n] = np.asarray(out)[ROW[n]], np.asarray(reads)[ROW[n]]
                 past[n] += 1
@@ -273,8 +273,8 @@ def test_the_budget_is_kept_at_every_step_and_used(name):
         for seen in turn:
             past[seen.sequence] += who[seen.sequence] if kind_of_turn == READ else 1
             counts = {len(positions) for layer in seen.live for positions in layer}
-            if policy.budget is not None:
-                assert policy.budget == case.budget
+            if policy.max_budget is not None:
+                assert policy.max_budget == case.budget
                 assert counts == {min(case.budget, past[seen.sequence])}
             elif case.policy == "dms":
                 assert max(counts) <= past[seen.sequence]
@@ -314,7 +314,7 @@ def test_the_engine_counts_what_was_read_and_held(name):
     """KV reads and peak of chains that draw their own tokens, prompts of three chunks and of one, one row for all."""
     case = CASES[name]
     cache = CacheConfig("paged", CAPACITY, PAGE)
-    spec = decode.DecodeSpec(Table(CONFIG), case.build(), storage(cache), SamplingConfig(), ())
+    spec = decode.DecodeSpec(Table(CONFIG), case.build(), kv_cache(cache), SamplingConfig(), ())
     engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=4, prefill_chunk=CHUNK))
     prompts = [list(range(19)), list(range(T, T + 5))]
     jobs = [Job(prompt, np.zeros((1, 2), np.uint32), 12, n) for n, prompt in enumerate(prompts)]
@@ -322,10 +322,7 @@ def test_the_engine_counts_what_was_read_and_held(name):
         prompt = prompts[result.name]
         tokens = np.array(prompt + result.tokens)
         oracle = layers(case, tokens, np.zeros((K, len(tokens))))
-        saw = np.zeros(len(prompt))
-        for start in range(0, len(prompt), CHUNK):
-            part = slice(start, min(start + CHUNK, len(prompt)))
-            saw[part] = sum(np.array(layer.prompt(start, part.stop - start)[1]) for layer in oracle)
+        saw = sum(np.array(layer.prompt(0, len(prompt))[1]) for layer in oracle)  # whole, whatever the chunks
         reads, held = 0, [sum(len(positions) for layer in oracle for positions in layer.live)]
         for p in range(len(prompt), len(tokens) - 1):
             reads += sum(sum(layer.step(p)[1]) for layer in oracle)
@@ -335,6 +332,34 @@ def test_the_engine_counts_what_was_read_and_held(name):
         assert result.use.kv_reads == reads / (L * K)
         assert result.use.peak_tokens == max(*saw, *held) / (L * K)
         assert result.use.achieved_cr == (len(tokens) - 1) * L * K / held[-1]
+
+
+@pytest.mark.parametrize("name", [*WITH_BUDGET, "dms delayed"])
+def test_the_size_of_chunks_changes_nothing(name):
+    """A prompt of three chunks and a rest, beside one read at once: the same tokens live and the same are drawn."""
+    cache, prompt = CacheConfig("paged", CAPACITY, PAGE), list(range(2 * T, 2 * T + 27))
+    found = []
+    for size in (CHUNK, 48):
+        spec = decode.DecodeSpec(Table(CONFIG), CASES[name].build(), kv_cache(cache), SamplingConfig(), ())
+        engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=5, prefill_chunk=size))
+        (result,) = engine.run([Job(prompt, keys(3)[:1], 10)])
+        found.append((result.tokens, result.use, result.by_head.live.tolist()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["tova", "h2o", "random"])
+def test_a_protected_prompt_is_never_evicted(name):
+    """Prompts under and over the budget: every prompt token lives to the end, beside it what the budget leaves."""
+    cache = CacheConfig("paged", CAPACITY, PAGE)
+    for length, budget in ((9, 16), (20, 12)):
+        policy = policies.named(name, None, budget, protect_prompt=True)
+        spec = decode.DecodeSpec(Table(CONFIG), policy, kv_cache(cache), SamplingConfig(), ())
+        engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=5, prefill_chunk=CHUNK))
+        (result,) = engine.run([Job(list(range(length)), keys(3)[:1], 20)])
+        held = max(budget, length + policy.num_protected + 1)
+        assert (result.by_head.live == held).all() and result.use.peak_tokens == held
+        state = engine.runner.state.policy
+        assert state.prompt.sum(axis=-1).max() == length
 
 
 @pytest.mark.parametrize(
@@ -350,9 +375,9 @@ def test_the_engine_counts_what_was_read_and_held(name):
 )
 def test_impossible_budgets(name, budget, message):
     with pytest.raises(ConfigError, match=message):
-        policies.policy(name, None, budget, CAPACITY, PAGE, D)
+        policies.named(name, None, budget, CAPACITY, PAGE)
 
 
 def test_a_share_is_rounded_up():
     assert policies.tokens_of(0.25, 101) == 26 and policies.tokens_of(1.0, 7) == 7 and policies.tokens_of(7, 1) == 7
-    assert policies.policy("tova", None, 0.25, 101).budget == 26
+    assert policies.named("tova", None, 0.25, 101).budget == 26
