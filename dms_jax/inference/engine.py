@@ -9,7 +9,7 @@ youngest chain is preempted and starts over later, with the same tokens.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from dms_jax.inference.scheduler import (
     Result,
     Scheduler,
     finished,
+    padded_count,
 )
 from dms_jax.types import Params
 
@@ -86,7 +87,10 @@ class Engine:
           PoolError: one sequence alone needs more than `max_pages`.
         """
         c = self.spec.model.config
-        scheduler = Scheduler(jobs, self.config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
+        config = self.config
+        if config.prefill_tokens is None:
+            config = replace(config, prefill_tokens=512 if jax.default_backend() == "cpu" else 8192)
+        scheduler = Scheduler(jobs, config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
         if scheduler.idle():
             return
         yield from _Run(self, scheduler).results(stop)
@@ -175,7 +179,7 @@ class _Run:
         for group in of_one_call.values():
             prompts = [self.scheduler.rows[copy.source] for copy in group]
             made, _ = self.logits[group[0].source]
-            A = 1 << (len(group) - 1).bit_length()
+            A = padded_count(len(group), self.scheduler.max_num_seqs)
             index = np.zeros(A, np.int32)
             index[: len(group)] = [self.logits[copy.source][1] for copy in group]
             keys = np.stack([p.job.keys[copy.number] for p, copy in zip(prompts, group, strict=True)])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.inference import decode
 from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, PromptChunk
-from dms_jax.inference.scheduler import Copy, round_up
+from dms_jax.inference.scheduler import Copy, padded_count, padded_length, round_up
 from dms_jax.types import Params
 
 
@@ -114,9 +114,8 @@ class Runner:
 
     def _batch(self, rows: list[int], prompts: list[list[int]]):
         """Right-padded tokens `[A, T]`, counts `[A]` and rows `[A]`; few sizes, so that few programs are compiled."""
-        A = 1 << (len(rows) - 1).bit_length()
-        length = max(map(len, prompts))
-        length = round_up(length) if length > self.prefill_chunk else min(round_up(length), self.prefill_chunk)
+        A = padded_count(len(rows), self.rows)
+        length = padded_length(max(map(len, prompts)), self.prefill_chunk)
         tokens, counts = np.zeros((A, length), np.int32), np.zeros(A, np.int32)
         padded = np.full(A, self.rows, np.int32)
         padded[: len(rows)] = rows

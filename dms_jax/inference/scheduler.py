@@ -18,11 +18,25 @@ from jaxtyping import Int, UInt32
 from dms_jax.config import require
 from dms_jax.inference import use_counts
 
-BUCKET = 64  # prompt lengths and capacities are rounded up to this, so that few shapes are compiled
+BUCKET = 64  # capacities and widths are rounded up to this, so that few shapes are compiled
 
 
 def round_up(n: int) -> int:
     return -(-n // BUCKET) * BUCKET
+
+
+def padded_length(tokens: int, chunk: int) -> int:
+    """The length to which a prompt is padded: whole chunks, and a rest that is a power of two (from 64)."""
+    whole, rest = tokens // chunk * chunk, tokens % chunk
+    return whole + (min(chunk, max(BUCKET, 1 << (rest - 1).bit_length())) if rest else 0)
+
+
+def padded_count(count: int, most: int) -> int:
+    """The number of rows to which `count` are padded: a power of four, or `most`."""
+    size = 1
+    while size < count:
+        size *= 4
+    return min(size, most)
 
 
 class PoolError(RuntimeError):
@@ -63,7 +77,8 @@ class EngineConfig:
 
     max_num_seqs: sequences decoded at the same time.
     steps: decode steps of a chunk, between two looks from the host.
-    prefill_chunk: prompt tokens of a sequence that are read at once; prefill_tokens: of all sequences together.
+    prefill_chunk: prompt tokens of a sequence that are read at once; prefill_tokens: of all sequences together, None
+      for 8,192 on accelerators and 512 on a CPU.
     lookahead: whether the next chunk is launched before the last one's results are looked at, so that the device
       never waits for the host; a chain that has ended then idles for one more chunk. None: on accelerators.
     pages: pages of the pool (of each device's) at first, None for an estimate from the compression expected.
@@ -74,16 +89,16 @@ class EngineConfig:
     max_num_seqs: int = 16
     steps: int = 16
     prefill_chunk: int = 512
-    prefill_tokens: int = 8192
+    prefill_tokens: int | None = None
     lookahead: bool | None = None
     pages: int | None = None
     max_pages: int | None = None
     retention: bool = False
 
     def __post_init__(self):
-        for key in ("max_num_seqs", "steps", "prefill_chunk", "prefill_tokens"):
+        for key in ("max_num_seqs", "steps", "prefill_chunk"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
-        for key in ("pages", "max_pages"):
+        for key in ("pages", "max_pages", "prefill_tokens"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "must be positive")
 
@@ -130,13 +145,14 @@ class Scheduler:
 
     def __init__(self, jobs: Iterable[Job], config: EngineConfig, capacity: int, heads: tuple[int, int]):
         self.config, self.capacity, self.heads = config, capacity, heads
+        self.prefill_tokens = config.prefill_tokens or 8192
         self._jobs = iter(jobs)
         first = list(itertools.islice(self._jobs, config.max_num_seqs))
         self._waiting = collections.deque((self._checked(job), list(range(len(job.keys)))) for job in first)
         chains = sum(len(numbers) for _, numbers in self._waiting)
         self.max_num_seqs = min(config.max_num_seqs, max(chains, 1))
         longest = max((len(job.prompt) for job in first), default=1)
-        parked = min(max(1, config.prefill_tokens // round_up(longest)), self.max_num_seqs, max(len(first), 1))
+        parked = min(self.prompts_at_once(longest), self.max_num_seqs, max(len(first), 1))
         self.rows: list[Chain | Prompt | None] = [None] * (self.max_num_seqs + parked)
         self.live = np.zeros((len(self.rows), *heads), np.int64)
         self.fits: Callable[[np.ndarray], bool] = lambda live: True
@@ -146,6 +162,11 @@ class Scheduler:
         length = len(job.prompt) + job.max_new
         require(length <= self.capacity, "capacity", self.capacity, f"a job may make {length} tokens")
         return job
+
+    def prompts_at_once(self, length: int) -> int:
+        """How many prompts of a length are read in one call."""
+        chunk = self.config.prefill_chunk
+        return max(1, self.prefill_tokens // min(padded_length(length, chunk), chunk))
 
     # What there is to do
 
@@ -189,10 +210,11 @@ class Scheduler:
         wanted = len(self.free_rows()) - sum(len(self.rows[r].waiting) for r in self.parked)
         if not places or wanted <= 0 or self._hold and self.running or not self._next():
             return []
-        length = round_up(len(self._next()[0].prompt))
-        most = most or max(1, self.config.prefill_tokens // length)
+        chunk = self.config.prefill_chunk
+        length = padded_length(len(self._next()[0].prompt), chunk)
+        most = most or self.prompts_at_once(length)
         batch = []
-        while self._next() and round_up(len(self._next()[0].prompt)) == length:
+        while self._next() and padded_length(len(self._next()[0].prompt), chunk) == length:
             if len(batch) == min(most, len(places)) or wanted <= 0:
                 break
             job, numbers = self._waiting.popleft()

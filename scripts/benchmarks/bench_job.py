@@ -53,7 +53,7 @@ class Settings:
     temperature: float = 0.6
     top_p: float = 0.95
     steps: int = 16
-    prefill_tokens: int = 8192
+    prefill_tokens: int | None = None
     rounds: int = 3
     profile: bool = False
     out: Path | None = None
@@ -92,7 +92,7 @@ def steps_alone(settings: Settings, engine, jobs: list[Job]) -> tuple[float, flo
     live = np.zeros((rows, model.num_layers, model.num_kv_heads), np.int64)
     pages = int(kv_cache.pages_needed(live + settings.prompt_length + settings.max_new_tokens).max())
     runner = Runner(engine.spec, engine.params, rows, pages)
-    size, seconds = max(1, min(rows, settings.prefill_tokens // settings.prompt_length)), 0.0
+    size, seconds = max(1, min(rows, (settings.prefill_tokens or 8192) // settings.prompt_length)), 0.0
     for round_ in range(2):  # the first compiles
         begun = time.perf_counter()
         for start in range(0, rows, size):

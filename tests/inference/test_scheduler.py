@@ -51,7 +51,7 @@ def test_a_prompt_is_read_once_for_all_its_chains():
 
 
 def test_prefill_tokens_bound_a_batch():
-    made = scheduler([job(60) for _ in range(9)], max_num_seqs=8, prefill_tokens=192)
+    made = scheduler([job(60) for _ in range(9)], max_num_seqs=8, prefill_tokens=192, prefill_chunk=64)
     assert len(read(made)) == 3
 
 
