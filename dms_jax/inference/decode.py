@@ -17,7 +17,7 @@ from dms_jax.config import SamplingConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.inference import sampling
 from dms_jax.kernels import attention
-from dms_jax.models.transformer import Decoder, adapter_logits
+from dms_jax.models.transformer import Decoder
 from dms_jax.policies import Policy
 from dms_jax.policies.base import DecodeStep, NewToken, PrefillChunk, positions
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
@@ -198,7 +198,7 @@ def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[D
 
     given = {"params": params}, state.token[:, None], position[:, None], attend, (state.cache, None, (), (), ())
     # All layers' eviction logits at once where none is asked for before the layers are through.
-    together = model.dms is not None and model.dms.gate == "adapter" and not policy.late
+    together = model.gate is not None and model.gate.reads_residual and not policy.late
     if together:
         hidden, carried, residuals = Decoder(model.config).apply(*given, method="with_residuals")
     else:
@@ -206,7 +206,7 @@ def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[D
     cache, _, owns, new, reads = carried
     new = jax.tree.map(lambda *xs: jnp.stack(xs), *new)
     if together:
-        new = new._replace(logit=adapter_logits(model, params, residuals)[..., 0])
+        new = new._replace(logit=model.gate.logits_from_residuals(params, residuals, model.config)[..., 0])
     own = jax.vmap(policy.record, (1, mapped, 0), 1)(_join(owns, jnp.concatenate), step, new)
     logits = model.apply({"params": params}, hidden, method="unembed")[:, 0]
     live = jnp.moveaxis(storage.live(cache), 0, 1)

@@ -46,8 +46,7 @@ def resolve_dms(lm, policy: str | None, dms: DMSConfig | None) -> tuple[str, DMS
       ConfigError: a DMS policy or config on a model that was never retrofitted, or another gate than its own.
     """
     if dms is not None:
-        require(lm.dms is not None, "dms", dms, "this model was never retrofitted")
-        require(dms.gate == lm.dms.gate, "dms.gate", dms.gate, f"the model carries the {lm.dms.gate!r} gate")
+        lm.check_gate(dms)
     dms = dms or lm.dms
     return policy or ("dms" if dms else "full"), dms
 
@@ -111,7 +110,7 @@ def build(
         sampling=sampling or SamplingConfig(),
         stop=tuple(lm.config.eos_ids if stop is None else stop),
     )
-    expected_cr = (dms.cr or 1.0) if name == "dms" else 1.0
+    expected_cr = (lm.cr or 1.0) if name == "dms" else 1.0
     params = lm.params if mesh is None else place(lm, mesh)
     return Engine(spec, params, cache_config, engine or EngineConfig(), expected_cr, mesh, **callbacks)
 
