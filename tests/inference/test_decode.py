@@ -80,7 +80,7 @@ def forced_decode(lm, tokens, lengths, policy="dms", cache=PAGED, chunk=14):
 def _forward(params, tokens, window, offset, config, gate):
     attend = transformer.causal
     if gate is not None:  # window and offset are traced, so that one program serves every case of a gate
-        rule = types.SimpleNamespace(window=window, decision_offset=offset)
+        rule = types.SimpleNamespace(window=window, decision_offset=offset, sinks=0)
         attend = transformer.hard_eviction(rule, jnp.full(len(tokens), tokens.shape[1]))
     positions = transformer.arange_positions(tokens)
     return transformer.Decoder(config, gate).apply({"params": params}, tokens, positions, attend, method="logits")
