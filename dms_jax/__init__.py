@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig  # noqa: F401
     from dms_jax.inference.chat import Conversation  # noqa: F401
     from dms_jax.inference.generation import generate  # noqa: F401
-    from dms_jax.weights.load import LM, load, save, save_gate  # noqa: F401
+    from dms_jax.weights.lm import LM  # noqa: F401
+    from dms_jax.weights.load import load  # noqa: F401
     from dms_jax.weights.safetensors import WeightError  # noqa: F401
+    from dms_jax.weights.save import save, save_gate  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -18,10 +20,10 @@ _HOME = {
     "DMSConfig": "config",
     "ModelConfig": "config",
     "SamplingConfig": "config",
-    "LM": "weights.load",
+    "LM": "weights.lm",
     "load": "weights.load",
-    "save": "weights.load",
-    "save_gate": "weights.load",
+    "save": "weights.save",
+    "save_gate": "weights.save",
     "generate": "inference.generation",
     "Conversation": "inference.chat",
     "WeightError": "weights.safetensors",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -21,14 +21,35 @@ def one_of(key: str, value, allowed: tuple) -> None:
 
 def load_yaml(cls: type, path: str | Path):
     """An instance of the config dataclass `cls` from a YAML file; an unknown or mistyped key raises ConfigError."""
-    import dacite
     import yaml
 
-    values = yaml.safe_load(Path(path).read_text())
+    return from_saved(cls, yaml.safe_load(Path(path).read_text()), path)
+
+
+def from_saved(cls: type, values: Any, where: str | Path):
+    """An instance of the config dataclass `cls` from the keys and values in a file, also of an older version's.
+
+    Raises:
+      ConfigError: an unknown or mistyped key, or an impossible value; names the file.
+    """
+    import dacite
+
     try:
-        return dacite.from_dict(cls, values, dacite.Config(strict=True, cast=[tuple], type_hooks={float: float}))
+        return dacite.from_dict(
+            cls, _renamed(values), dacite.Config(strict=True, cast=[tuple], type_hooks={float: float})
+        )
     except (dacite.DaciteError, ConfigError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _renamed(values: Any) -> Any:
+    """Saved settings under today's names: `offset` of `dms` is `logit_bias`, and `cr` is not in it."""
+    if not isinstance(values, dict) or not isinstance(values.get("dms"), dict):
+        return values
+    dms = {key: value for key, value in values["dms"].items() if key != "cr"}
+    if "offset" in dms:
+        dms["logit_bias"] = dms.pop("offset")
+    return {**values, "dms": dms}
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama, Qwen2 or Qwen3 decoder, in the letters of types.py. `convert.hf` reads it from a config.json."""
+    """A Llama, Qwen2 or Qwen3 decoder, in the letters of types.py."""
 
     family: Literal["llama", "qwen2", "qwen3"]
     vocab_size: int  # V
@@ -106,24 +127,23 @@ class DMSConfig:
     gate: "query" borrows a neuron of the first query head of each group; "adapter" adds a linear map.
     decision_offset: o, the decision for token j is read off token j + o. 0 is the paper's text, 1 the authors'
       released code, w immediate eviction (the ablation).
-    scale, offset: `logit = scale * x - offset`.
+    scale, logit_bias: `logit = scale * x - logit_bias`.
     neuron: which dim of the first query head of a group the query gate borrows.
     per: "head" or "layer" (every head of a layer follows head 0).
     tau: temperature of the Gumbel-sigmoid in training.
-    sinks: the first so many tokens of a sequence are never evicted.
-    cr: the compression ratio that the weights were retrofitted for; None if not.
+    sinks: the first so many tokens of a sequence are never evicted. 0 is the paper; 1 keeps a model usable on text
+      without the chat template it was retrofitted on.
     """
 
     window: int = 256
     gate: Literal["query", "adapter"] = "query"
     decision_offset: int = 0
     scale: float = 100.0
-    offset: float = 5.0
+    logit_bias: float = 5.0
     neuron: int = -1
     per: Literal["head", "layer"] = "head"
     tau: float = 0.1
     sinks: int = 0
-    cr: float | None = None
 
     def __post_init__(self):
         one_of("gate", self.gate, ("query", "adapter"))
@@ -132,7 +152,7 @@ class DMSConfig:
         o = self.decision_offset
         require(0 <= o <= self.window + 1, "decision_offset", o, f"must lie in 0..window+1={self.window + 1}")
         require(self.tau > 0, "tau", self.tau, "must be positive")
-        require(self.cr is None or self.cr >= 1, "cr", self.cr, "must be at least 1")
+        require(self.sinks >= 0, "sinks", self.sinks, "must not be negative")
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,14 @@ def scale_neuron(q: Queries, factor: float | Array, neuron: int, num_kv_heads: i
 
 
 def query_gate(q: Queries, num_kv_heads: int, dms: DMSConfig) -> GateLogits:
-    """Eviction logits `[B, K, T]` from the borrowed neuron, `scale * q[neuron] - offset`; q before RoPE."""
+    """Eviction logits `[B, K, T]` from the borrowed neuron, `scale * q[neuron] - logit_bias`; q before RoPE."""
     group = q.shape[2] // num_kv_heads
     return affine(q[:, :, ::group, dms.neuron], dms)
 
 
 def affine(x: Float[Array, "B T K"], dms: DMSConfig) -> GateLogits:
-    """`scale * x - offset` in float32, as `[B, K, T]`; with per="layer" every head follows head 0."""
-    logit = dms.scale * x.astype(jnp.float32).swapaxes(1, 2) - dms.offset
+    """`scale * x - logit_bias` in float32, as `[B, K, T]`; with per="layer" every head follows head 0."""
+    logit = dms.scale * x.astype(jnp.float32).swapaxes(1, 2) - dms.logit_bias
     return jnp.broadcast_to(logit[:, :1], logit.shape) if dms.per == "layer" else logit
 
 
@@ -131,6 +131,16 @@ def shift_segments(
     index = jnp.minimum(source, T - 1)
     same = (source < T) & (jnp.take(segments, index, axis=1) == segments) & (segments > 0)
     return jnp.where(same[:, None], jnp.take(values, index, axis=-1), kept)
+
+
+def protect_sinks(
+    values: Shaped[Array, "B K T"], positions: Int[Array, "B T"], sinks: int, kept
+) -> Shaped[Array, "B K T"]:
+    """Decisions or logits with `kept` for the first `sinks` tokens of each sequence (or packed document).
+
+    With sinks 1, positions [0 1 2 0 1]: [a b c d e] -> [kept b c kept e].
+    """
+    return jnp.where((positions < sinks)[:, None], kept, values) if sinks else values
 
 
 def live_counts(key_pos: Slots, evicted: SlotFlags, start: Counts, T: int, window: int) -> Int[Array, "B K T"]:

@@ -238,8 +238,8 @@ def prepare(settings: Ablation, out: Path) -> dict:
 def begin_cell(settings: Ablation, cell: Cell, lm: Any, start: Path, folder: Path) -> None:
     """Puts the shared start into a cell's folder as its first checkpoint, the neuron's inputs zeroed."""
     from dms_jax import sharding
+    from dms_jax.models.gates import gate_of
     from dms_jax.training import checkpoint
-    from dms_jax.training import parameters as trainable
     from dms_jax.training import step as retrofit
 
     with checkpoint.Checkpoints(folder / "checkpoints") as own:
@@ -250,7 +250,7 @@ def begin_cell(settings: Ablation, cell: Cell, lm: Any, start: Path, folder: Pat
         with checkpoint.Checkpoints(start / "checkpoints") as shared:
             step, state, cursor = shared.restore(state)
         require(step == settings.retire_steps, "start", step, "the shared start is not finished")
-        state = state._replace(params=trainable.reset_neuron(state.params, lm.config, cell.dms))
+        state = state._replace(params=gate_of(cell.dms).reset_neuron(state.params, lm.config))
         own.save(step, state, cursor)
 
 
@@ -259,7 +259,6 @@ def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
     import jax
 
     import dms_jax
-    from dms_jax.weights import load as hub
 
     run = open_run(out, "cell", cell_identity(settings, cell), out / cell.name)
     try:
@@ -270,9 +269,9 @@ def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
 
         def on_step(step, state):
             if step in due:
-                member = dataclasses.replace(cell.dms, cr=float(due[step]))
                 params = jax.tree.map(np.asarray, state.params)
-                hub.save(hub.LM(lm.config, params, lm.tokenizer, member), run.path / f"cr{due[step]:g}")
+                member = dms_jax.LM(lm.config, params, lm.tokenizer, cell.dms, due[step])
+                dms_jax.save(member, run.path / f"cr{due[step]:g}")
             return state
 
         begin_cell(settings, cell, lm, out / "start", run.path)
@@ -290,10 +289,7 @@ def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
 
 
 def score_member(settings: Ablation, run: Run, lm: Any, dms: DMSConfig | None, source: str) -> None:
-    """Samples one chain for each problem as `experiments.aime` does, and judges it; a line of samples.jsonl each.
-
-    dms: without a ratio, so that all members of a cell share compiled code.
-    """
+    """Samples one chain for each problem as `experiments.aime` does, and judges it; a line of samples.jsonl each."""
     import dms_jax
     from dms_jax.inference import sampling
     from experiments.tasks import aime

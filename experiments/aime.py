@@ -200,7 +200,7 @@ def load_models(config: Config) -> tuple[list, list[stats.Cell]]:
         policies.named(
             policy, dms, config.budget, config.max_length, config.page_size
         )  # an error now, before there is a run folder
-        ratio = 1.0 if policy == "full" else (cr or (dms and dms.cr))
+        ratio = 1.0 if policy == "full" else (cr or lm.cr)
         source = f"{'base' if weights is None else f'cr{cr:g}'}/{policy}"
         shown = "?" if ratio is None else f"{ratio:g}"
         names = [f"{config.max_length / 1024:.2g}-{w}-{shown}" for w in chains]

@@ -60,7 +60,7 @@ class Model(NamedTuple):
 
 def fingerprint(lm) -> str:
     """A short hash of the configuration and all but the largest parameters: another training gives another."""
-    hashed = hashlib.sha256(repr((lm.config, lm.dms)).encode())
+    hashed = hashlib.sha256(repr((lm.config, lm.dms, lm.cr)).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params):
         if leaf.size <= FINGERPRINTED:
             hashed.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())

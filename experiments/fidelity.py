@@ -258,7 +258,7 @@ def table(samples: Sequence[dict], loaded: Sequence[Loaded], limit: int) -> list
         rows.append(
             {
                 "policy": one.variant.policy,
-                "cr": one.dms.cr if one.dms else None,
+                "cr": one.lm.cr if one.dms else None,
                 "budget": one.variant.budget,
                 "windows": len(own),
                 "tokens": sum(s["tokens"] for s in own),

@@ -186,7 +186,7 @@ def table(samples: Sequence[dict], cells: Sequence[Cell], limit: int) -> list[di
         own = [s for s in samples if (s["task"], s["length"], s["variant"]) == cell.key]
         own = [s for s in own if int(s["id"].rsplit("-", 1)[1]) < limit]
         variant = cell.loaded.variant
-        cr = cell.loaded.dms.cr if cell.loaded.dms else None
+        cr = cell.loaded.lm.cr if cell.loaded.dms else None
         rows.append(
             {
                 "task": cell.task,

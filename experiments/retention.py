@@ -110,7 +110,7 @@ def execute(config: Config, console: Console, start: float) -> int:
     try:
         entry = run.started()
         measured = measure(loaded, windows, config.batch_size, config.bins)
-        head = {"experiment": "retention", "command": entry["command"], "policy": "dms", "cr": loaded.dms.cr}
+        head = {"experiment": "retention", "command": entry["command"], "policy": "dms", "cr": loaded.lm.cr}
         about = {"meaning": MEANING, "problems": len(windows), "config": run.config, "environment": entry}
         run.finish({**head, **measured, **about})
     finally:

@@ -13,18 +13,17 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import dacite
 import jax
 import numpy as np
 import tyro
 
 import dms_jax
 from dms_jax import sharding
-from dms_jax.config import ConfigError, require
+from dms_jax.config import ConfigError, from_saved, require
 from dms_jax.training import checkpoint
 from dms_jax.training import step as retrofit
 from dms_jax.training.config import RetrofitConfig
-from dms_jax.weights import load as hub
+from dms_jax.weights.lm import LM
 from scripts.retrofit import RUN
 
 CARD = "README.md"
@@ -34,7 +33,7 @@ def settings_of_run(run: Path) -> RetrofitConfig:
     """The settings that a run was started with."""
     file = run / RUN
     require(file.is_file(), "run", str(run), f"is no folder of scripts.retrofit: it has no {RUN}")
-    return dacite.from_dict(RetrofitConfig, json.loads(file.read_text()), dacite.Config(strict=True, cast=[tuple]))
+    return from_saved(RetrofitConfig, json.loads(file.read_text()), file)
 
 
 def step_of(cr: float, settings: RetrofitConfig) -> int:
@@ -44,7 +43,7 @@ def step_of(cr: float, settings: RetrofitConfig) -> int:
     return steps[cr]
 
 
-def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: hub.LM) -> hub.LM:
+def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: LM) -> LM:
     """The member from the checkpoint that was kept when the schedule reached its CR.
 
     Raises:
@@ -58,7 +57,7 @@ def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: hub.LM) -
     state, base, _ = retrofit.start(lm.params, lm.config, dataclasses.replace(settings, mesh=(1, 1, 1)), mesh)
     state = checkpoint.read(folder, step, state)
     params = retrofit.member(state, base, lm.config, settings)
-    return hub.LM(lm.config, params, lm.tokenizer, dataclasses.replace(settings.dms, cr=float(cr)))
+    return LM(lm.config, params, lm.tokenizer, settings.dms, cr)
 
 
 def measured(run: Path, step: int, last: int = 10) -> dict[str, float]:
@@ -139,9 +138,9 @@ def main(
         member = trained_member(run, cr, settings, base)
     out.mkdir(parents=True, exist_ok=True)
     if form == "adapter":
-        hub.save_gate(member, out / "gate.safetensors")
+        dms_jax.save_gate(member, out / "gate.safetensors")
     else:
-        hub.save(member, out)
+        dms_jax.save(member, out)
     (out / CARD).write_text(card(settings, cr, measured(run, step_of(cr, settings)), form))
     print(f"wrote {out}")
 

@@ -19,7 +19,8 @@ from dms_jax.models.transformer import Decoder, arange_positions, causal, init
 from dms_jax.training import loop
 from dms_jax.training import step as retrofit
 from dms_jax.training.data import Batch, pool_stream
-from dms_jax.weights.load import LM, save
+from dms_jax.weights.lm import LM
+from dms_jax.weights.save import save
 from experiments.tasks import mini
 
 LENGTH = 512  # tokens a sequence is padded to; the longest problem has fewer

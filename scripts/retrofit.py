@@ -20,13 +20,12 @@ import tyro
 
 import dms_jax
 from dms_jax import sharding
-from dms_jax.config import ConfigError, ModelConfig, load_yaml, require
+from dms_jax.config import ConfigError, ModelConfig, from_saved, load_yaml, require
 from dms_jax.training import data, flops, loop, watch
-from dms_jax.training import parameters as trainable
 from dms_jax.training import step as retrofit
 from dms_jax.training.config import RetrofitConfig, SourceConfig
 from dms_jax.training.documents import open_documents
-from dms_jax.weights import load as hub
+from dms_jax.weights.lm import LM
 from scripts import pretrain_mini
 
 RUN, FINISHED = "run.json", "finished"
@@ -75,7 +74,7 @@ def settings_of(config: Path, overrides: Overrides) -> RetrofitConfig:
     return dataclasses.replace(load_yaml(RetrofitConfig, config), **changes)
 
 
-def stream_of(settings: RetrofitConfig, lm: hub.LM, pool: int, slip_rate: float) -> data.Stream:
+def stream_of(settings: RetrofitConfig, lm: LM, pool: int, slip_rate: float) -> data.Stream:
     """The batches: packed documents, or problems of the mini task, a row each."""
     if settings.data:
         sources = [open_documents(source, lm.tokenizer) for source in settings.data]
@@ -100,20 +99,21 @@ def check_continued(out: Path, settings: RetrofitConfig) -> None:
         if jax.process_index() == 0:
             file.write_text(json.dumps(now, indent=2) + "\n")
         return
-    before = json.loads(file.read_text())
+    started = from_saved(RetrofitConfig, json.loads(file.read_text()), file)
+    before = json.loads(json.dumps(dataclasses.asdict(started)))
     for key, value in now.items():
         same = key in MAY_CHANGE or before.get(key) == value
         require(same, key, value, f"the run in {out} was started with {before.get(key)!r}; choose another --out")
 
 
-def write_member(state, base, cr: float, settings: RetrofitConfig, lm: hub.LM, out: Path) -> Path:
+def write_member(state, base, cr: float, settings: RetrofitConfig, lm: LM, out: Path) -> Path:
     """A member of the family: a model folder, or for an adapter over a frozen base the gate's file alone."""
     alone = settings.mode == "adapter"
     params = retrofit.gate_alone(state) if alone else retrofit.member(state, base, lm.config, settings)
     path = out / (f"gate_cr{cr:g}.safetensors" if alone else f"cr{cr:g}")
     if jax.process_index() == 0:
-        member = hub.LM(lm.config, params, lm.tokenizer, dataclasses.replace(settings.dms, cr=float(cr)))
-        (hub.save_gate if alone else hub.save)(member, path)
+        member = LM(lm.config, params, lm.tokenizer, settings.dms, cr)
+        (dms_jax.save_gate if alone else dms_jax.save)(member, path)
     return path
 
 
@@ -123,7 +123,7 @@ def work_of(settings: RetrofitConfig, model: ModelConfig, keys: float) -> loop.W
     return loop.Work(tokens, flops.step_flops(model, settings, tokens, keys), flops.peak_flops())
 
 
-def run(settings: RetrofitConfig, lm: hub.LM, stream: data.Stream, out: Path, crs=None, watchers=()):
+def run(settings: RetrofitConfig, lm: LM, stream: data.Stream, out: Path, crs=None, watchers=()):
     """The run as it is, on the mesh of the settings; returns the last state."""
     mesh = sharding.make_mesh(settings.mesh)
     with jax.set_mesh(mesh):
@@ -131,9 +131,7 @@ def run(settings: RetrofitConfig, lm: hub.LM, stream: data.Stream, out: Path, cr
         lm = dataclasses.replace(lm, params=None)  # the devices have them: the host's copy may go
         retiring = retrofit.compiled_step(lm.config, settings, True, places)
         evicting = retrofit.compiled_step(lm.config, settings, False, places)
-        reset = jax.jit(
-            lambda params: trainable.reset_neuron(params, lm.config, settings.dms), out_shardings=places.state.params
-        )
+        reset = jax.jit(lambda params: settings.gate.reset_neuron(params, lm.config), out_shardings=places.state.params)
         family = settings.members()
         due = family if crs is None else {s: cr for s, cr in family.items() if cr in (*crs, settings.max_cr)}
 

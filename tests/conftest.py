@@ -67,12 +67,12 @@ def tiny_family(tmp_path_factory):
 
     @functools.cache
     def member(cr):
-        dms = None if cr is None else DMSConfig(window=4, cr=cr, scale=1.0, offset=0.0)
+        dms = None if cr is None else DMSConfig(window=4, scale=1.0, logit_bias=0.0)
         return transformer.init(jax.random.key(int(cr or 1)), config, dms), dms
 
     def load(source, dtype="float32", gate=None, cr=None):
         params, dms = member(cr)
-        return dms_jax.LM(config, params, tokenizer, dms)
+        return dms_jax.LM(config, params, tokenizer, dms, cr)
 
     return load
 

@@ -10,13 +10,13 @@ import pytest
 from dms_jax import dms
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.models import layers, transformer
-from dms_jax.training import parameters as trainable
+from dms_jax.models.gates import gate_of
 from dms_jax.types import MASK_VALUE
 
 # Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
 QUICK = {"xla_backend_optimization_level": 0}
 B, T, K, G, D = 2, 6, 2, 3, 10
-QUERY = DMSConfig(window=2, scale=3.0, offset=0.5)
+QUERY = DMSConfig(window=2, scale=3.0, logit_bias=0.5)
 
 
 def sigmoid(x):
@@ -137,7 +137,7 @@ def test_kl_both_directions():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("window", -1), ("gate", "none"), ("per", "token"), ("decision_offset", 4), ("tau", 0.0), ("cr", 0.5)],
+    [("window", -1), ("gate", "none"), ("per", "token"), ("decision_offset", 4), ("tau", 0.0), ("sinks", -1)],
 )
 def test_config_names_the_field(field, value):
     assert DMSConfig(window=2, decision_offset=3).decision_offset == 3
@@ -189,7 +189,7 @@ def with_neuron_times(params, factor):
 
 def test_attention_never_sees_the_borrowed_neuron():
     """A factor keeps the decisions' sign at offset 0 and changes nothing else; unless the neuron is in use."""
-    config = dataclasses.replace(QUERY, offset=0.0)
+    config = dataclasses.replace(QUERY, logit_bias=0.0)
     params = random_params(MODEL, config)
     changed = with_neuron_times(params, 5.0)
     evicting = compiled(MODEL, config, transformer.hard_eviction(config, jnp.full(2, TOKENS.shape[1])))
@@ -261,7 +261,7 @@ def test_nothing_is_evicted_at_the_start(family):
     query = DMSConfig(gate="query")
     run = compiled(model, query, recording)
     before = {path: np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    reset = trainable.reset_neuron(params, model, query)
+    reset = gate_of(query).reset_neuron(params, model)
     for tree, share in ((reset, 0), (params, 0.2)):
         logits = np.stack([logit for _, _, logit in run(tree)[1]])
         assert (logits > 0).mean() > share if share else (logits == -5).all()

@@ -115,6 +115,18 @@ def test_shift_segments(offset):
         assert got[b, k, j] == (values[b, k, j + offset] if same else -7.0)
 
 
+def test_protect_sinks():
+    """The first tokens of every document are kept, whatever their logits; with 0 sinks nothing changes."""
+    positions = np.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+    values = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+    for sinks in (0, 1, 2, 9):
+        got = dms.protect_sinks(jnp.asarray(values), jnp.asarray(positions), sinks, MASK_VALUE)
+        for b, k, j in np.ndindex(*values.shape):
+            assert got[b, k, j] == (np.float32(MASK_VALUE) if positions[b, j] < sinks else values[b, k, j])
+        alpha = dms.protect_sinks(jnp.asarray(values > 0), jnp.asarray(positions), sinks, False)
+        np.testing.assert_array_equal(alpha, got > 0)
+
+
 def test_bias_of_packed_rows():
     """Nothing is seen across documents, and inside one it is the bias of that document alone."""
     segments, positions = np.array([[1, 1, 1, 2, 2]]), np.array([[0, 1, 2, 0, 1]])

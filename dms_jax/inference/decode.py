@@ -17,7 +17,7 @@ from dms_jax.cache import DecodeQuery, KVCache
 from dms_jax.config import SamplingConfig
 from dms_jax.inference import sampling
 from dms_jax.kernels import attention
-from dms_jax.models.transformer import Decoder, adapter_logits
+from dms_jax.models.transformer import Decoder
 from dms_jax.policies import DecodeStep, NewToken, Policy, PrefillChunk
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
@@ -301,13 +301,12 @@ def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[D
 
 def _apply(spec: DecodeSpec, params: Params, given, carried: _Carried):
     """Hidden states, what was carried, and the eviction logits `[L, B, K]` where they are computed for all layers."""
-    model = spec.model
-    together = model.dms is not None and model.dms.gate == "adapter" and not spec.policy.needs_current_logit
-    if not together:
+    model, gate = spec.model, spec.model.gate
+    if gate is None or not gate.reads_residual or spec.policy.needs_current_logit:
         return *model.apply({"params": params}, *given, carried), None
     ungated = Decoder(model.config)
     hidden, carried, residuals = ungated.apply({"params": params}, *given, carried, method="with_residuals")
-    return hidden, carried, adapter_logits(model, params, residuals)[..., 0]
+    return hidden, carried, gate.logits_from_residuals(params, residuals, model.config)[..., 0]
 
 
 def decode_chunk(

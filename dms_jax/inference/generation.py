@@ -94,8 +94,7 @@ def resolve_dms(lm, dms: DMSConfig | None) -> DMSConfig | None:
       ConfigError: a config on a model that was never retrofitted, or of another gate than its own.
     """
     if dms is not None:
-        require(lm.dms is not None, "dms", dms, "this model was never retrofitted")
-        require(dms.gate == lm.dms.gate, "dms.gate", dms.gate, f"the model carries the {lm.dms.gate!r} gate")
+        lm.check_gate(dms)
     return dms or lm.dms
 
 
@@ -159,7 +158,7 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
     )
     steps = min(EngineConfig.steps, config.max_new_tokens)
     engine = config.engine or EngineConfig(max_num_seqs=config.max_num_seqs, steps=steps)
-    expected_cr = (lm.dms.cr or 1.0) if policy.name == "dms" else 1.0
+    expected_cr = (lm.cr or 1.0) if policy.name == "dms" else 1.0
     params = lm.params if mesh is None else place(lm, mesh)
     return Engine(spec, params, cache_config, engine, expected_cr, mesh, **callbacks)
 

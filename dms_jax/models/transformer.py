@@ -5,8 +5,7 @@ to an `attend` function, which returns the attention output and the next state; 
 every eviction policy are such functions.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from dms_jax import dms, kernels, sharding
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.kernels import attention
 from dms_jax.models import layers
+from dms_jax.models.gates import Gate, gate_of
 from dms_jax.types import (
     GateLogits,
     Lengths,
@@ -36,24 +36,13 @@ from dms_jax.types import (
 POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
 
 
+@runtime_checkable
 class Attend(Protocol):
     """What a layer calls. `logit` is None where the model has no gate; `state` is any pytree."""
 
     def __call__(
         self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State
     ) -> tuple[Queries, State]: ...
-
-
-class AdapterGate(nn.Module):
-    """The authors' released gate: `W rmsnorm(x)` for each KV head, W zero at the start; `[B, T, K]`."""
-
-    num_kv_heads: int
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Residual):
-        x = layers.RMSNorm(self.eps, name="norm")(x)
-        return layers.Linear((self.num_kv_heads,), init=nn.initializers.zeros, name="proj")(x)
 
 
 class Attention(nn.Module):
@@ -70,17 +59,14 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = layers.RMSNorm(c.norm_eps, name="q_norm")(q)
             k = layers.RMSNorm(c.norm_eps, name="k_norm")(k)
-        logit = None
-        if self.dms and self.dms.gate == "adapter":
-            gate = AdapterGate(c.num_kv_heads, c.norm_eps, name="gate")
-            logit = dms.affine(gate(residual), self.dms)
-        if self.dms and self.dms.gate == "query":
-            logit = dms.query_gate(q, c.num_kv_heads, self.dms)
-            q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        gate, logit = gate_of(self.dms), None
+        if gate is not None:
+            logit = gate.logits(q, residual, c)
+            q = gate.hidden(q, neuron_scale, c)
         q = layers.apply_rope(q, positions, c.rope)
         k = layers.apply_rope(k, positions, c.rope)
-        if self.dms and self.dms.gate == "query":
-            q = dms.scale_neuron(q, neuron_scale, self.dms.neuron, c.num_kv_heads)
+        if gate is not None:
+            q = gate.hidden(q, neuron_scale, c)
         q, k, v = sharding.constrain(q, "B T H D"), sharding.constrain(k, "B T K D"), sharding.constrain(v, "B T K D")
         out, state = attend(self.layer, q, k, v, logit, state)
         out = sharding.constrain(out, "B T H D")
@@ -138,6 +124,11 @@ class Decoder(nn.Module):
             x, state = block(x, positions, attend, state, neuron_scale)
         return self.final_norm(x), state, entered
 
+    @property
+    def gate(self) -> Gate | None:
+        """The gate that the parameters carry."""
+        return gate_of(self.dms)
+
     def unembed(self, hidden: Residual) -> Logits:
         """`[..., E]` -> `[..., V]` float32."""
         logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.unembedding(hidden)
@@ -147,18 +138,6 @@ class Decoder(nn.Module):
         """`__call__` and `unembed` at once; also what `init` runs."""
         hidden, state = self(tokens, positions, attend, state, neuron_scale)
         return self.unembed(hidden), state
-
-
-def adapter_logits(model: Decoder, params: Params, residuals: Sequence[Residual]) -> Float[Array, "L B K T"]:
-    """Eviction logits of all layers' adapter gates at once, from what entered the layers.
-
-    A layer's gate is three kernels of a few microseconds on a GPU, which a decode step of few tokens feels.
-    """
-    c = model.config
-    gates = [params[f"layers_{n}"]["attn"]["gate"] for n in range(c.num_layers)]
-    gate = AdapterGate(c.num_kv_heads, c.norm_eps)
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *gates)
-    return jax.vmap(lambda own, x: dms.affine(gate.apply({"params": own}, x), model.dms))(stacked, jnp.stack(residuals))
 
 
 def arange_positions(tokens: Tokens) -> Positions:
@@ -219,6 +198,7 @@ def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
     def attend(layer, q, k, v, logit, state):
         positions = arange_positions(q[..., 0, 0])
         alpha = dms.shift(dms.hard_decisions(logit), config.decision_offset, lengths, False)
+        alpha = dms.protect_sinks(alpha, positions, config.sinks, False)
         out = self_attention(q, k, v, positions, dms.hard_log_keep_prob(alpha), config.window, hard=True)
         return out, (*state, alpha)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from dms_jax.config import DMSConfig, one_of, require
+from dms_jax.models.gates import Gate, gate_of
 
 MODES = ("full", "adapter", "lora")
 REMAT = ("none", "dots", "block")
@@ -108,8 +109,8 @@ class RetrofitConfig:
         one_of("mode", self.mode, MODES)
         one_of("compute", self.compute, ("float32", "bfloat16"))
         one_of("remat", self.remat, REMAT)
-        adapter = self.mode != "adapter" or self.dms.gate == "adapter"
-        require(adapter, "mode", self.mode, f"there is no adapter to train with gate={self.dms.gate!r}")
+        trains = self.mode != "adapter" or bool(self.gate.tensors)
+        require(trains, "mode", self.mode, f"there is no adapter to train with gate={self.dms.gate!r}")
         require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
         for key in ("steps_per_cr", "batch_size", "accumulate", "context", "loss_chunk", "save_every", "log_every"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
@@ -120,9 +121,14 @@ class RetrofitConfig:
         require(len(self.mesh) == 3 and min(self.mesh) > 0, "mesh", self.mesh, "expected data, fsdp, tensor")
 
     @property
+    def gate(self) -> Gate:
+        """The gate that is trained."""
+        return gate_of(self.dms)
+
+    @property
     def retirement(self) -> int:
-        """Steps before anything is evicted: the adapter gate borrows no neuron, so none."""
-        return self.retire_steps if self.dms.gate == "query" else 0
+        """Steps before anything is evicted."""
+        return self.gate.retirement(self.retire_steps)
 
     @property
     def total_steps(self) -> int:

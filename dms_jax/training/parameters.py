@@ -15,40 +15,10 @@ import optax
 from flax import traverse_util
 
 from dms_jax import sharding
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import ModelConfig
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.types import Params, State
 from dms_jax.weights.table import specs
-
-
-def reset_neuron(params: Params, config: ModelConfig, dms_config: DMSConfig) -> Params:
-    """Zeroes what feeds the borrowed neuron once attention no longer uses it, so that every logit is `-offset`.
-
-    With a q-norm the neuron stays 0 through it, since the norm only rescales. Of a low-rank update it is the rows
-    of b that feed the neuron; projections that are not in the tree are passed over.
-    """
-    params = jax.tree.map(lambda x: x, params)  # a new tree, so that the caller's keeps its leaves
-    neurons = (..., slice(None, None, config.group_size), dms_config.neuron)
-    for n in range(config.num_layers):
-        q = params.get(f"layers_{n}", {}).get("attn", {}).get("q", {})
-        for name, value in q.items():
-            if name == "lora":
-                q[name] = {"a": value["a"], "b": value["b"].at[neurons].set(0)}
-            else:
-                q[name] = value.at[neurons].set(0)
-    return params
-
-
-def with_gate(params: Params, config: ModelConfig, dms_config: DMSConfig) -> Params:
-    """Adds what a gate needs and an original model lacks: for the adapter W = 0, which evicts nothing."""
-    if dms_config.gate != "adapter" or "gate" in params["layers_0"]["attn"]:
-        return params
-    params = jax.tree.map(lambda x: x, params)  # a new tree: the caller's is the teacher's
-    E, K, dtype = config.model_dim, config.num_kv_heads, params["embed"]["embedding"].dtype
-    for n in range(config.num_layers):
-        gate = {"norm": {"scale": jnp.ones(E, dtype)}, "proj": {"kernel": jnp.zeros((E, K), dtype)}}
-        params[f"layers_{n}"]["attn"]["gate"] = gate
-    return params
 
 
 def with_lora(params: Params, config: ModelConfig, recipe: RetrofitConfig) -> Params:
@@ -69,7 +39,7 @@ def with_lora(params: Params, config: ModelConfig, recipe: RetrofitConfig) -> Pa
 
 def student_params(params: Params, config: ModelConfig, recipe: RetrofitConfig) -> Params:
     """The student's whole tree at the start: an original model with the gate, and the low-rank updates if asked."""
-    params = with_gate(params, config, recipe.dms)
+    params = recipe.gate.with_gate(params, config)
     return with_lora(params, config, recipe) if recipe.mode == "lora" else params
 
 
@@ -114,8 +84,8 @@ def merged(base: Params, trained: Params, config: ModelConfig, recipe: RetrofitC
     With the query gate the updates are of projections whose borrowed neuron was reset, as in training.
     """
     base = jax.tree.map(jnp.asarray, base)
-    if recipe.mode == "lora" and recipe.dms.gate == "query":
-        base = reset_neuron(base, config, recipe.dms)
+    if recipe.mode == "lora":
+        base = recipe.gate.reset_neuron(base, config)
     tree = jax.tree.map(jnp.asarray, overlay(base, scaled(trained, recipe, jnp.float32)))
     for n in range(config.num_layers):
         for projection in tree[f"layers_{n}"]["attn"].values():

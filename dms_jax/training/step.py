@@ -41,6 +41,7 @@ def soft_eviction(config: DMSConfig, batch: Packed, keys: Keys) -> Attend:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         noisy = jax.vmap(dms.gumbel_sigmoid, (0, 0, None))(logit, own, config.tau)
         noisy = dms.shift_segments(noisy, config.decision_offset, batch.segments, MASK_VALUE)
+        noisy = dms.protect_sinks(noisy, batch.positions, config.sinks, MASK_VALUE)
         log_keep_prob = dms.log_keep_prob(noisy)
         out = self_attention(q, k, v, batch.positions, log_keep_prob, config.window, batch.segments)
         real = (batch.segments > 0)[:, None]
@@ -71,8 +72,8 @@ def loss_fn(
     teacher_hidden, _ = teacher.apply({"params": base}, batch.tokens, batch.positions, causal)
     teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
     under = base
-    if config.mode == "lora" and config.dms.gate == "query" and not retiring:
-        under = trainable.reset_neuron(base, model, config.dms)
+    if config.mode == "lora" and not retiring:
+        under = config.gate.reset_neuron(base, model)
     params = trainable.overlay(under, trained)
     scale = 1.0 - step / config.retirement if retiring else 0.0
     attend = causal if retiring else soft_eviction(config.dms, batch, keys)
@@ -238,5 +239,5 @@ def member(
 
 
 def gate_alone(state: TrainState, dtype: str = "bfloat16") -> Params:
-    """What `hub.save_gate` needs of a run in adapter mode."""
+    """What `save_gate` needs of a run in adapter mode."""
     return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), sharding.gather(state.params))

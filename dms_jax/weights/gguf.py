@@ -1,6 +1,6 @@
 """GGUF files (llama.cpp): configuration and dequantised tensors, through the `gguf` package.
 
-The tensor names are the "gguf" column of the table in weights.py. Rows are dequantised a piece at a time.
+The tensor names are the "gguf" column of table.py. Rows are dequantised a piece at a time.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from dms_jax.config import ConfigError, ModelConfig, RopeConfig, one_of, require
 from dms_jax.models.layers import rope_frequencies
 from dms_jax.types import Params
-from dms_jax.weights.safetensors import Source, WeightError, read_bytes
+from dms_jax.weights.safetensors import Source, WeightError
 from dms_jax.weights.table import read_params, specs
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -74,7 +74,7 @@ def _source(file: Path, tensor: Any) -> Source:
     row = quants.quant_shape_to_byte_shape((columns,), kind)[-1]
 
     def read(start: int, stop: int) -> np.ndarray:
-        data = np.frombuffer(read_bytes(file, offset + start * row, (stop - start) * row, name), np.uint8)
+        data = _read_bytes(file, offset + start * row, (stop - start) * row, name)
         if kind.name in ("F32", "F16"):
             return data.view(np.float32 if kind.name == "F32" else np.float16).reshape(-1, columns)
         try:
@@ -83,6 +83,14 @@ def _source(file: Path, tensor: Any) -> Source:
             raise WeightError(f"{file}: tensor {name} is quantised as {kind.name}: not supported") from error
 
     return Source(name, shape, Path(file), read)
+
+
+def _read_bytes(file: Path, offset: int, size: int, name: str) -> np.ndarray:
+    """Exactly `size` bytes at `offset`, or a WeightError that names the tensor and the file."""
+    data = np.fromfile(file, np.uint8, size, offset=offset)
+    if len(data) < size:
+        raise WeightError(f"{file}: truncated inside tensor {name}")
+    return data
 
 
 def config_from_gguf(metadata: Mapping[str, Any], sources: Mapping[str, Source]) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json and safetensors. Reads raw dicts, needs no transformers.
 
-The tensor names are the "hf" column of the table in weights.py.
+The tensor names are the "hf" column of table.py.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeConfig, one_of, require
+from dms_jax.models.gates import GATES, gate_name, gate_of
 from dms_jax.types import Params
 from dms_jax.weights.safetensors import Source, WeightError, open_safetensors, write_safetensors
 from dms_jax.weights.table import Spec, read_params, saved, specs
@@ -23,16 +24,18 @@ LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # what Llama means by absent
 # Derived from the configuration by old exporters: never read.
 DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 
-# DMSConfig field -> the authors' config key; the last two are ours.
+GATE_KEY = "dms"  # metadata of a gate's file: the config.json keys of its DMSConfig, in JSON
+CR_KEY = "dms_cr"
+# DMSConfig field -> the authors' config key; the last three are ours.
 DMS_KEYS = {
     "scale": "dms_alpha_scale",
-    "offset": "dms_initial_alpha_offset",
+    "logit_bias": "dms_initial_alpha_offset",
     "window": "dms_window_size",
     "per": "dms_alpha_per",
     "tau": "dms_tau",
-    "cr": "dms_cr",
     "decision_offset": "dms_decision_offset",
     "neuron": "dms_neuron",
+    "sinks": "dms_sinks",
 }
 # What their released code takes an absent key to mean; it reads each decision off the next token.
 DMS_DEFAULTS = {"window": 512, "decision_offset": 1}
@@ -159,7 +162,7 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return out
 
 
-def config_to_hf(config: ModelConfig, dms: DMSConfig | None = None) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, dms: DMSConfig | None = None, cr: float | None = None) -> dict[str, Any]:
     """config.json of a model, in the old and the new spelling of RoPE, so that every transformers reads it.
 
     Raises:
@@ -196,23 +199,28 @@ def config_to_hf(config: ModelConfig, dms: DMSConfig | None = None) -> dict[str,
         out["attention_bias"] = c.qkv_bias
     if family == "llama":
         out["mlp_bias"] = c.mlp_bias
-    return {**out, **dms_to_hf(dms)}
+    return {**out, **dms_to_hf(dms, cr)}
 
 
-def dms_to_hf(dms: DMSConfig | None) -> dict[str, Any]:
+def dms_to_hf(dms: DMSConfig | None, cr: float | None = None) -> dict[str, Any]:
     """The config.json keys of a retrofitted model; empty if it is not one."""
     if dms is None:
         return {}
-    return {"dms_separate_alpha": dms.gate == "adapter"} | {key: getattr(dms, field) for field, key in DMS_KEYS.items()}
+    return {**gate_of(dms).foreign, **{key: getattr(dms, field) for field, key in DMS_KEYS.items()}, CR_KEY: cr}
 
 
 def dms_from_hf(raw: Mapping[str, Any]) -> DMSConfig | None:
     """The DMSConfig in a config.json, or None. Without `dms_decision_offset` it is the authors' o = 1."""
-    if "dms_separate_alpha" not in raw and not any(key in raw for key in DMS_KEYS.values()):
+    keys = {*DMS_KEYS.values(), CR_KEY, *(key for gate in GATES.values() for key in gate.foreign)}
+    if not keys & raw.keys():
         return None
-    values = dict(DMS_DEFAULTS)
-    values |= {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
-    return DMSConfig(gate="adapter" if raw.get("dms_separate_alpha", False) else "query", **values)
+    values = DMS_DEFAULTS | {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
+    return DMSConfig(gate=gate_name(raw), **values)
+
+
+def cr_from_hf(raw: Mapping[str, Any]) -> float | None:
+    """The compression ratio that the weights were retrofitted for, where a config.json says so."""
+    return raw.get(CR_KEY)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -225,8 +233,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_folder(folder: Path, dtype: str) -> tuple[ModelConfig, Params, DMSConfig | None]:
-    """An HF folder: config.json with model.safetensors, or with shards and their index.
+def read_folder(folder: Path, dtype: str) -> tuple[ModelConfig, Params, DMSConfig | None, float | None]:
+    """An HF folder: config.json with model.safetensors, or with shards and their index; the last is the CR.
 
     Raises:
       ConfigError: an unsupported configuration.  WeightError: tensors that do not fit it.
@@ -238,7 +246,7 @@ def read_folder(folder: Path, dtype: str) -> tuple[ModelConfig, Params, DMSConfi
         more = id_tuple(read_json(generation).get("eos_token_id"))
         config = dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *more))))
     sources = _drop_redundant(config, open_folder(folder))
-    return config, read_params(specs(config, dms), sources, dtype, str(folder)), dms
+    return config, read_params(specs(config, dms), sources, dtype, str(folder)), dms, cr_from_hf(raw)
 
 
 def open_folder(folder: Path) -> dict[str, Source]:

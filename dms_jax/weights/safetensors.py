@@ -1,24 +1,26 @@
-"""Named tensors in files, read a few rows at a time, and the safetensors format in both directions.
+"""Named tensors in files, read and written a few rows at a time: the safetensors format in both directions.
 
-Whole-file memory maps are avoided on purpose: touched pages of a mapped file count as this process's memory,
-so a float32 file turned into bfloat16 parameters would cost three times the parameters. Here a tensor costs
-its final size plus one piece.
+Reading goes through the safetensors library, which maps a file. Touched pages of a mapped file count as this
+process's memory, so a float32 file turned into bfloat16 parameters would cost three times the parameters; it is
+therefore mapped anew for each piece, and a tensor costs its final size plus one piece. Writing is ours: the library
+wants every tensor of the file in memory, in the layout of the file.
 
 Format: 8 bytes (little-endian length of the header), the header in JSON, the bytes of the tensors.
 """
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 PIECE = 8 << 20  # bytes read at a time
-MAX_HEADER = 100 << 20  # what the safetensors library accepts
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -57,82 +59,34 @@ class Source(NamedTuple):
             yield start, stop, self.read(start, stop)
 
 
-def read_bytes(file: Path, offset: int, size: int, name: str) -> bytearray:
-    """Exactly `size` bytes at `offset`, or a WeightError that names the tensor and the file."""
-    buffer = bytearray(size)
-    with open(file, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        done = 0
-        while done < size:
-            count = stream.readinto(memoryview(buffer)[done:])
-            if not count:
-                raise WeightError(f"{file}: truncated inside tensor {name}")
-            done += count
-    return buffer
-
-
-def _header(file: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the offset of its data."""
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8 or not 2 <= length <= MAX_HEADER:
-            raise WeightError(f"{file}: not a safetensors file, or truncated in its header")
-        text = stream.read(length)
-    if len(text) < length:
-        raise WeightError(f"{file}: truncated in its header")
-    try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightError(f"{file}: damaged header ({error})") from error
-    if not isinstance(header, dict):
-        raise WeightError(f"{file}: damaged header (not a JSON object)")
-    return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, object]], file: Path) -> dict:
-    seen = {}
-    for key, value in pairs:
-        if key in seen:
-            raise WeightError(f"{file}: tensor {key} appears twice")
-        seen[key] = value
-    return seen
-
-
 def open_safetensors(file: Path) -> tuple[dict[str, Source], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata. Reads the header only."""
-    file = Path(file)
-    header, start = _header(file)
-    metadata = header.pop("__metadata__", {})
-    available = file.stat().st_size - start
-    sources, end = {}, 0
-    for name, entry in header.items():
-        sources[name] = _source(file, name, entry, start, available)
-        end = max(end, entry["data_offsets"][1])
-    if available > end:
-        raise WeightError(f"{file}: {available - end} bytes after the last tensor, the file is damaged")
-    return sources, metadata
+    """The tensors of a safetensors file by name, and its metadata. Reads the header only, which the library checks."""
+    with _opened(file) as opened:
+        tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        sources = {name: _source(file, name, tensor) for name, tensor in tensors.items()}
+        return sources, opened.metadata() or {}
 
 
-def _source(file: Path, name: str, entry: dict, start: int, available: int) -> Source:
-    """One entry of the header as a Source, checked against the size of the file."""
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The library's view of a file, mapped for as long as the context lasts; its errors as a WeightError."""
     try:
-        code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightError(f"{file}: damaged header entry for tensor {name}") from error
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            yield opened
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightError(f"{file}: truncated, damaged or no safetensors file ({error})") from error
+
+
+def _source(file: Path, name: str, tensor: Any) -> Source:
+    code, shape = tensor.get_dtype(), tuple(tensor.get_shape())
     if code not in DTYPES:
         raise WeightError(f"{file}: tensor {name} has dtype {code}, expected one of {', '.join(DTYPES)}")
-    dtype = DTYPES[code]
-    if last - first != math.prod(shape) * dtype.itemsize or first < 0:
-        raise WeightError(f"{file}: tensor {name} of shape {shape} does not fill bytes {first} to {last}")
-    if last > available:
-        raise WeightError(f"{file}: truncated, tensor {name} ends {last - available} bytes past the end")
-    columns = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
-    row = columns * dtype.itemsize
 
-    def read(begin: int, stop: int) -> np.ndarray:
-        data = read_bytes(file, start + first + begin * row, (stop - begin) * row, name)
-        return np.frombuffer(data, dtype).reshape(-1, columns)
+    def read(start: int, stop: int) -> np.ndarray:
+        with _opened(file) as opened:
+            if len(shape) < 2:
+                return opened.get_tensor(name).reshape(1, -1)
+            return opened.get_slice(name)[start:stop].reshape(stop - start, -1)
 
     return Source(name, shape, file, read)
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dms_jax.config import DMSConfig, ModelConfig, one_of
+from dms_jax.models.gates import gate_of
 from dms_jax.types import Params
 from dms_jax.weights.safetensors import PIECE, Saved, Source, WeightError
 
@@ -52,8 +53,6 @@ LAYER_TABLE = tuple(
         ("attn/o/bias", "self_attn.o_proj.bias", "attn_output.bias", "| E", "out_bias"),
         ("attn/q_norm/scale", "self_attn.q_norm.weight", "attn_q_norm.weight", "D", "qk_norm"),
         ("attn/k_norm/scale", "self_attn.k_norm.weight", "attn_k_norm.weight", "D", "qk_norm"),
-        ("attn/gate/proj/kernel", "self_attn.dms_proj_alpha.weight", None, "E | K", "adapter"),
-        ("attn/gate/norm/scale", "self_attn.dms_proj_alpha_norm.weight", None, "E", "adapter"),
         ("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", "E", ""),
         ("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight", "E | F", ""),
         ("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight", "E | F", ""),
@@ -89,21 +88,21 @@ class Spec(NamedTuple):
 
 
 def specs(config: ModelConfig, dms: DMSConfig | None, naming: str = "hf") -> list[Spec]:
-    """Every parameter of the model, under its "hf" or "gguf" name; the adapter gate's if `dms` has one."""
+    """Every parameter of the model, its gate's included, under its "hf" or "gguf" name."""
     rows = [(row, 0) for row in TABLE]
     rows += [(row, n) for n in range(config.num_layers) for row in LAYER_TABLE]
-    return [_spec(row, n, config, naming) for row, n in rows if _exists(row.when, config, dms)]
+    return [_spec(row, n, config, naming) for row, n in rows if _exists(row.when, config)] + gate_specs(config, dms)
 
 
-def gate_specs(config: ModelConfig) -> list[Spec]:
-    """The parameters of the adapter gate alone."""
-    rows = [(row, n) for n in range(config.num_layers) for row in LAYER_TABLE if row.when == "adapter"]
-    return [_spec(row, n, config, "hf") for row, n in rows]
+def gate_specs(config: ModelConfig, dms: DMSConfig | None) -> list[Spec]:
+    """The gate's own parameters alone."""
+    gate = gate_of(dms)
+    tensors = () if gate is None else gate.tensors
+    rows = [Row(f"{_MINE}attn/{path}", _HF + hf, None, layout) for path, hf, layout in tensors]
+    return [_spec(row, n, config, "hf") for n in range(config.num_layers) for row in rows]
 
 
-def _exists(when: str, config: ModelConfig, dms: DMSConfig | None) -> bool:
-    if when == "adapter":
-        return dms is not None and dms.gate == "adapter"
+def _exists(when: str, config: ModelConfig) -> bool:
     if when == "untied":
         return not config.tie_embeddings
     return not when or getattr(config, when)

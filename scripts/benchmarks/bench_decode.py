@@ -41,7 +41,7 @@ MODELS = {
     "tiny": ModelConfig("qwen3", 64, 2, 32, 4, 2, 16, 64, qk_norm=True),
 }
 WINDOW = 256
-GATE = DMSConfig(window=WINDOW, gate="adapter", offset=-5.0)  # of zeros: every new token is evicted
+GATE = DMSConfig(window=WINDOW, gate="adapter", logit_bias=-5.0)  # of zeros: every new token is evicted
 
 
 @dataclass(frozen=True)

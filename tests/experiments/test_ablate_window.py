@@ -9,8 +9,8 @@ import pytest
 import dms_jax
 from dms_jax import sharding
 from dms_jax.config import ConfigError
+from dms_jax.models.gates import gate_of
 from dms_jax.training import checkpoint
-from dms_jax.training import parameters as trainable
 from dms_jax.training import step as retrofit
 from experiments import ablate_window, run
 from experiments.ablate_window import Ablation, Cell
@@ -80,7 +80,7 @@ def test_the_ablation_from_end_to_end(job, monkeypatch, capsys):
     steps = [json.loads(line)["step"] for line in (folder / "w3-immediate" / "log.jsonl").read_text().splitlines()]
     assert steps == [2 + 2 * 2], "2 shared steps, 2 for each unit of CR"
     member = dms_jax.load(folder / "w3-immediate" / "cr2", dtype="float32")
-    assert (member.dms.window, member.dms.decision_offset, member.dms.cr) == (3, 3, 2)
+    assert (member.dms.window, member.dms.decision_offset, member.cr) == (3, 3, 2)
 
     def fit(*arguments, **options):
         raise AssertionError("trained again")
@@ -112,7 +112,7 @@ def test_every_cell_begins_with_the_shared_start(job, tiny_family, tmp_path, mon
     shared, own = newest("start"), newest("cell")
     assert shared[0] == own[0] == 2 == int(own[1].step)
     jax.tree.map(np.testing.assert_array_equal, shared[1].opt_state, own[1].opt_state)
-    want = trainable.reset_neuron(shared[1].params, lm.config, cell.dms)
+    want = gate_of(cell.dms).reset_neuron(shared[1].params, lm.config)
     jax.tree.map(np.testing.assert_array_equal, own[1].params, want)
     moved = [bool(np.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (shared[1].params, lm.params)), strict=True)]
     assert any(moved), "the shared steps train"

@@ -31,7 +31,7 @@ from dms_jax.training.config import RetrofitConfig  # noqa: E402
 MODEL = ModelConfig("qwen3", 40, 1, 16, 8, 8, 4, 24, qk_norm=True)
 CONFIG = RetrofitConfig(
     # A soft gate: with the default scale and tau, rounding errors grow a hundredfold in ten steps of any run.
-    dms=DMSConfig(window=2, gate="adapter", decision_offset=1, scale=10.0, offset=1.0, tau=0.5),
+    dms=DMSConfig(window=2, gate="adapter", decision_offset=1, scale=10.0, logit_bias=1.0, tau=0.5),
     steps_per_cr=10,
     max_cr=3.0,
     learning_rate=1e-3,

@@ -1,5 +1,6 @@
 """Run in a process of its own by test_engine.py: the same chains on meshes of virtual CPU devices. Prints JSON."""
 
+import dataclasses
 import json
 import os
 
@@ -17,7 +18,8 @@ PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 20]
 
 
 def main() -> None:
-    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3, cr=2.0, gate="adapter"))
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3, gate="adapter"))
+    lm = dataclasses.replace(lm, cr=2.0)
     out = {}
     for devices in (None, (4, 1), (1, 2), (4, 2)):
         result = generation.generate(

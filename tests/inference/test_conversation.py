@@ -1,5 +1,7 @@
 """A conversation answers as one long sequence would, though no turn is read twice."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,12 +12,12 @@ from dms_jax.inference.chat import Conversation
 from dms_jax.inference.scheduler import EngineConfig
 from tests.inference.test_decode import full_forward, random_lm, tiny
 
-DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
+DMS = DMSConfig(window=3, scale=3.0, logit_bias=0.3)
 
 
 @pytest.mark.parametrize("cache", ("paged", "masked"))
 def test_three_turns_are_one_sequence(cache):
-    lm = random_lm(tiny(), DMS)
+    lm = dataclasses.replace(random_lm(tiny(), DMS), cr=8.0)  # more than it does: caches have to grow
     talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])
     size = 0 if cache == "masked" else talk.runner.spec.kv_cache.pool(talk.runner.state.cache).size
     for turn in ([5, 6, 7, 8, 9], [12], [2] * 9):
@@ -36,7 +38,7 @@ def test_three_turns_are_one_sequence(cache):
 
 
 def test_a_turn_that_is_too_long_loses_nothing():
-    lm = random_lm(tiny(), DMS)
+    lm = dataclasses.replace(random_lm(tiny(), DMS), cr=8.0)  # more than it does: caches have to grow
     talk = Conversation(lm, 20, stop=[])
     first = talk.say([5, 6], 4)
     with pytest.raises(ConfigError, match="length=20: this turn may make 32 tokens"):
@@ -53,7 +55,7 @@ class Broken(Exception):
 @pytest.mark.parametrize("where", ("prompt", "first", "chunk"))
 def test_a_turn_broken_off_is_read_on(where, monkeypatch):
     """What the cache had not seen of it comes before the next turn."""
-    lm = random_lm(tiny(), DMS)
+    lm = dataclasses.replace(random_lm(tiny(), DMS), cr=8.0)  # more than it does: caches have to grow
     talk = Conversation(lm, 320, page_size=4, stop=[], engine=EngineConfig(prefill_chunk=4))
     calls = {"prompt": 0, "first": 0, "chunk": 0}
 

@@ -14,6 +14,7 @@ from dms_jax.cache import kv_cache
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.models import transformer
+from dms_jax.weights.lm import LM
 
 LENGTHS = (9, 1, 5, 14)
 TOTAL = 40
@@ -34,7 +35,7 @@ def random_lm(config: ModelConfig, dms: DMSConfig | None, seed: int = 0):
         lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) if len(x.shape) > 1 else np.ones(x.shape), x.dtype),
         shapes,
     )
-    return types.SimpleNamespace(config=config, params=params, dms=dms, tokenizer=None)
+    return LM(config, params, None, dms)
 
 
 def spec_for(lm, policy: str, cache: CacheConfig) -> decode.DecodeSpec:
@@ -81,7 +82,7 @@ def forced_decode(lm, tokens, lengths, policy="dms", cache=PAGED, chunk=14):
 def _forward(params, tokens, window, offset, config, gate):
     attend = transformer.causal
     if gate is not None:  # window and offset are traced, so that one program serves every case of a gate
-        rule = types.SimpleNamespace(window=window, decision_offset=offset)
+        rule = types.SimpleNamespace(window=window, decision_offset=offset, sinks=0)
         attend = transformer.hard_eviction(rule, jnp.full(len(tokens), tokens.shape[1]))
     positions = transformer.arange_positions(tokens)
     return transformer.Decoder(config, gate).apply({"params": params}, tokens, positions, attend, method="logits")
@@ -109,7 +110,7 @@ CASES = [
 @pytest.mark.parametrize("window, offset, gate, per", CASES)
 def test_decode_equals_teacher_forced_forward(window, offset, gate, per):
     """On every storage, the prompt in one chunk or in three; tests/test_cache.py draws more freely."""
-    dms = DMSConfig(window=window, decision_offset=offset, gate=gate, per=per, scale=3.0, offset=0.3)
+    dms = DMSConfig(window=window, decision_offset=offset, gate=gate, per=per, scale=3.0, logit_bias=0.3)
     lm = random_lm(tiny(), dms, seed=window * 31 + offset)
     tokens = np.random.default_rng(window + offset).integers(0, 53, (len(LENGTHS), TOTAL + 8))
     want, alpha = full_forward(lm, tokens[:, :TOTAL])
@@ -153,7 +154,7 @@ PROMPTS = [[5, 6, 7], [1], [9] * 12]
 
 
 def test_generate_counts_and_stops_as_by_hand():
-    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3))
     out = generation.generate(lm, PROMPTS, seed=4, **SAMPLED)
     ended = 0
     for p, prompt in enumerate(PROMPTS):
@@ -199,7 +200,7 @@ def test_a_chunk_inside_another_jit():
 
 @pytest.mark.parametrize("per", ["head", "layer"])
 def test_adapter_gates_of_all_layers_at_once(per):
-    lm = random_lm(tiny(), DMSConfig(gate="adapter", scale=2.0, offset=0.3, per=per))
+    lm = random_lm(tiny(), DMSConfig(gate="adapter", scale=2.0, logit_bias=0.3, per=per))
     rng = np.random.default_rng(3)
     for n in range(lm.config.num_layers):
         norm = lm.params[f"layers_{n}"]["attn"]["gate"]["norm"]
@@ -211,13 +212,13 @@ def test_adapter_gates_of_all_layers_at_once(per):
 
     given = {"params": lm.params}, tokens, transformer.arange_positions(tokens), attend
     _, each, residuals = model.apply(*given, method="with_residuals")
-    together = transformer.adapter_logits(model, lm.params, residuals)
+    together = model.gate.logits_from_residuals(lm.params, residuals, lm.config)
     assert together.shape == (2, 3, 2, 5)
     np.testing.assert_allclose(together, each, rtol=1e-5, atol=1e-5)
 
 
 def test_chain_does_not_depend_on_its_company():
-    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3))
     together = generation.generate(lm, PROMPTS, seed=9, **SAMPLED)
     alone = generation.generate(lm, PROMPTS[2:], seed=9, keys=sampling.chain_keys(9, [2, 2], [0, 1]), **SAMPLED)
     assert together.tokens[2] == alone.tokens[0]
@@ -229,7 +230,7 @@ def test_chain_does_not_depend_on_its_company():
 
 
 def test_greedy_is_the_argmax_of_the_forward():
-    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3))
+    lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3))
     prompt = [5, 6, 7]
     out = generation.generate(lm, [prompt], 12, stop=[])
     new = out.tokens[0][0]

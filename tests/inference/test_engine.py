@@ -1,5 +1,6 @@
 """The engine: chains do not depend on their company, on the pool or on chunks; nothing is lost; memory really falls."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,7 +30,7 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def lm():
-    return random_lm(tiny(), DMSConfig(window=3, scale=3.0, offset=0.3, cr=2.0))
+    return dataclasses.replace(random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3)), cr=2.0)
 
 
 def jobs(prompts=PROMPTS, chains=3):
@@ -181,7 +182,7 @@ def test_retention_by_head_and_position(wanted):
 
 def test_no_pool_sized_buffer_is_copied():
     """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
-    lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, offset=0.3))
+    lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, logit_bias=0.3))
     spec = spec_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
     pages = 3001  # a number that occurs nowhere else
     state = jax.eval_shape(lambda: decode.init(spec, 4, jnp.float32, pages))

@@ -57,7 +57,7 @@ def test_exported_is_what_the_run_wrote(run):
             want = dms_jax.load(folder / "base", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
         else:
             want = dms_jax.load(folder / "run", cr=cr)
-        assert lm.dms == want.dms and lm.dms.cr == cr
+        assert lm.dms == want.dms and lm.cr == want.cr == cr
         ids = np.arange(12)[None]
         np.testing.assert_array_equal(lm.logits(ids, dms=lm.dms), want.logits(ids, dms=want.dms))
     assert (folder / "run" / "finished").exists()
@@ -81,7 +81,7 @@ def test_the_adapter_alone(run):
         return
     export.main(folder / "run", 2.0, folder / "alone", form="adapter")
     lm = dms_jax.load(folder / "base", gate=folder / "alone" / "gate.safetensors")
-    assert lm.dms == DMSConfig(window=3, gate="adapter", cr=2.0)
+    assert (lm.dms, lm.cr) == (DMSConfig(window=3, gate="adapter"), 2.0)
     assert 'gate="gate.safetensors"' in (folder / "alone" / "README.md").read_text()
 
 

@@ -14,6 +14,7 @@ import dms_jax
 from dms_jax import dms, sharding
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
 from dms_jax.models import transformer
+from dms_jax.models.gates import gate_of
 from dms_jax.training import checkpoint, data, loop
 from dms_jax.training import parameters as trainable
 from dms_jax.training import step as retrofit
@@ -110,10 +111,10 @@ def apply(params, config, attend, neuron_scale=0.0):
     return decoder.apply({"params": params}, tokens, positions, attend, (), neuron_scale, method="logits")
 
 
-@pytest.mark.parametrize("gate, offset", [("query", 0), ("adapter", 1), ("query", 3)])
-def test_saturated_soft_mask_is_the_hard_mask(gate, offset):
+@pytest.mark.parametrize("gate, offset, sinks", [("query", 0, 0), ("adapter", 1, 2), ("query", 3, 0)])
+def test_saturated_soft_mask_is_the_hard_mask(gate, offset, sinks):
     """Logits far beyond the noise: training sees what inference does, and counts what it evicts."""
-    config = DMSConfig(window=2, gate=gate, decision_offset=offset, scale=1e6, offset=1e5)
+    config = DMSConfig(window=2, gate=gate, decision_offset=offset, scale=1e6, logit_bias=1e5, sinks=sinks)
     params = test_dms.random_params(MODEL, config)
     lengths = jnp.array([14, 1, 6])
     batch = data.one_document(Batch(np.zeros((3, 14), int), np.ones(3, int), np.asarray(lengths)))
@@ -128,6 +129,7 @@ def test_saturated_soft_mask_is_the_hard_mask(gate, offset):
     real = np.asarray(batch.segments > 0)  # what padding sees is no one's concern
     np.testing.assert_allclose(soft[real], hard[real], atol=1e-5)
     assert 0.1 < np.mean(counts) / lengths.sum() < 0.8
+    assert not np.any(np.asarray(alphas)[..., :sinks])
     for count, alpha in zip(counts, alphas, strict=True):
         real = np.arange(14) < lengths[:, None, None]
         np.testing.assert_allclose(count, (alpha & real).sum((0, 2)), rtol=1e-5)
@@ -145,7 +147,7 @@ def test_retirement_starts_at_the_teacher_and_ends_without_the_neuron():
     assert np.abs(dms.kl(teacher, student(params, 1.0))).max() == 0
     without = student(params, 0.0)
     assert np.asarray(dms.kl(teacher, without)).mean() > 1e-3
-    reset = trainable.reset_neuron(params, MODEL, QUERY)
+    reset = gate_of(QUERY).reset_neuron(params, MODEL)
     np.testing.assert_array_equal(student(reset, 0.0), without)
     half = student(params, 0.5)
     assert np.abs(half - teacher).max() > 1e-3 and np.abs(half - without).max() > 1e-3
@@ -160,13 +162,13 @@ def test_schedule_of_a_run():
 def test_with_gate_adds_a_gate_that_evicts_nothing():
     adapter = DMSConfig(window=2, gate="adapter")
     params = test_dms.random_params(MODEL, None)
-    assert trainable.with_gate(params, MODEL, QUERY) is params
-    got = trainable.with_gate(params, MODEL, adapter)
+    assert gate_of(QUERY).with_gate(params, MODEL) is params
+    got = gate_of(adapter).with_gate(params, MODEL)
     want = jax.eval_shape(lambda: transformer.init(jax.random.key(0), MODEL, adapter))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), want)
     assert "gate" not in params["layers_0"]["attn"], "the teacher's tree is as it was"
     own = jax.tree.map(lambda x: x + 1, got)
-    again = trainable.with_gate(own, MODEL, adapter)
+    again = gate_of(adapter).with_gate(own, MODEL)
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(own), strict=True))
 
 
@@ -208,7 +210,7 @@ def fit(folder, on_step=nothing, config=CONFIG, **options):
 
     def each(step, state):
         if step == config.retirement and step:
-            state = state._replace(params=trainable.reset_neuron(state.params, MODEL, config.dms))
+            state = state._replace(params=config.gate.reset_neuron(state.params, MODEL))
         return on_step(step, state)
 
     def step_fn(step, state, batch):
@@ -362,6 +364,8 @@ def test_config_files_are_read_and_checked(tmp_path):
     assert settings.dms.gate == "query" and settings.learning_rate == 5e-4
     load_yaml(pretrain_mini.PretrainConfig, "configs/mini_pretrain.yaml")
     file = tmp_path / "config.yaml"
+    file.write_text("dms: {window: 7, offset: 2.5, cr: 8}")  # as it was called before, and a field that is gone
+    assert load_yaml(RetrofitConfig, file).dms == DMSConfig(window=7, logit_bias=2.5)
     for text, message in (
         ("learning_rat: 1", "learning_rat"),
         ("batch_size: many", "batch_size"),
@@ -432,11 +436,15 @@ def test_script_writes_the_family(mode, gate, tiny_script):
             lm = dms_jax.load(folder / "mini", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
         else:
             lm = dms_jax.load(folder / "run", cr=cr)
-        assert lm.dms == DMSConfig(window=3, gate=gate, cr=cr)
+        assert lm.dms == DMSConfig(window=3, gate=gate) and lm.cr == cr
         sparse = lm.logits(ids, dms=lm.dms)
         assert np.isfinite(sparse).all()
         if mode == "adapter":
             assert np.abs(lm.logits(ids) - base).max() < 0.1, "the base is as it was"
+    saved = json.loads((folder / "run" / "run.json").read_text())
+    saved["dms"] = {**saved["dms"], "offset": saved["dms"].pop("logit_bias"), "cr": None}
+    saved["dms"].pop("sinks")
+    (folder / "run" / "run.json").write_text(json.dumps(saved))  # of an older version
     with pytest.raises(ConfigError, match="max_cr=3.0: .* started with 2.5"):
         script.main(folder / "config.yaml", dataclasses.replace(overrides, max_cr=3.0), out=folder / "run", pool=16)
 
@@ -458,8 +466,8 @@ def test_lora_merged_is_what_was_trained(gate):
     trained = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32), state.params)
     assert len(jax.tree.leaves(trained)) == 2 * (2 * 2 + (2 if gate == "adapter" else 0))
     if gate == "query":
-        trained = trainable.reset_neuron(trained, MODEL, settings)
-    under = trainable.reset_neuron(base, MODEL, settings) if gate == "query" else base
+        trained = config.gate.reset_neuron(trained, MODEL)
+    under = config.gate.reset_neuron(base, MODEL) if gate == "query" else base
     student = trainable.overlay(under, trainable.scaled(trained, config, jnp.float32))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -468,9 +476,7 @@ def test_lora_merged_is_what_was_trained(gate):
 
     merged = logits(trainable.merged(base, trained, MODEL, config, jnp.float32))
     np.testing.assert_allclose(logits(student), merged, atol=1e-5)
-    assert (
-        np.abs(merged - logits(trainable.overlay(under, trainable.with_gate({**under}, MODEL, settings)))).max() > 0.1
-    )
+    assert np.abs(merged - logits(trainable.overlay(under, config.gate.with_gate({**under}, MODEL)))).max() > 0.1
 
 
 def test_what_is_trained():
@@ -493,7 +499,7 @@ def test_what_is_trained():
 
 def test_micro_batches_change_nothing():
     """Gradients of a batch taken whole, and in four micro-batches with every block recomputed."""
-    gate = dataclasses.replace(ADAPTER, offset=1.0)  # near the threshold, where gradients are large
+    gate = dataclasses.replace(ADAPTER, logit_bias=1.0)  # near the threshold, where gradients are large
     config = dataclasses.replace(CONFIG, dms=gate, mode="adapter", max_cr=8.0)
     batch = data.one_document(batch_at(POOL, 0, 8, 0))
     step = jnp.array(40)  # alpha is below its target in every micro-batch: the compression loss is linear there

@@ -10,7 +10,7 @@ import torch
 import dms_jax
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeConfig
 from dms_jax.models.transformer import Block, Decoder, arange_positions, causal
-from dms_jax.weights import huggingface as hf
+from dms_jax.weights.huggingface import config_from_hf, config_to_hf, cr_from_hf, dms_from_hf
 from tests.helpers import tiny
 
 SHAPE_NAMES = tuple(tiny.SHAPES)
@@ -132,13 +132,13 @@ LLAMA_2_7B = {
 
 
 def test_configs_as_released():
-    llama = hf.config_from_hf(LLAMA_32_1B)
+    llama = config_from_hf(LLAMA_32_1B)
     assert llama == ModelConfig(
         "llama", 128256, 16, 2048, 32, 8, 64, 8192, 1e-5,
         RopeConfig("llama3", 500000.0, 32.0, 1.0, 4.0, 8192),
         tie_embeddings=True, max_positions=131072, bos_id=128000, eos_ids=(128001, 128008, 128009),
     )  # fmt: skip
-    r1 = hf.config_from_hf(R1_QWEN_15B)
+    r1 = config_from_hf(R1_QWEN_15B)
     assert (r1.qkv_bias, r1.out_bias, r1.qk_norm, r1.head_dim, r1.eos_ids) == (
         True,
         False,
@@ -146,9 +146,9 @@ def test_configs_as_released():
         128,
         (151643,),
     )
-    qwen3 = hf.config_from_hf(QWEN3_8B)
+    qwen3 = config_from_hf(QWEN3_8B)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim, qwen3.rope.theta) == (True, False, 128, 1e6)
-    llama2 = hf.config_from_hf(LLAMA_2_7B)
+    llama2 = config_from_hf(LLAMA_2_7B)
     assert (llama2.head_dim, llama2.group_size, llama2.rope) == (128, 1, RopeConfig())
 
 
@@ -160,7 +160,7 @@ def test_absent_keys_mean_what_transformers_takes_them_to_mean():
         needed += ["intermediate_size", *([] if cls == "LlamaConfig" else ["num_key_value_heads"])]
         short = {key: raw[key] for key in needed}
         full = getattr(transformers, cls)(**short).to_dict()
-        assert hf.config_from_hf(short) == hf.config_from_hf(full)
+        assert config_from_hf(short) == config_from_hf(full)
 
 
 def test_old_and_new_spelling_of_rope_agree():
@@ -169,10 +169,10 @@ def test_old_and_new_spelling_of_rope_agree():
     new = {k: v for k, v in R1_QWEN_15B.items() if k != "rope_theta"}
     new["rope_parameters"] = {"rope_theta": 10000, **yarn, "rope_type": "yarn"}
     nested = {**new, "rope_parameters": {"full_attention": new["rope_parameters"]}}
-    assert hf.config_from_hf(old) == hf.config_from_hf(new) == hf.config_from_hf(nested)
-    assert hf.config_from_hf(old).rope == RopeConfig("yarn", 10000, 4.0, original_max_positions=32768)
+    assert config_from_hf(old) == config_from_hf(new) == config_from_hf(nested)
+    assert config_from_hf(old).rope == RopeConfig("yarn", 10000, 4.0, original_max_positions=32768)
     without = {**old, "rope_scaling": {"type": "yarn", "factor": 4.0}}
-    assert hf.config_from_hf(without).rope.original_max_positions == 131072
+    assert config_from_hf(without).rope.original_max_positions == 131072
 
 
 @pytest.mark.parametrize(
@@ -201,51 +201,51 @@ def test_old_and_new_spelling_of_rope_agree():
 )
 def test_unsupported_configs_name_key_and_value(base, change, key):
     with pytest.raises(ConfigError, match=key):
-        hf.config_from_hf({**base, **change})
+        config_from_hf({**base, **change})
 
 
 def test_sliding_window_that_no_layer_uses_is_fine():
     unused = {**R1_QWEN_15B, "use_sliding_window": True, "max_window_layers": 28}
-    assert hf.config_from_hf(unused) == hf.config_from_hf(R1_QWEN_15B)
+    assert config_from_hf(unused) == config_from_hf(R1_QWEN_15B)
 
 
 @pytest.mark.parametrize("raw", [LLAMA_32_1B, R1_QWEN_15B, QWEN3_8B, LLAMA_2_7B])
 def test_config_round_trip(raw):
-    config = hf.config_from_hf(raw)
+    config = config_from_hf(raw)
     rope = RopeConfig("yarn", 1e6, 4.0, original_max_positions=64, mscale=1.0, mscale_all_dim=0.5, truncate=False)
     for one in (config, dataclasses.replace(config, rope=rope, pad_id=7, eos_ids=(), bos_id=None)):
-        written = hf.config_to_hf(one)
-        assert hf.config_from_hf(written) == one
+        written = config_to_hf(one)
+        assert config_from_hf(written) == one
         old = {k: v for k, v in written.items() if k != "rope_parameters"}
         new = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta")}
-        assert hf.config_from_hf(old) == hf.config_from_hf(new) == one
+        assert config_from_hf(old) == config_from_hf(new) == one
 
 
 def test_biases_that_a_family_cannot_express_are_refused():
-    config = dataclasses.replace(hf.config_from_hf(LLAMA_2_7B), qkv_bias=True)
+    config = dataclasses.replace(config_from_hf(LLAMA_2_7B), qkv_bias=True)
     with pytest.raises(ConfigError, match="qkv_bias"):
-        hf.config_to_hf(config)
+        config_to_hf(config)
 
 
 @pytest.mark.parametrize(
     "dms",
     [
         DMSConfig(),
-        DMSConfig(window=16, gate="adapter", decision_offset=1, per="layer", cr=8),
-        DMSConfig(window=7, decision_offset=8, scale=3.5, offset=-1.0, neuron=4, tau=0.3, cr=2.5),
+        DMSConfig(window=16, gate="adapter", decision_offset=1, per="layer"),
+        DMSConfig(window=7, decision_offset=8, scale=3.5, logit_bias=-1.0, neuron=4, tau=0.3, sinks=3),
     ],
 )
 def test_dms_config_round_trip(dms):
-    config = hf.config_from_hf(QWEN3_8B)
-    written = hf.config_to_hf(config, dms)
-    assert hf.dms_from_hf(written) == dms
-    assert hf.config_from_hf(written) == config
+    config = config_from_hf(QWEN3_8B)
+    written = config_to_hf(config, dms, 2.5)
+    assert dms_from_hf(written) == dms and cr_from_hf(written) == 2.5
+    assert config_from_hf(written) == config
 
 
 def test_dms_config_of_the_authors():
-    assert hf.dms_from_hf(QWEN3_8B) is None
+    assert dms_from_hf(QWEN3_8B) is None
     authors = {"dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0, "dms_window_size": 512,
                "dms_separate_alpha": True, "dms_alpha_per": "head", "dms_tau": 0.1, "dms_cr": 8,
                "dms_paged_attention_block_size": 256}  # fmt: skip
-    assert hf.dms_from_hf(authors) == DMSConfig(512, "adapter", decision_offset=1, cr=8)
-    assert hf.dms_from_hf({"dms_window_size": 256}) == DMSConfig(256, "query", decision_offset=1)
+    assert dms_from_hf(authors) == DMSConfig(512, "adapter", decision_offset=1) and cr_from_hf(authors) == 8
+    assert dms_from_hf({"dms_window_size": 256}) == DMSConfig(256, "query", decision_offset=1)

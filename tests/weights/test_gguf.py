@@ -11,8 +11,8 @@ import pytest
 
 import dms_jax
 from dms_jax.config import ConfigError, RopeConfig
-from dms_jax.weights import gguf as from_gguf
-from dms_jax.weights import huggingface as hf
+from dms_jax.weights.gguf import config_from_gguf
+from dms_jax.weights.huggingface import config_from_hf, config_to_hf
 from dms_jax.weights.safetensors import Source, WeightError
 from tests.helpers import tiny
 
@@ -95,7 +95,7 @@ def add_metadata(writer, values):
 def gguf_model(tmp_path, family, shape="G3", rope="default", **changes):
     """A random HF torch model, our ModelConfig of it and its tensors."""
     model = tiny.hf_model(tiny.hf_config(family, shape, rope, **changes))
-    config = hf.config_from_hf(json.loads(model.config.to_json_string()))
+    config = config_from_hf(json.loads(model.config.to_json_string()))
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
     if config.tie_embeddings:
         del tensors["lm_head.weight"]
@@ -126,7 +126,7 @@ def test_transformers_reads_the_same_from_our_test_files(tmp_path, family):
     """The files these tests write follow llama.cpp's conventions: transformers' own GGUF loader agrees."""
     model, config, tensors = gguf_model(tmp_path, family, "G3", tie_word_embeddings=False)
     write_gguf(tmp_path / "m.gguf", config, tensors, metadata={"tokenizer.ggml.tokens": ["a"] * 97})
-    again = tiny.hf_from_gguf(tmp_path / "m.gguf", hf.config_to_hf(config))
+    again = tiny.hf_from_gguf(tmp_path / "m.gguf", config_to_hf(config))
     ids = tiny.tokens()
     np.testing.assert_allclose(tiny.hf_logits(again, ids), tiny.hf_logits(model, ids), atol=1e-5, rtol=0)
 
@@ -210,16 +210,16 @@ def test_unsupported_models_name_key_and_value(small, key, value, message):
     metadata = {"general.architecture": "qwen2", **{f"qwen2.{key}": size for key, size in sizes.items()}}
     source = Source("token_embd.weight", (97, 48), Path("x"), lambda start, stop: np.zeros((0, 48)))
     sources = {source.name: source}
-    assert from_gguf.config_from_gguf(metadata, sources).num_kv_heads == 4
+    assert config_from_gguf(metadata, sources).num_kv_heads == 4
     with pytest.raises(ConfigError, match=message):
-        from_gguf.config_from_gguf({**metadata, key: value}, sources)
+        config_from_gguf({**metadata, key: value}, sources)
     with pytest.raises(ConfigError, match="general.architecture='gemma'"):
-        from_gguf.config_from_gguf({**metadata, "general.architecture": "gemma"}, sources)
+        config_from_gguf({**metadata, "general.architecture": "gemma"}, sources)
     with pytest.raises(ConfigError, match=r"attention.head_count=\[4, 2\]"):
-        from_gguf.config_from_gguf({**metadata, "qwen2.attention.head_count": [4, 2]}, sources)
+        config_from_gguf({**metadata, "qwen2.attention.head_count": [4, 2]}, sources)
     del metadata["qwen2.block_count"]
     with pytest.raises(ConfigError, match="qwen2.block_count=None"):
-        from_gguf.config_from_gguf(metadata, sources)
+        config_from_gguf(metadata, sources)
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path, small):

@@ -20,21 +20,21 @@ from safetensors.numpy import load_file, save_file
 import dms_jax
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeConfig
 from dms_jax.models import transformer
-from dms_jax.weights import load as hub
-from dms_jax.weights.safetensors import WeightError, open_safetensors
+from dms_jax.weights import load
+from dms_jax.weights.safetensors import WeightError
 from tests.helpers import tiny
 
 CONFIG = ModelConfig("llama", 97, 2, 48, 6, 2, 16, 40, rope=RopeConfig(theta=500.0), eos_ids=(2,), bos_id=1)
-ADAPTER = DMSConfig(window=4, gate="adapter", decision_offset=1, cr=4)
+ADAPTER = DMSConfig(window=4, gate="adapter", decision_offset=1)
 
 
-def random_lm(dtype="float32", dms=None, config=CONFIG, seed=0) -> dms_jax.LM:
+def random_lm(dtype="float32", dms=None, config=CONFIG, seed=0, cr=None) -> dms_jax.LM:
     """Random weights with a spread, also where `init` has ones and zeros."""
     params = transformer.init(jax.random.key(seed), config, dms)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     leaves = [(x + 0.3 * jax.random.normal(k, x.shape)).astype(dtype) for x, k in zip(leaves, keys, strict=True)]
-    return dms_jax.LM(config, jax.tree.unflatten(tree, leaves), None, dms)
+    return dms_jax.LM(config, jax.tree.unflatten(tree, leaves), None, dms, cr)
 
 
 def assert_same_bits(one, other):
@@ -71,12 +71,12 @@ def shard(folder: Path, place=lambda names: {name: n % 2 for n, name in enumerat
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("dms", [None, DMSConfig(window=3, cr=2), ADAPTER], ids=["base", "query", "adapter"])
+@pytest.mark.parametrize("dms", [None, DMSConfig(window=3), ADAPTER], ids=["base", "query", "adapter"])
 def test_round_trip_bit_for_bit(tmp_path, dtype, dms):
-    lm = random_lm(dtype, dms)
+    lm = random_lm(dtype, dms, cr=dms and 2.5)
     dms_jax.save(lm, tmp_path)
     again = dms_jax.load(tmp_path, dtype=dtype)
-    assert (again.config, again.dms, again.tokenizer) == (CONFIG, dms, None)
+    assert (again.config, again.dms, again.cr, again.tokenizer) == (CONFIG, dms, dms and 2.5, None)
     assert_same_bits(again.params, lm.params)
     # The independent reader sees the same bytes, and nothing else was left in the folder.
     with safe_open(tmp_path / "model.safetensors", "np") as file:
@@ -163,35 +163,26 @@ def test_shards_that_disagree_are_named(folder):
         dms_jax.load(folder)
 
 
-def test_a_duplicate_inside_one_file_is_named(folder):
+def test_a_duplicate_inside_one_file_is_refused(folder):
     file = folder / "model.safetensors"
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].rstrip()
     header = header[:-1] + f', "{NORM}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}}}'.encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
-    with pytest.raises(WeightError, match=f"tensor {NORM} appears twice"):
+    with pytest.raises(WeightError, match="model.safetensors: .*invalid offset"):
         dms_jax.load(folder)
 
 
 def test_truncated_files_are_named(folder):
     file = folder / "model.safetensors"
     data = file.read_bytes()
-    last = max(open_safetensors(file)[0])
     size = int.from_bytes(data[:8], "little")
-    cuts = {0: "truncated in its header", 5: "header", 8 + size // 2: "truncated in its header",
-            8 + size: "truncated", len(data) - 1: "truncated, tensor .*ends 1 bytes past"}  # fmt: skip
-    for cut, message in cuts.items():
-        file.write_bytes(data[:cut])
-        with pytest.raises(WeightError, match=f"model.safetensors: .*{message}"):
+    cuts = [data[:cut] for cut in (0, 5, 8 + size // 2, 8 + size, len(data) - 1)]
+    for damaged in (*cuts, data + b"\0", data[:8] + b"!" + data[9:]):
+        file.write_bytes(damaged)
+        with pytest.raises(WeightError, match="model.safetensors: truncated, damaged"):
             dms_jax.load(folder)
-    assert last
-    file.write_bytes(data + b"\0")
-    with pytest.raises(WeightError, match="1 bytes after the last tensor"):
-        dms_jax.load(folder)
-    file.write_bytes(data[:8] + b"!" + data[9:])
-    with pytest.raises(WeightError, match="damaged header"):
-        dms_jax.load(folder)
 
 
 def test_values_beyond_float16_are_named(folder):
@@ -238,19 +229,21 @@ def test_hub_names_are_downloaded_without_pickles_or_code(folder, monkeypatch):
 
 
 def test_mini_family(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    monkeypatch.setattr(load, "ASSETS", tmp_path)
     members = {
         None: random_lm(seed=1),
-        4: random_lm(dms=DMSConfig(cr=4), seed=2),
+        4: random_lm(dms=DMSConfig(), seed=2, cr=4),
         8: random_lm(dms=ADAPTER, seed=3),
     }
     for cr, lm in members.items():
         dms_jax.save(lm, tmp_path / "mini" / ("base" if cr is None else f"cr{cr}"))
     for cr, lm in members.items():
         again = dms_jax.load("mini", dtype="float32", cr=cr)
-        assert again.dms == lm.dms
+        assert again.dms == lm.dms and again.cr == cr, "recorded for 4, what was asked for of 8"
         assert_same_bits(again.params, lm.params)
-    assert dms_jax.load("mini", cr=4.0).dms == DMSConfig(cr=4)
+    assert dms_jax.load("mini", cr=4.0).dms == DMSConfig()
+    with pytest.raises(ConfigError, match="cr=0.5"):
+        dms_jax.LM(CONFIG, {}, None, ADAPTER, 0.5)
     with pytest.raises(ConfigError, match="cr=3: mini has cr4, cr8"):
         dms_jax.load("mini", cr=3)
     with pytest.raises(ConfigError, match="cr=2: base has no retrofitted members"):
@@ -258,11 +251,11 @@ def test_mini_family(tmp_path, monkeypatch):
 
 
 def test_gate_file_over_base_weights(folder, tmp_path):
-    base, adapted = dms_jax.load(folder, "float32"), random_lm(dms=ADAPTER, seed=0)
+    base, adapted = dms_jax.load(folder, "float32"), random_lm(dms=ADAPTER, seed=0, cr=4)
     gate = tmp_path / "gate.safetensors"
     dms_jax.save_gate(adapted, gate)
     lm = dms_jax.load(folder, "float32", gate=gate)
-    assert lm.dms == ADAPTER
+    assert (lm.dms, lm.cr) == (ADAPTER, 4)
     for n in range(2):
         mine = lm.params[f"layers_{n}"]["attn"]
         assert_same_bits(mine["gate"], adapted.params[f"layers_{n}"]["attn"]["gate"])
@@ -273,9 +266,13 @@ def test_gate_file_over_base_weights(folder, tmp_path):
     ids = tiny.tokens(2, 40)
     np.testing.assert_array_equal(lm.logits(ids), base.logits(ids))  # eviction off: the base model
     assert np.abs(lm.logits(ids, dms=ADAPTER) - base.logits(ids)).max() > 1e-2
-    with pytest.raises(ConfigError, match="no adapter gate"):
+    with pytest.raises(ConfigError, match="never retrofitted"):
         base.logits(ids, dms=ADAPTER)
-    with pytest.raises(ConfigError, match="no adapter gate"):
+    with pytest.raises(ConfigError, match="dms.gate='query': the model carries the 'adapter' gate"):
+        lm.logits(ids, dms=DMSConfig(window=4))
+    with pytest.raises(ConfigError, match="the parameters hold no such gate"):
+        dms_jax.LM(base.config, base.params, None, ADAPTER).logits(ids, dms=ADAPTER)
+    with pytest.raises(ConfigError, match="no gate with parameters of its own"):
         dms_jax.save_gate(base, gate)
     dms_jax.save(random_lm(dms=DMSConfig()), tmp_path / "query")
     with pytest.raises(ConfigError, match="gate='query'"):
@@ -295,10 +292,10 @@ def test_logits_with_eviction():
     borrowed = DMSConfig(window=100, gate="query")
     retrofitted = dms_jax.LM(lm.config, lm.params, None, borrowed)
     # A window longer than the text evicts nothing, and the borrowed neuron is hidden either way.
-    np.testing.assert_allclose(lm.logits(ids, dms=borrowed), retrofitted.logits(ids), atol=1e-5)
+    np.testing.assert_allclose(retrofitted.logits(ids, dms=borrowed), retrofitted.logits(ids), atol=1e-5)
     assert np.abs(lm.logits(ids) - retrofitted.logits(ids)).max() > 1e-3
     short = DMSConfig(window=2, gate="query")
-    delta = np.abs(lm.logits(ids, dms=short) - retrofitted.logits(ids)).max(axis=(0, 2))
+    delta = np.abs(retrofitted.logits(ids, dms=short) - retrofitted.logits(ids)).max(axis=(0, 2))
     assert delta[:3].max() < 1e-5 and delta[3:].max() > 1e-2
     with pytest.raises(ConfigError, match="tokens.shape"):
         lm.logits(ids[0])

@@ -12,7 +12,7 @@ import torch
 
 import dms_jax
 from dms_jax.models import transformer
-from dms_jax.weights import huggingface as hf
+from dms_jax.weights.huggingface import config_to_hf
 from tests.helpers import texts, tiny
 from tests.weights import test_gguf, test_hub
 
@@ -26,7 +26,7 @@ def lm(smollm2_file):
 
 @pytest.fixture(scope="module")
 def theirs(smollm2_file, lm):
-    return tiny.hf_from_gguf(smollm2_file, hf.config_to_hf(lm.config))
+    return tiny.hf_from_gguf(smollm2_file, config_to_hf(lm.config))
 
 
 def test_logits_on_real_text(lm, theirs):
@@ -113,7 +113,7 @@ def test_the_bundled_gates(smollm2_file, lm):
     want = np.asarray(lm.logits(ids))[0]
     for cr in (2, 4, 8):
         gated = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=cr)
-        assert gated.dms.cr == cr and gated.dms.gate == "adapter"
+        assert gated.cr == cr and gated.dms.gate == "adapter"
         got = np.asarray(gated.logits(ids, dms=gated.dms))[0]
         assert (got.argmax(-1) == want.argmax(-1)).mean() > 0.6
         assert np.abs(got - want).max() > 0.1, "something is evicted"
