@@ -8,7 +8,7 @@ from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.inference import decode
 from dms_jax.inference.chat import Conversation
 from dms_jax.inference.jobs import EngineConfig
-from tests.inference.test_decode import full_forward, random_lm, tiny
+from tests.helpers.models import full_forward, random_lm, tiny
 
 DMS = DMSConfig(window=3, scale=3.0, offset=0.3, cr=8.0)  # expects more than it does: caches have to grow
 
