@@ -105,7 +105,7 @@ def bias(
     j = key_pos[:, :, None, :]
     delayed = jnp.where(i - j <= window, 0.0, log_keep_prob[:, :, None, :])
     seen = (j >= 0) & (j <= i)
-    if query_segments is not None:
+    if query_segments is not None and key_segments is not None:
         seen &= query_segments[:, None, :, None] == key_segments[:, :, None, :]
     return jnp.where(seen, delayed, MASK_VALUE)
 
