@@ -18,9 +18,24 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+
+class Unchecked:
+    """Finds first what jaxtyping's hook shall not see: Triton's functions, and configs, which check themselves."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        plain = name.startswith("dms_jax.kernels.triton_") or name.endswith(".config")
+        return PathFinder.find_spec(name, path, target) if plain and name.startswith("dms_jax.") else None
+
+
+jaxtyping.install_import_hook("dms_jax", "tests.helpers.checked.typed")  # a shape in a signature of the package is true
+sys.meta_path.insert(0, Unchecked)
 
 
 def pytest_configure(config):

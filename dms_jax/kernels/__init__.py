@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.config import require
 from dms_jax.kernels import attention, blocked, reference
+from dms_jax.kernels.attention import KeysOrValues
 from dms_jax.kernels.launch import choose
 from dms_jax.kernels.reference import DecodeAttention
-from dms_jax.types import LogKeepProb, NewKV, PerHead, Positions, Queries, Slots
+from dms_jax.types import LogKeepProb, PerHead, Positions, Queries, Slots
 
 __all__ = ["DecodeAttention", "flash_attention", "paged_decode_attention", "paged_decode_attention_update"]
 
@@ -115,8 +116,8 @@ def paged_decode_attention_update(
 
 def flash_attention(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: KeysOrValues,
+    v: KeysOrValues,
     query_pos: Positions,
     key_pos: Slots,
     log_keep_prob: LogKeepProb,

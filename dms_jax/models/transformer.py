@@ -6,12 +6,12 @@ every eviction policy are such functions.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dms_jax import dms, kernels, sharding
 from dms_jax.config import DMSConfig, ModelConfig
@@ -36,6 +36,7 @@ from dms_jax.types import (
 POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
 
 
+@runtime_checkable
 class Attend(Protocol):
     """What a layer calls. `logit` is None where the model has no gate; `state` is any pytree."""
 
@@ -161,7 +162,7 @@ def adapter_logits(model: Decoder, params: Params, residuals: Sequence[Residual]
     return jax.vmap(lambda own, x: dms.affine(gate.apply({"params": own}, x), model.dms))(stacked, jnp.stack(residuals))
 
 
-def arange_positions(tokens: Tokens) -> Positions:
+def arange_positions(tokens: Shaped[Array, "B T"]) -> Positions:
     """0 .. T-1 for each sequence."""
     B, T = tokens.shape
     return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))

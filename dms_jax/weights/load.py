@@ -21,7 +21,7 @@ from dms_jax.weights import huggingface as hf
 from dms_jax.weights.safetensors import WeightError, open_safetensors
 from dms_jax.weights.table import DTYPES, gate_specs, lookup, read_params, specs
 
-ASSETS = Path(__file__).parent / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
+ASSETS = Path(__file__).parents[1] / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Weights, configuration and tokenizers; no pickles, no code.
 PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
