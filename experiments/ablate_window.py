@@ -33,6 +33,7 @@ from experiments import command, report, stats
 from experiments.command import metavar
 from experiments.run import Run, RunError, environment, open_run, read_config, write_json
 from experiments.variants import batches
+from paper_figures.rows import percent
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate_window.yaml"
 PADDED = 64  # lengths of training sequences are cut to a multiple of this
@@ -189,12 +190,11 @@ def train(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path,
 def make_pool(settings: Ablation, path: Path) -> None:
     """Draws the training problems that all cells share, and writes them in one piece."""
     from experiments.tasks import mini
-    from scripts.pretrain_mini import LENGTH
 
     workers = min(os.cpu_count() or 1, -(-settings.pool // mini.CHUNK))
     tokenizer = mini.build_tokenizer()
     drawn = mini.generate_pool(
-        tokenizer, "train", settings.seed, settings.pool, LENGTH, workers, slip_rate=settings.slip_rate
+        tokenizer, "train", settings.seed, settings.pool, mini.LENGTH, workers, slip_rate=settings.slip_rate
     )
     width = -(-int(drawn.total_lengths.max()) // PADDED) * PADDED
     temporary = path.with_suffix(".tmp.npz")
@@ -398,7 +398,7 @@ COLUMNS = (  # as in report.py
     ("window", "right", True, lambda row: str(row["window"])),
     ("mode", "left", True, lambda row: row["mode"]),
     ("CR", "right", True, lambda row: f"{row['cr']:g}"),
-    ("accuracy %", "right", True, lambda row: report.percent(row["accuracy"])),
+    ("accuracy %", "right", True, lambda row: percent(row["accuracy"])),
     ("achieved CR", "right", True, lambda row: f"{row['achieved_cr']:.2f}"),
     ("problems", "right", True, lambda row: str(row["problems"])),
 )
@@ -430,7 +430,7 @@ def execute(config: Config, console: Console, start: float) -> int:
     outcome = {"experiment": "ablate_window", "command": entry["command"], "problems": settings.problems}
     settled = {**outcome, "caption": CAPTION, "config": dataclasses.asdict(settings), "environment": entry}
     write_json(out / "results.json", {**settled, "base": base, "rows": rows})
-    title = f"mini: {settings.problems} problems; the base model has {report.percent(base['accuracy'])}%"
+    title = f"mini: {settings.problems} problems; the base model has {percent(base['accuracy'])}%"
     report.print_results(console, rows, title, COLUMNS)
     console.print(CAPTION, style="dim")
     console.print(f"results: {out / 'results.json'}", soft_wrap=True)

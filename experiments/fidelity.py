@@ -43,6 +43,7 @@ from experiments.forced import forced_logits
 from experiments.run import Run, digest, open_run
 from experiments.tasks import aime, ruler
 from experiments.variants import Loaded, batches
+from paper_figures.rows import percent
 
 FIELDS = ("kl", "agreement", "nll", "nll_reference")  # of a window, means over its tokens after the prompt
 CAPTION = (
@@ -280,7 +281,7 @@ COLUMNS = (  # as in report.py
     ("CR", "right", True, lambda row: "" if row["cr"] is None else f"{row['cr']:g}"),
     ("budget", "right", True, lambda row: "" if row["budget"] is None else f"{row['budget']:g}"),
     ("KL, nats", "right", True, lambda row: _kl(row["kl"])),
-    ("agreement %", "right", True, lambda row: report.percent(row["agreement"])),
+    ("agreement %", "right", True, lambda row: percent(row["agreement"])),
     ("perplexity", "right", True, lambda row: f"{row['perplexity']['mean']:.3f}"),
     ("of the reference", "right", False, lambda row: f"{row['perplexity_reference']['mean']:.3f}"),
     ("achieved CR", "right", True, lambda row: f"{row['achieved_cr']:.2f}"),

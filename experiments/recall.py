@@ -28,6 +28,7 @@ from experiments.run import Run, digest, open_run
 from experiments.tasks import mini_recall, ruler
 from experiments.tasks.ruler import Encode, Form, Sample
 from experiments.variants import Loaded
+from paper_figures.rows import percent
 
 COUNTS = metrics.CacheUse._fields
 CAPTION = (
@@ -208,7 +209,7 @@ COLUMNS = (  # as in report.py
     ("policy", "left", True, lambda row: row["policy"]),
     ("CR", "right", True, lambda row: "" if row["cr"] is None else f"{row['cr']:g}"),
     ("budget", "right", True, lambda row: "" if row["budget"] is None else f"{row['budget']:g}"),
-    ("score %", "right", True, lambda row: report.percent(row["score"])),
+    ("score %", "right", True, lambda row: percent(row["score"])),
     ("KV reads", "right", False, lambda row: f"{row['kv_reads']:,.0f}"),
     ("peak", "right", True, lambda row: f"{row['peak_tokens']:,.0f}"),
     ("achieved CR", "right", True, lambda row: f"{row['achieved_cr']:.2f}"),

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dms_jax.inference.scheduler import Progress as EngineProgress
 from experiments import stats
+from paper_figures.rows import percent
 
 CAPTION = (
     f"Configuration: L-W-CR, L in units of 1,024 new tokens. Accuracy: majority vote of the W chains, with its "
@@ -20,12 +21,6 @@ CAPTION = (
     f"over layers, KV heads and problems, summed over a problem's chains. Achieved CR: tokens seen over tokens "
     f"live at the end, mean of chains. Rows of one model share chains: W=3 is the first three of a larger W's."
 )
-
-
-def percent(estimate: dict, sign: str = "") -> str:
-    """`62.1 [55.3, 68.9]`."""
-    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def print_results(console: Console, rows: list[dict], title: str, columns: tuple | None = None) -> None:

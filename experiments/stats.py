@@ -131,12 +131,3 @@ def table(samples: Iterable[dict], cells: Sequence[Cell]) -> list[dict]:
             }
         )
     return rows
-
-
-def pareto(rows: Sequence[dict], cost: str = "kv_reads") -> list[dict]:
-    """The rows that no other row matches or beats in accuracy at less `cost`, cheapest first."""
-    front: list[dict] = []
-    for row in sorted(rows, key=lambda r: (r[cost], -r["accuracy"]["mean"])):
-        if not front or row["accuracy"]["mean"] > front[-1]["accuracy"]["mean"]:
-            front.append(row)
-    return front

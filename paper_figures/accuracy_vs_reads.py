@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from experiments.stats import pareto
 from paper_figures import style
+from paper_figures.rows import pareto
 
 
 def series(rows: list[dict]) -> dict[str, list[dict]]:

@@ -8,8 +8,8 @@ matches or beats at less cost. Never runs a model.
 
 from matplotlib.figure import Figure
 
-from experiments.stats import pareto
 from paper_figures import style
+from paper_figures.rows import pareto
 
 COSTS = {"kv_reads": "KV reads per problem (tokens)", "peak_tokens": "peak live tokens per problem"}
 

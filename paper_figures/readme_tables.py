@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from experiments.report import percent
 from paper_figures import decode_speed, style
 from paper_figures.decode_speed import series_of
+from paper_figures.rows import percent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -23,8 +23,6 @@ from dms_jax.weights.lm import LM
 from dms_jax.weights.save import save
 from experiments.tasks import mini
 
-LENGTH = 512  # tokens a sequence is padded to; the longest problem has fewer
-
 MODEL = ModelConfig(
     family="llama",
     vocab_size=len(mini.SPECIALS) + len(mini.TEXT_PIECES),
@@ -35,7 +33,7 @@ MODEL = ModelConfig(
     head_dim=32,
     mlp_dim=384,
     tie_embeddings=True,
-    max_positions=LENGTH,
+    max_positions=mini.LENGTH,
     bos_id=mini.BOS,
     eos_ids=(mini.EOS,),
     pad_id=mini.PAD,
@@ -60,7 +58,7 @@ class PretrainConfig:
 def training_pool(seed: int, count: int, slip_rate: float) -> Batch:
     """`count` encoded problems of the training side."""
     tokenizer, cores = mini.build_tokenizer(), os.cpu_count()
-    return Batch(*mini.generate_pool(tokenizer, "train", seed, count, LENGTH, cores, slip_rate=slip_rate))
+    return Batch(*mini.generate_pool(tokenizer, "train", seed, count, mini.LENGTH, cores, slip_rate=slip_rate))
 
 
 def optimizer(config: PretrainConfig) -> optax.GradientTransformation:

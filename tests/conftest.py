@@ -5,25 +5,69 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; the tests that compile start a process
-# Most programs of the tests run a few times: LLVM's optimisation costs more than it saves.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+# Most programs of the tests run a few times: optimising them costs more than it saves. See also `optimised`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",  # nearly half the time of compiling
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+
+class Unchecked:
+    """Finds first what jaxtyping's hook shall not see: Triton's functions, and configs, which check themselves."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        plain = name.startswith("dms_jax.kernels.triton_") or name.endswith(".config")
+        return PathFinder.find_spec(name, path, target) if plain and name.startswith("dms_jax.") else None
+
+
+jaxtyping.install_import_hook("dms_jax", "tests.helpers.checked.typed")  # a shape in a signature of the package is true
+sys.meta_path.insert(0, Unchecked)
+
+
+def pytest_configure(config):
+    """Worker processes, and what the tests start, share one folder of compiled programs; so does the next run.
+
+    `pytest --cache-clear` empties it. With a maximum size JAX locks the folder, which makes it safe between processes.
+    """
+    if hasattr(config, "cache") and not hasattr(config, "workerinput"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 @pytest.fixture
 def rng():
-    """Fresh random inputs at every run; the seed is printed where a test fails, and TEST_SEED repeats it."""
+    """Random inputs, the same at every run; TEST_SEED=7 takes others, and TEST_SEED=random fresh ones."""
     import numpy as np
 
-    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+    seed = os.environ.get("TEST_SEED", "0")
+    seed = np.random.SeedSequence().entropy % 2**32 if seed == "random" else int(seed)
     print(f"TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Programs compiled as users get them, for a module whose programs run long."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

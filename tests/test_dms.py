@@ -12,9 +12,8 @@ from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.models import layers, transformer
 from dms_jax.models.gates import gate_of
 from dms_jax.types import MASK_VALUE
+from tests.helpers.models import random_params
 
-# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
-QUICK = {"xla_backend_optimization_level": 0}
 B, T, K, G, D = 2, 6, 2, 3, 10
 QUERY = DMSConfig(window=2, scale=3.0, logit_bias=0.5)
 
@@ -151,17 +150,6 @@ MODEL = ModelConfig("llama", 31, 2, 12, K * G, K, D, 16)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 12)))
 
 
-def random_params(model: ModelConfig, config: DMSConfig | None):
-    """Every weight random, norms and biases too. Shapes only from `init`, which is slow unless jitted."""
-    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model, config))
-    rng = np.random.default_rng(1)
-
-    def weight(path, x):
-        return jnp.asarray((path[-1].key == "scale") + 0.3 * rng.normal(size=x.shape), x.dtype)
-
-    return jax.tree_util.tree_map_with_path(weight, shapes)
-
-
 def compiled(model, config, attend):
     """A jitted function (params, neuron_scale) -> logits and the state of `attend`."""
 
@@ -170,7 +158,7 @@ def compiled(model, config, attend):
         decoder = transformer.Decoder(model, config)
         return decoder.apply({"params": params}, TOKENS, positions, attend, (), neuron_scale, method="logits")
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def recording(layer, q, k, v, logit, state):

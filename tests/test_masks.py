@@ -82,8 +82,9 @@ def test_shift(window, T, lengths):
         for b, h, j in np.ndindex(*values.shape):
             if j + offset < lengths[b]:
                 want[b, h, j] = values[b, h, j + offset]
-        np.testing.assert_array_equal(dms.shift(values, offset, jnp.asarray(lengths), MASK_VALUE), want)
-        alpha = dms.shift(values > 0, offset, jnp.asarray(lengths), False)
+        given = jnp.asarray(values)
+        np.testing.assert_array_equal(dms.shift(given, offset, jnp.asarray(lengths), MASK_VALUE), want)
+        alpha = dms.shift(given > 0, offset, jnp.asarray(lengths), False)
         assert alpha.dtype == bool
         np.testing.assert_array_equal(alpha, want > 0)
 
@@ -109,7 +110,7 @@ def test_shift_segments(offset):
     rng = np.random.default_rng(offset)
     segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 0]])
     values = rng.normal(size=(3, 2, 8)).astype(np.float32)
-    got = dms.shift_segments(jnp.asarray(values), offset, segments, -7.0)
+    got = dms.shift_segments(jnp.asarray(values), offset, jnp.asarray(segments), -7.0)
     for b, k, j in np.ndindex(*values.shape):
         same = j + offset < 8 and segments[b, j + offset] == segments[b, j] > 0
         assert got[b, k, j] == (values[b, k, j + offset] if same else -7.0)

@@ -64,7 +64,7 @@ def test_every_parameter_has_letters():
 
 
 def test_constrain_without_a_mesh_is_nothing():
-    x = np.ones((2, 3))
+    x = jax.numpy.ones((2, 3))
     assert sharding.constrain(x, "B T") is x
 
 

@@ -4,14 +4,17 @@ A named implementation ("triton" or "reference") works or raises. Where None doe
 `blocked`, a loop in plain XLA that keeps up with long caches. docs/kernels.md explains both kernels.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.config import require
 from dms_jax.kernels import attention, blocked, reference
+from dms_jax.kernels.attention import KeysOrValues
 from dms_jax.kernels.launch import choose
 from dms_jax.kernels.reference import DecodeAttention
-from dms_jax.types import LogKeepProb, NewKV, PerHead, Positions, Queries, Slots
+from dms_jax.types import LogKeepProb, PerHead, Positions, Queries, Slots
 
 __all__ = ["DecodeAttention", "flash_attention", "paged_decode_attention", "paged_decode_attention_update"]
 
@@ -52,7 +55,7 @@ def paged_decode_attention(
     """
     _check_decode(q, k_pages, v_pages, table, lengths, k_scale, v_scale)
     require(readable is None or readable.shape == table.shape, "readable", _shape(readable), f"expected {table.shape}")
-    options = {"k_scale": k_scale, "v_scale": v_scale, "readable": readable, "weights": weights}
+    options: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale, "readable": readable, "weights": weights}
     if choose(implementation) == "reference":
         if implementation is None:
             return DecodeAttention(*blocked.paged_attention(q, k_pages, v_pages, table, lengths, **options))
@@ -113,8 +116,8 @@ def paged_decode_attention_update(
 
 def flash_attention(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: KeysOrValues,
+    v: KeysOrValues,
     query_pos: Positions,
     key_pos: Slots,
     log_keep_prob: LogKeepProb,
@@ -152,15 +155,18 @@ def flash_attention(
     require(not isinstance(window, int) or window >= 0, "window", window, "must not be negative")
     given = (query_segments is not None, key_segments is not None)
     require(given[0] == given[1], "query_segments, key_segments", given, "give both or neither")
-    if query_segments is not None:
+    if query_segments is not None and key_segments is not None:
         require(query_segments.shape == (B, T), "query_segments", query_segments.shape, f"expected [B, T], {(B, T)}")
         if key_segments.ndim == 2:
             key_segments = key_segments[:, None]
         key_segments = jnp.broadcast_to(key_segments, (B, K, S))
-    segments = {"query_segments": query_segments, "key_segments": key_segments}
+    segments: dict[str, Any] = {"query_segments": query_segments, "key_segments": key_segments}
     if choose(implementation) == "reference":
         if implementation and query_segments is None:  # so that a query that sees nothing gives 0, as in the kernel
-            segments = {"query_segments": jnp.zeros_like(query_pos), "key_segments": jnp.zeros_like(key_pos)}
+            segments: dict[str, Any] = {
+                "query_segments": jnp.zeros_like(query_pos),
+                "key_segments": jnp.zeros_like(key_pos),
+            }
         return attention.blockwise(q, k, v, query_pos, key_pos, log_keep_prob, window, **segments)
     from dms_jax.kernels import triton_flash
 

@@ -1,6 +1,6 @@
 """Attention over given keys as pure functions: a dense oracle and a blockwise form with O(T) memory.
 
-Both take what `masks.bias` takes, so one rule decides visibility on every path.
+Both take what `dms.bias` takes, so one rule decides visibility on every path.
 """
 
 import jax
@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dms_jax import dms
-from dms_jax.types import MASK_VALUE, LogKeepProb, NewKV, Positions, Queries, ScoreBias, Slots
+from dms_jax.types import MASK_VALUE, LogKeepProb, Positions, Queries, ScoreBias, Slots
+
+KeysOrValues = Float[Array, "B S K D"]  # of S keys, in the order of the tokens
 
 
-def attend(q: Queries, k: NewKV, v: NewKV, bias: ScoreBias) -> Queries:
+def attend(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: ScoreBias) -> Queries:
     """Softmax attention with an additive bias; `[B, T, H, D]`. Scores and softmax are float32.
 
     Grouped-query: the G query heads of a KV head are folded into one axis, keys are never repeated.
@@ -26,8 +28,8 @@ def attend(q: Queries, k: NewKV, v: NewKV, bias: ScoreBias) -> Queries:
 
 def dense(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: KeysOrValues,
+    v: KeysOrValues,
     query_pos: Positions,
     key_pos: Int[Array, "B *K S"],
     log_keep_prob: LogKeepProb,
@@ -64,8 +66,8 @@ def per_head(key_pos: Int[Array, "B *K S"], heads: int) -> Slots:
 
 def blockwise(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: KeysOrValues,
+    v: KeysOrValues,
     query_pos: Positions,
     key_pos: Int[Array, "B *K S"],
     log_keep_prob: Float[Array, "B K S"],
@@ -101,7 +103,7 @@ def blockwise(
 
 def key_weights(
     q: Queries,
-    k: NewKV,
+    k: KeysOrValues,
     query_pos: Positions,
     key_pos: Slots,
     counted: Float[Array, "B T"],

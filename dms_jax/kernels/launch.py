@@ -21,7 +21,7 @@ def jax_triton():
     """The module jax_triton; ConfigError where it cannot be had (its import raises without a GPU build of jax)."""
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
     try:
-        import jax_triton
+        import jax_triton  # pyright: ignore[reportMissingImports]  an extra, for GPUs
     except (ImportError, ValueError) as error:
         raise ConfigError(f"implementation='triton': jax-triton and a GPU build of jax are needed ({error})") from error
     finally:
@@ -81,7 +81,7 @@ def launch(kernel, *arrays, out: tuple, grid: tuple, aliases: dict[int, int] | N
 def _launch_04(call, arrays: tuple, out: tuple, aliases: dict[int, int], arguments: dict[str, Any]):
     """jax-triton 0.4, where an aliased output is no argument of its own: its input takes the place of the output."""
     inputs, moved = list(arrays), {}
-    places = sorted(aliases, key=aliases.get)
+    places = sorted(aliases, key=aliases.__getitem__)
     for source in places:
         moved[arguments["kernel"].arg_names[len(arrays) + aliases[source]]] = arrays[source]
         inputs[source] = unused(arrays[source].dtype)

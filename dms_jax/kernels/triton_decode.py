@@ -250,11 +250,11 @@ def decode(
     new=None,
     cut: Tiling | None = None,
 ):
-    """`(out, lse, weights or None, pools or None)`; arguments are checked by the caller.
+    """`(out, lse, weights or None, pools)`; arguments are checked by the caller.
 
     table, lengths: `[L, B, K, P]` and `[L, B, K]`, whole: a layer's part of them would have to be copied for a kernel.
     new: `(k_new [B, K, D], v_new [B, K, D], slots)` to be written first, the slots `[L, B, K]`, or `[1, B, K]` for
-    this layer alone; pools is then (k_pages, v_pages).
+    this layer alone; pools is then (k_pages, v_pages), and empty without.
     """
     B, H, D = q.shape
     K, P, page = *table.shape[2:], k_pages.shape[1]
@@ -307,9 +307,9 @@ def decode(
         **{"PROGRAMS": programs, "CHUNK": 8, "LN2": LN2},
     )
     if not weights:
-        return out, lse, None, tuple(pools) if new else None
+        return out, lse, None, tuple(pools)
     own = lengths if readable is not None else lengths[layer]
-    return out, lse, _weights(scores, lse, own, readable, page), tuple(pools) if new else None
+    return out, lse, _weights(scores, lse, own, readable, page), tuple(pools)
 
 
 def _weights(scores, lse, lengths, readable, page):

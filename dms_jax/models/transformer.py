@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dms_jax import dms, kernels, sharding
 from dms_jax.config import DMSConfig, ModelConfig
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         return self.unembed(hidden), state
 
 
-def arange_positions(tokens: Tokens) -> Positions:
+def arange_positions(tokens: Shaped[Array, "B T"]) -> Positions:
     """0 .. T-1 for each sequence."""
     B, T = tokens.shape
     return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))

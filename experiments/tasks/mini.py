@@ -54,6 +54,7 @@ PATTERN = (
 )
 PIECE = re.compile(f"{PATTERN}|.", re.DOTALL)  # any other character too: not skipped in silence
 CHUNK = 1024  # problems made by one call of a worker
+LENGTH = 512  # tokens a sequence is padded to; the longest problem has fewer
 
 
 class Problem(NamedTuple):

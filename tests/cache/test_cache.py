@@ -21,7 +21,6 @@ from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import attention
 from dms_jax.policies import DecodeStep, DelayedEviction, NewToken, PrefillChunk
 
-QUICK = {"xla_backend_optimization_level": 0}
 B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
 MODEL = types.SimpleNamespace(num_layers=L, num_kv_heads=K, head_dim=D)
 CAPACITY = 40  # of masked storage, which keeps a slot for every token
@@ -53,7 +52,7 @@ def rules(window, offset, kind, page):
     return dms, kv_cache(CacheConfig(kind, CAPACITY, page))
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "width"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("rule", "width"))
 def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
     """What `decode.prefill` does in each layer."""
     dms, store = rules(*rule)
@@ -74,7 +73,7 @@ def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
     return cache, tuple(new), jnp.stack(outs)
 
 
-@functools.partial(jax.jit, static_argnames=("rule",), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("rule",))
 def one_step(rule, cache, states, q, k, v, logit, position, active):
     """What `decode.decode_step` does, layer by layer."""
     dms, store = rules(*rule)

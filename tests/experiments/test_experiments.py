@@ -10,6 +10,7 @@ from experiments import run, stats
 from experiments.tasks import aime as tasks
 from experiments.tasks import base, mini
 from paper_figures import accuracy_vs_reads
+from paper_figures.rows import pareto
 
 # ---- verdicts
 
@@ -180,7 +181,7 @@ def test_pareto_front():
         {"kv_reads": reads, "accuracy": {"mean": mean}}
         for reads, mean in ((5, 0.5), (1, 0.2), (2, 0.1), (3, 0.5), (9, 0.9))
     ]
-    assert [row["kv_reads"] for row in stats.pareto(rows)] == [1, 3, 9]
+    assert [row["kv_reads"] for row in pareto(rows)] == [1, 3, 9]
 
 
 # ---- the run folder

@@ -5,14 +5,14 @@ import json
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
 
 from dms_jax.config import DMSConfig  # noqa: E402
 from dms_jax.inference import generation  # noqa: E402
 from dms_jax.inference.scheduler import EngineConfig  # noqa: E402
-from tests.inference.test_decode import random_lm, tiny  # noqa: E402
+from tests.helpers.models import random_lm, tiny  # noqa: E402
 
 PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 20]
 

@@ -10,7 +10,7 @@ from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.inference import decode
 from dms_jax.inference.chat import Conversation
 from dms_jax.inference.scheduler import EngineConfig
-from tests.inference.test_decode import full_forward, random_lm, tiny
+from tests.helpers.models import full_forward, random_lm, tiny
 
 DMS = DMSConfig(window=3, scale=3.0, logit_bias=0.3)
 

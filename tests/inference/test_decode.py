@@ -1,7 +1,5 @@
 """Decoding step by step equals the teacher-forced forward, and the counts equal a brute-force count."""
 
-import dataclasses
-import functools
 import types
 
 import jax
@@ -9,44 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import policies
-from dms_jax.cache import kv_cache
-from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig, SamplingConfig
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.models import transformer
-from dms_jax.weights.lm import LM
+from tests.helpers.models import full_forward, prefill, random_lm, spec_for, step, tiny
 
 LENGTHS = (9, 1, 5, 14)
 TOTAL = 40
 
-
-def tiny(groups: int = 3, **changes) -> ModelConfig:
-    return ModelConfig(
-        family="llama", vocab_size=53, num_layers=2, model_dim=24, num_heads=2 * groups, num_kv_heads=2,
-        head_dim=10, mlp_dim=40, **changes,
-    )  # fmt: skip
-
-
-def random_lm(config: ModelConfig, dms: DMSConfig | None, seed: int = 0):
-    """A model whose weights are large enough for decisions of both kinds and for sharp attention; norms are 1."""
-    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config, dms))
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) if len(x.shape) > 1 else np.ones(x.shape), x.dtype),
-        shapes,
-    )
-    return LM(config, params, None, dms)
-
-
-def spec_for(lm, policy: str, cache: CacheConfig) -> decode.DecodeSpec:
-    decoder = transformer.Decoder(lm.config, lm.dms)
-    return decode.DecodeSpec(decoder, policies.named(policy, lm.dms), kv_cache(cache), SamplingConfig(), ())
-
-
-# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
-QUICK = {"xla_backend_optimization_level": 0}
-step = jax.jit(decode.decode_step, static_argnames="spec", compiler_options=QUICK)
-prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"), compiler_options=QUICK)
 
 MASKED, PAGED = (CacheConfig(kind, 48, page_size=4) for kind in ("masked", "paged"))
 ROWS = (2, 0, 3, 1)  # where the sequences lie: a row is not a sequence's number
@@ -76,26 +44,6 @@ def forced_decode(lm, tokens, lengths, policy="dms", cache=PAGED, chunk=14):
         all_logits.append(logits[rows])
         all_live.append(chunk_out.live[rows])
     return np.stack(all_logits), np.stack(all_live), np.concatenate(seen, axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "gate"), compiler_options=QUICK)
-def _forward(params, tokens, window, offset, config, gate):
-    attend = transformer.causal
-    if gate is not None:  # window and offset are traced, so that one program serves every case of a gate
-        rule = types.SimpleNamespace(window=window, decision_offset=offset, sinks=0)
-        attend = transformer.hard_eviction(rule, jnp.full(len(tokens), tokens.shape[1]))
-    positions = transformer.arange_positions(tokens)
-    return transformer.Decoder(config, gate).apply({"params": params}, tokens, positions, attend, method="logits")
-
-
-def full_forward(lm, tokens):
-    """Teacher-forced logits `[B, T, V]` and alpha `[L, B, K, T]` with the hard mask (no alpha without DMS)."""
-    gate, window, offset = lm.dms, 0, 0
-    if gate is not None:
-        window, offset = gate.window, gate.decision_offset
-        gate = dataclasses.replace(gate, window=0, decision_offset=0)  # the decoder itself reads neither
-    logits, alpha = _forward(lm.params, jnp.asarray(tokens), window, offset, lm.config, gate)
-    return np.asarray(logits), np.stack(alpha) if alpha else None
 
 
 CASES = [

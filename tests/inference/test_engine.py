@@ -20,7 +20,7 @@ from dms_jax.config import CacheConfig, ConfigError, DMSConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
-from tests.inference.test_decode import prefill, random_lm, spec_for, step, tiny
+from tests.helpers.models import prefill, random_lm, spec_for, step, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP = [3, 11, 30]

@@ -8,9 +8,6 @@ import pytest
 from dms_jax.kernels import attention
 from dms_jax.types import MASK_VALUE
 
-# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 def inputs(seed, B, T, K, G, D, hard):
     """Right-padded keys (position -1), queries and keys that start at a position other than 0, and p for each key."""
@@ -77,7 +74,7 @@ def with_gradients(fn, window, query_pos, key_pos, weights, **options):
         out = fn(q, k, v, query_pos, key_pos, log_keep_prob, window, **options)
         return (out * weights).sum(), out
 
-    grad = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=QUICK)
+    grad = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
     return lambda *x: grad(*x)[::-1]
 
 
@@ -111,7 +108,7 @@ def temp_bytes(fn, T, **options):
     def loss(q, k, v, log_keep_prob):
         return (fn(q, k, v, positions, positions, log_keep_prob, 16, **options) ** 2).sum()
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3)), compiler_options=QUICK).lower(q, k, k, log_keep_prob).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(q, k, k, log_keep_prob).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

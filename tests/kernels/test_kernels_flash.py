@@ -11,7 +11,6 @@ from dms_jax.kernels import attention
 from dms_jax.types import MASK_VALUE
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to the largest value
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def with_gradients(arrays, window, weights, implementation, **options):
         )
         return (out.astype(jnp.float32) * weights).sum(), out
 
-    run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=QUICK)
+    run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
 
     def results():
         grads, out = run(q, k, v, log_keep_prob)

@@ -6,7 +6,6 @@ import json
 import pytest
 
 import paper_figures.__main__ as figures
-from experiments.stats import pareto
 from paper_figures import (
     accuracy_vs_cr,
     accuracy_vs_reads,
@@ -18,6 +17,7 @@ from paper_figures import (
     training_curves,
     window_ablation,
 )
+from paper_figures.rows import pareto
 
 
 def estimate(mean):

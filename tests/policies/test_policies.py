@@ -139,10 +139,8 @@ class Seen(NamedTuple):
     live: list[list[list[int]]]  # positions, [L][K], sorted
 
 
-# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
-QUICK = {"xla_backend_optimization_level": 0}
-one_step = jax.jit(decode.decode_step, static_argnames="spec", compiler_options=QUICK)
-prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"), compiler_options=QUICK)
+one_step = jax.jit(decode.decode_step, static_argnames="spec")
+prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"))
 
 
 def live_slots(cache):

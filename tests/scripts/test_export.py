@@ -9,16 +9,14 @@ import pytest
 import dms_jax
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.training import checkpoint, watch
-from dms_jax.training import step as retrofit
 from dms_jax.training.data import Batch
 from paper_figures import training_curves
 from scripts import export, pretrain_mini, sample_traces
 from scripts import retrofit as script
 from scripts.benchmarks import bench_retrofit
-from tests import test_dms
+from tests.helpers.models import random_params
 
 MODEL = ModelConfig("llama", 31, 1, 12, 4, 2, 6, 16, tie_embeddings=True)
-QUICK = {"xla_backend_optimization_level": 0}
 CONFIG = """mode: {mode}
 dms: {{window: 3, gate: {gate}}}
 retire_steps: 2
@@ -35,13 +33,11 @@ def run(request, tmp_path_factory):
     """The folder of a run with CR 2 and 3, and its mode."""
     mode, gate = request.param
     folder = tmp_path_factory.mktemp(mode)
-    dms_jax.save(dms_jax.LM(MODEL, test_dms.random_params(MODEL, None)), folder / "base")
+    dms_jax.save(dms_jax.LM(MODEL, random_params(MODEL, None)), folder / "base")
     (folder / "config.yaml").write_text(CONFIG.format(mode=mode, gate=gate))
     rng = np.random.default_rng(0)
     pool = Batch(rng.integers(0, 31, (8, 16)), np.ones(8, int), rng.integers(4, 17, 8))
-    compiled = retrofit.compiled_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrofit, "compiled_step", lambda *args: compiled(*args, QUICK))
         patch.setattr(pretrain_mini, "training_pool", lambda *args: pool)
         script.main(folder / "config.yaml", script.Overrides(model=str(folder / "base")), out=folder / "run")
     return folder, mode

@@ -25,7 +25,7 @@ from experiments import aime
 from scripts import generate, pretrain_mini
 from scripts import retrofit as script
 from scripts.benchmarks import bench_generate
-from tests import test_dms
+from tests.helpers.models import random_params
 
 V = 31
 MODEL = ModelConfig("llama", V, 2, 12, 4, 2, 6, 16)
@@ -41,8 +41,6 @@ CONFIG = RetrofitConfig(
     batch_size=8,
 )
 TOTAL = 60
-# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 # The loss
@@ -65,7 +63,7 @@ def distance(th, sh, tk, sk, chunk, direction="forward", lengths=LENGTHS):
     return distillation_loss(th, sh, tk, sk, real, direction, chunk) / lengths.sum()
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "direction"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("chunk", "direction"))
 def distance_and_gradients(*arrays, chunk, direction="forward"):
     return jax.value_and_grad(distance, (0, 1, 2, 3))(*arrays, chunk, direction)
 
@@ -98,7 +96,7 @@ def test_no_logits_of_the_whole_sequence_are_kept():
         shapes = ((1, T, E), (1, T, E), (E, V), (E, V))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         grad = jax.grad(functools.partial(distance, chunk=chunk, lengths=jnp.array([T])), (1, 3))
-        return jax.jit(grad, compiler_options=QUICK).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(grad).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
     one = 4 * T * V
     assert scratch(64) < 0.7 * one < one < scratch(T)
@@ -115,12 +113,12 @@ def apply(params, config, attend, neuron_scale=0.0):
 def test_saturated_soft_mask_is_the_hard_mask(gate, offset, sinks):
     """Logits far beyond the noise: training sees what inference does, and counts what it evicts."""
     config = DMSConfig(window=2, gate=gate, decision_offset=offset, scale=1e6, logit_bias=1e5, sinks=sinks)
-    params = test_dms.random_params(MODEL, config)
+    params = random_params(MODEL, config)
     lengths = jnp.array([14, 1, 6])
     batch = data.one_document(Batch(np.zeros((3, 14), int), np.ones(3, int), np.asarray(lengths)))
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def both():
         soft = apply(params, config, retrofit.soft_eviction(config, batch, keys))
         return soft, apply(params, config, transformer.hard_eviction(config, lengths))
@@ -136,9 +134,9 @@ def test_saturated_soft_mask_is_the_hard_mask(gate, offset, sinks):
 
 
 def test_retirement_starts_at_the_teacher_and_ends_without_the_neuron():
-    params = test_dms.random_params(MODEL, None)
+    params = random_params(MODEL, None)
 
-    @functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK)
+    @functools.partial(jax.jit, static_argnames="config")
     def logits(params, scale, config):
         return apply(params, config, transformer.causal, scale)[0]
 
@@ -161,7 +159,7 @@ def test_schedule_of_a_run():
 
 def test_with_gate_adds_a_gate_that_evicts_nothing():
     adapter = DMSConfig(window=2, gate="adapter")
-    params = test_dms.random_params(MODEL, None)
+    params = random_params(MODEL, None)
     assert gate_of(QUERY).with_gate(params, MODEL) is params
     got = gate_of(adapter).with_gate(params, MODEL)
     want = jax.eval_shape(lambda: transformer.init(jax.random.key(0), MODEL, adapter))
@@ -174,7 +172,7 @@ def test_with_gate_adds_a_gate_that_evicts_nothing():
 
 # The loop
 
-TEACHER = test_dms.random_params(MODEL, None)
+TEACHER = random_params(MODEL, None)
 
 
 def sequences() -> Batch:
@@ -187,7 +185,7 @@ POOL = sequences()
 
 @functools.cache
 def quick_step(model, config, retiring, places=None):
-    return retrofit.compiled_step(model, config, retiring, places, QUICK)
+    return retrofit.compiled_step(model, config, retiring, places)
 
 
 def nothing(step, state):
@@ -407,17 +405,13 @@ def test_help(name, capsys):
 
 @pytest.fixture
 def tiny_script(tmp_path, monkeypatch):
-    """A one-layer model in a folder, and the script compiling quickly."""
+    """A one-layer model in a folder, and short problems."""
     model = dataclasses.replace(MODEL, num_layers=1, family="llama", tie_embeddings=True)
-    dms_jax.save(dms_jax.LM(model, test_dms.random_params(model, None)), tmp_path / "mini")
-    monkeypatch.setattr(retrofit, "compiled_step", lambda *args: compiled_step(*args, QUICK))
+    dms_jax.save(dms_jax.LM(model, random_params(model, None)), tmp_path / "mini")
     monkeypatch.setattr(
         pretrain_mini, "training_pool", lambda seed, count, slip_rate: Batch(*(x[:count] for x in POOL))
     )
     return tmp_path
-
-
-compiled_step = retrofit.compiled_step
 
 
 @pytest.mark.parametrize("mode, gate", [("full", "query"), ("lora", "query"), ("adapter", "adapter")])
@@ -470,7 +464,7 @@ def test_lora_merged_is_what_was_trained(gate):
     under = config.gate.reset_neuron(base, MODEL) if gate == "query" else base
     student = trainable.overlay(under, trainable.scaled(trained, config, jnp.float32))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def logits(params):
         return apply(params, settings, transformer.causal)[0]
 
@@ -508,7 +502,7 @@ def test_micro_batches_change_nothing():
         settings = dataclasses.replace(config, **changes)
         state, base, _ = start(settings)
         own = functools.partial(retrofit.gradients, model=MODEL, config=settings, retiring=False)
-        return jax.jit(own, compiler_options=QUICK)(state.params, base, batch, step)
+        return jax.jit(own)(state.params, base, batch, step)
 
     whole, terms = grads()
     for changes in ({"accumulate": 4, "remat": "block"}, {"accumulate": 2, "remat": "dots", "loss_chunk": 5}):
@@ -526,7 +520,7 @@ def test_packed_documents_do_not_see_each_other():
     row = np.concatenate([first, second, np.zeros((1, 2), int)], 1)
     positions = np.concatenate([np.arange(9), np.arange(5), np.arange(2)])[None]
     packed = data.Packed(row, positions, np.array([[1] * 9 + [2] * 5 + [0] * 2]))
-    params = test_dms.random_params(MODEL, config.dms)
+    params = random_params(MODEL, config.dms)
     seen = []
     for batch in (packed, *(data.Packed(x, np.arange(x.size)[None], np.ones_like(x)) for x in (first, second))):
 

@@ -13,36 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import dms_jax
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeConfig
-from dms_jax.models import transformer
 from dms_jax.weights import load
 from dms_jax.weights.safetensors import WeightError
-from tests.helpers import tiny
+from tests.helpers import models, tiny
+from tests.helpers.gguf_files import write_gguf
+from tests.helpers.loading import MEMORY, assert_same_bits
 
 CONFIG = ModelConfig("llama", 97, 2, 48, 6, 2, 16, 40, rope=RopeConfig(theta=500.0), eos_ids=(2,), bos_id=1)
 ADAPTER = DMSConfig(window=4, gate="adapter", decision_offset=1)
 
 
 def random_lm(dtype="float32", dms=None, config=CONFIG, seed=0, cr=None) -> dms_jax.LM:
-    """Random weights with a spread, also where `init` has ones and zeros."""
-    params = transformer.init(jax.random.key(seed), config, dms)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [(x + 0.3 * jax.random.normal(k, x.shape)).astype(dtype) for x, k in zip(leaves, keys, strict=True)]
-    return dms_jax.LM(config, jax.tree.unflatten(tree, leaves), None, dms, cr)
-
-
-def assert_same_bits(one, other):
-    one, other = traverse_util.flatten_dict(one), traverse_util.flatten_dict(other)
-    assert one.keys() == other.keys()
-    for path, value in one.items():
-        assert value.dtype == other[path].dtype and value.shape == other[path].shape, path
-        assert np.asarray(value).tobytes() == np.asarray(other[path]).tobytes(), path
+    return models.random_lm(config, dms, seed, dtype, cr)
 
 
 @pytest.fixture
@@ -353,32 +340,12 @@ def test_eos_ids_of_generation_config_are_added(folder):
     assert dms_jax.load(folder).config.eos_ids == (2, 5)
 
 
-MEMORY = """
-import gc, json, sys
-import jax
-import dms_jax
-
-def rss(key):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
-
-small, big, dtype = sys.argv[1:]
-dms_jax.load(small, dtype=dtype, tokenizer=object())  # imports and one-time set-up
-gc.collect()
-open("/proc/self/clear_refs", "w").write("5")  # peak := now
-before = rss("VmRSS")
-lm = dms_jax.load(big, dtype=dtype, tokenizer=object())
-size = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
-print(json.dumps({"size": size, "ratio": (rss("VmHWM") - before) / size}))
-"""
 BIG = ModelConfig("llama", 40000, 4, 512, 8, 2, 64, 2048, eos_ids=(2,))
 
 
 @pytest.fixture(scope="module")
 def big_sources(tmp_path_factory):
     """A model of 150 MB in float32 as a folder, in shards and as GGUF (float32, Q8_0), and a small twin."""
-    from tests.weights import test_gguf
-
     root = tmp_path_factory.mktemp("big")
     for name, config in (("small", CONFIG), ("big", BIG)):
         dms_jax.save(random_lm(config=config), root / name)
@@ -387,7 +354,7 @@ def big_sources(tmp_path_factory):
         tensors = load_file(root / name / "model.safetensors")
         kinds = ("F32", "Q8_0") if name == "big" else ("F32", "F16")
         for kind, label in zip(kinds, ("f32", "q8"), strict=True):
-            test_gguf.write_gguf(root / f"{name}-{label}.gguf", config, tensors, kind=kind)
+            write_gguf(root / f"{name}-{label}.gguf", config, tensors, kind=kind)
     return root
 
 
@@ -408,14 +375,3 @@ def test_peak_memory_of_loading(big_sources, end, dtype):
     assert result["size"] > (70e6 if dtype == "bfloat16" else 140e6)
     # Below 1 the parameters would not all have been resident and the measure would be broken.
     assert 0.98 < result["ratio"] < 1.3, result
-
-
-def test_import_is_quick_and_light():
-    program = (
-        "import sys, time; t = time.time(); import dms_jax; dms_jax.load; print(time.time() - t); "
-        "print(*{'torch', 'jax_triton', 'transformers', 'gguf', 'huggingface_hub'} & set(sys.modules))"
-    )
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "12"]
-    seconds = min(float(run.stdout.split()[0]) for run in runs)
-    assert seconds < 2.0
-    assert all(run.stdout.split()[1:] == [] for run in runs), runs[0].stdout

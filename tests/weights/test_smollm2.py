@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import dms_jax
 from dms_jax.models import transformer
 from dms_jax.weights.huggingface import config_to_hf
-from tests.helpers import texts, tiny
-from tests.weights import test_gguf, test_hub
+from tests.helpers import models, texts, tiny
+from tests.helpers.gguf_files import write_gguf
+from tests.helpers.loading import MEMORY, assert_same_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +88,10 @@ def test_greedy_continuations(lm, theirs):
 
 def test_peak_memory_with_a_real_vocabulary(smollm2_file, tmp_path):
     """The metadata of a real file (49,152 tokens and their merges) fits in the bound as well."""
-    small, config = tmp_path / "small.gguf", test_hub.CONFIG
-    dms_jax.save(test_hub.random_lm(config=config), tmp_path / "small")
-    test_gguf.write_gguf(small, config, test_hub.load_file(tmp_path / "small" / "model.safetensors"))
-    command = [sys.executable, "-c", test_hub.MEMORY, small, smollm2_file, "bfloat16"]
+    small, config = tmp_path / "small.gguf", models.tiny()
+    dms_jax.save(models.random_lm(config), tmp_path / "small")
+    write_gguf(small, config, load_file(tmp_path / "small" / "model.safetensors"))
+    command = [sys.executable, "-c", MEMORY, small, smollm2_file, "bfloat16"]
     result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.98 < result["ratio"] < 1.3, result
 
@@ -98,7 +100,7 @@ def test_bfloat16_and_a_saved_copy(lm, smollm2_file, tmp_path):
     half = dms_jax.load(smollm2_file)
     dms_jax.save(half, tmp_path)
     again = dms_jax.load(tmp_path)
-    test_hub.assert_same_bits(again.params, half.params)
+    assert_same_bits(again.params, half.params)
     ids = np.asarray([lm.tokenizer(texts.real_text())["input_ids"][:50]])
     agree = (again.logits(ids).argmax(-1) == lm.logits(ids).argmax(-1)).mean()
     assert agree > 0.9, agree
