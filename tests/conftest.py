@@ -24,6 +24,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+import tests.helpers.checked  # noqa: F401  (the import hook below looks it up by name)
+
 
 class Unchecked:
     """Finds first what jaxtyping's hook shall not see: Triton's functions, and configs, which check themselves."""

@@ -28,10 +28,11 @@ FEW_ROWS = 64  # see compiled_chunk and docs/speed.md
 class DecodeSpec:
     """What is fixed while decoding; hashable, so jit compiles once for each.
 
+    model: a Decoder, or what has its `config`, `gate` and `apply`.
     stop: token ids that end a sequence.
     """
 
-    model: Decoder
+    model: Any
     policy: Policy
     kv_cache: KVCache
     sampling: SamplingConfig = SamplingConfig()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,9 @@ prefill = jax.jit(decode.prefill.__wrapped__, static_argnames=("spec", "width"))
 def _forward(params, tokens, window, offset, config, gate):
     attend = transformer.causal
     if gate is not None:  # window and offset are traced, so that one program serves every case of a gate
-        rule = types.SimpleNamespace(window=window, decision_offset=offset, sinks=0)
+        rule = object.__new__(DMSConfig)
+        for name, value in (("window", window), ("decision_offset", offset), ("sinks", 0)):
+            object.__setattr__(rule, name, value)
         attend = transformer.hard_eviction(rule, jnp.full(len(tokens), tokens.shape[1]))
     positions = transformer.arange_positions(tokens)
     return transformer.Decoder(config, gate).apply({"params": params}, tokens, positions, attend, method="logits")
