@@ -42,6 +42,14 @@ class _Chain:
     tokens: list[int]
     live: list[np.ndarray]  # [n, L, K] pieces
     reads: list[np.ndarray]
+    over: bool = False  # ended by the caller, not by a stop token
+
+    def cut(self, count: int) -> None:
+        """Ends the chain with its first `count` tokens; what came after them is not counted."""
+        self.tokens = self.tokens[:count]
+        self.live = [np.concatenate(self.live)[:count]]
+        self.reads = [np.concatenate(self.reads)[: count - 1]]
+        self.over = True
 
 
 @dataclass
@@ -65,6 +73,8 @@ class Engine:
 
     on_tokens(name, chain, tokens): called with the new tokens of a chain after each chunk. A chain that has to start
     over reports its tokens again only from where it was.
+    chain_end(tokens, new): asked after each chunk, with a chain's tokens and how many of them are new, whether they
+    end it (a stop string, say): how many of them count, or None.
     """
 
     spec: DecodeSpec
@@ -75,6 +85,7 @@ class Engine:
     mesh: Mesh | None = None
     on_tokens: Callable[[Any, int, list[int]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
+    chain_end: Callable[[list[int], int], int | None] | None = None
 
     def run(self, jobs: Iterable[Job], stop: threading.Event | None = None) -> Iterator[Result]:
         """Results as chains finish, in no fixed order. Once `stop` is set it ends at the next chunk boundary.
@@ -275,9 +286,12 @@ class Engine:
             chain.live.append(live)
             chain.reads.append(live if chunk.reads is None else chunk.reads[took, row])
             made += int(took.sum())
+            if self.chain_end and (count := self.chain_end(chain.tokens, int(took.sum()) + 1)) is not None:
+                chain.cut(count)
             self._report(chain)
         self._report_progress(made)
-        starved = ~np.asarray(self._state.done)[: self._slots] & ~chunk.active[-1]
+        over = np.array([bool(chain and chain.over) for chain in self._rows[: self._slots]])
+        starved = ~np.asarray(self._state.done)[: self._slots] & ~chunk.active[-1] & ~over
         if starved.any():
             self._find_room(np.flatnonzero(starved), stuck=made == 0)
 
@@ -304,7 +318,7 @@ class Engine:
     def _finished(self) -> Iterator[Result]:
         """Results of the chains that are done; their rows are emptied."""
         done = np.asarray(self._state.done)
-        rows = [r for r in range(self._slots) if self._rows[r] and done[r]]
+        rows = [r for r in range(self._slots) if self._rows[r] and (done[r] or self._rows[r].over)]
         results = [self._result(row) for row in rows]
         if rows:
             self._hold = False

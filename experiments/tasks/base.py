@@ -52,6 +52,9 @@ class Task:
         """Strings that end a chain: a model without a chat template goes on with a problem of its own."""
         return () if has_chat(tokenizer) else (f"\n{self.headings[0]}:",)
 
+    def check(self) -> None:
+        """Raises an error where no chain could be judged: better before a run than after its first chain."""
+
     def verdict(self, record: Record, text: str) -> Verdict:
         """What a chain answered, and whether it is right. Threads call it at the same time."""
         return judge(text, record.answer)

@@ -47,7 +47,7 @@ class ProgramTask(base.Task):
         return Verdict(outcome, outcome == PASSED)
 
     def check(self) -> None:
-        """Raises SandboxError where no program can be judged: better before a run than after its first chain."""
+        """Raises SandboxError where programs cannot be run safely."""
         sandbox.check()
 
 
