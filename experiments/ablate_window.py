@@ -292,8 +292,8 @@ def score_member(settings: Ablation, run: Run, lm: Any, dms: DMSConfig | None, s
     """Samples one chain for each problem as `experiments.aime` does, and judges it; a line of samples.jsonl each."""
     import dms_jax
     from dms_jax.inference import sampling
+    from experiments.judge import judge
     from experiments.tasks import aime
-    from experiments.tasks.base import judge
 
     records = aime.mini_task(settings.problems).records
     done = {s["id"] for s in run.samples if s["source"] == source}

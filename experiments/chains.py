@@ -1,13 +1,17 @@
-"""Sampling the chains of a table: which sequences run together, and what is written down of each.
+"""Sampling the chains of a table: which sequences run together, how they are judged, what is written down of each.
 
 Chains are nested: a model samples its largest number of chains for a problem once, and smaller numbers are the
 first of them. Problems are taken in blocks, every model on one block before the next, so that a run that stops
-between blocks has the same problems in every cell.
+between blocks has the same problems in every cell. Chains are judged and saved by threads of their own, so that
+decoding never waits for a verdict.
 """
 
 import dataclasses
 import hashlib
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +24,13 @@ from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.parallel import run_together
 from dms_jax.inference.scheduler import Job, Progress, Result
 from experiments.run import Run
-from experiments.tasks.base import Task, judge
+from experiments.stops import StopStrings
+from experiments.tasks.base import Task
+from experiments.tasks.data import Record
 
 PROBLEMS_PER_BLOCK = 16
 FINGERPRINTED = 2**20  # parameters with more elements are left out of the fingerprint
+JUDGES = max(2, (os.cpu_count() or 2) // 2)  # verdicts at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Sampling:
 
     batch_size: sequences decoded together. workers: engines at the same
     time; the programs of a small model keep only one core busy, so on a CPU two take the time of one.
-    cache, page_size, quant: how keys and values are stored (`dms_jax.CacheConfig`).
+    cache, page_size, quant: how keys and values are stored (`dms_jax.CacheConfig`). stop: strings that end a chain,
+    besides the task's own.
     """
 
     temperature: float
@@ -43,6 +51,7 @@ class Sampling:
     cache: str = "paged"
     page_size: int = 64
     quant: str = "none"
+    stop: tuple[str, ...] = ()
 
 
 class Model(NamedTuple):
@@ -75,7 +84,7 @@ def blocks(problems: int, models: Sequence[Model], batch_size: int) -> Iterator[
 
 
 class Sampler:
-    """Samples what is missing from a run, block by block."""
+    """Samples what is missing from a run, block by block; leaving its context waits for the last verdicts."""
 
     def __init__(
         self,
@@ -89,20 +98,43 @@ class Sampler:
         self.task = task
         self.settings = settings
         self.on_progress = on_progress  # called by any worker
-        self.on_saved = on_saved  # with the number of chains in the run
+        self.on_saved = on_saved  # with the number of chains in the run, by any judge
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
         self._prompts: dict[int, list[list[int]]] = {}
         self._engines: dict[str, Engine] = {}
+        self._judges = ThreadPoolExecutor(JUDGES, "judge")
+        self._lock = threading.Lock()
+        self._verdicts: list[Future] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # After an error or Ctrl-C the chains that are being judged are still saved, those that wait are not.
+        self._judges.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._raise_errors()
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
-        """Every chain of every model on these problems; each is saved as it ends."""
+        """Every chain of every model on these problems; each is judged and saved as it ends."""
         work = [(model, jobs) for model in models if (jobs := self._jobs(model, problems))]
         for model, result in self._results(work):
-            # Judged here, not by a worker: math-verify's time limit works in the main thread only.
-            row = self._row(model, result)
-            self.run.append([row])
+            row, record = self._row(model, result), self.task.records[result.name[0]]
             self.done.add((row["source"], row["id"], row["chain"]))
+            self._verdicts.append(self._judges.submit(self._save, row, record))
+            self._raise_errors()
+
+    def _save(self, row: dict, record: Record) -> None:
+        """Judges a chain and writes it down; runs in a thread of the judges."""
+        verdict = self.task.verdict(record, row["text"])
+        with self._lock:
+            self.run.append([{**row, "answer": verdict.answer, "correct": verdict.correct}])
             self.on_saved(len(self.run.samples))
+
+    def _raise_errors(self) -> None:
+        for verdict in [future for future in self._verdicts if future.done()]:
+            self._verdicts.remove(verdict)
+            verdict.result()
 
     def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
         """What is missing; prompts of like lengths together, so that several are read in one call."""
@@ -135,10 +167,15 @@ class Sampler:
             self._prompts[key] = generation.encode(model.lm, texts)
         return self._prompts[key]
 
+    def _stops(self, model: Model) -> StopStrings:
+        tokenizer = model.lm.tokenizer
+        return StopStrings(tokenizer, (*self.task.stops(tokenizer), *self.settings.stop))
+
     def _engine(self, model: Model) -> Engine:
         if model.source not in self._engines:
             s = self.settings
             longest = max(len(prompt) for prompt in self._tokens(model))
+            stops = self._stops(model)
             config = GenerationConfig(
                 policy=model.policy,
                 dms=model.dms,
@@ -150,15 +187,19 @@ class Sampler:
                 quant=s.quant,
                 max_num_seqs=s.batch_size,
             )
+            ends = {"chain_end": stops.chain_end} if stops.strings else {}
             length = longest + model.max_length
-            self._engines[model.source] = generation.build(model.lm, length, config, on_progress=self.on_progress)
+            self._engines[model.source] = generation.build(
+                model.lm, length, config, on_progress=self.on_progress, **ends
+            )
         return self._engines[model.source]
 
     def _row(self, model: Model, result: Result) -> dict:
+        """A line of samples.jsonl, but for the verdict."""
         problem, missing = result.name
         record, tokens = self.task.records[problem], result.tokens
-        text = model.lm.tokenizer.decode(tokens, skip_special_tokens=True)
-        verdict = judge(text, record.answer)
+        stops = self._stops(model)
+        text = stops.cut(model.lm.tokenizer.decode(tokens, skip_special_tokens=True))
         return {
             "id": record.id,
             "chain": missing[result.chain],
@@ -168,10 +209,10 @@ class Sampler:
             "text": text,
             "prompt_tokens": len(self._tokens(model)[problem]),
             "tokens": len(tokens),
-            "finished": tokens[-1] in model.lm.config.eos_ids,
-            "answer": verdict.answer,
+            "finished": tokens[-1] in model.lm.config.eos_ids or stops.ended(tokens),
+            "answer": None,
             "gold": record.answer,
-            "correct": verdict.correct,
+            "correct": False,
             **result.use._asdict(),
             "live_by_head": result.by_head.live.tolist(),
             "reads_by_head": result.by_head.kv_reads.tolist(),

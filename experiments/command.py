@@ -10,8 +10,10 @@ import tyro
 from rich.console import Console
 
 from experiments import report
+from experiments.judge import JudgeError
 from experiments.run import RunError
-from experiments.tasks.aime import DataError
+from experiments.sandbox import SandboxError
+from experiments.tasks.data import DataError
 
 MINI = "mini"
 NOT_IDENTITY = ("run_dir", "runs", "fresh", "limit", "batch_size")  # they change no sample
@@ -75,6 +77,6 @@ def main(
         console = Console(width=max(console.width, report.WIDE))
     try:
         return execute(config, console, start)
-    except (ConfigError, WeightError, RunError, DataError, FileNotFoundError) as error:
+    except (ConfigError, WeightError, RunError, DataError, JudgeError, SandboxError, FileNotFoundError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2

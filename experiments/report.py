@@ -14,13 +14,21 @@ from dms_jax.inference.scheduler import Progress as EngineProgress
 from experiments import stats
 from paper_figures.rows import percent
 
-CAPTION = (
-    f"Configuration: L-W-CR, L in units of 1,024 new tokens. Accuracy: majority vote of the W chains, with its "
-    f"95% interval ({stats.METHOD}); one without width says that every problem came out alike. Gain: in points "
-    f"over the first row, problem by problem. KV reads (decoding only), peak live tokens and tokens made: averaged "
-    f"over layers, KV heads and problems, summed over a problem's chains. Achieved CR: tokens seen over tokens "
-    f"live at the end, mean of chains. Rows of one model share chains: W=3 is the first three of a larger W's."
-)
+SOLVED = {
+    "vote": "Accuracy: majority vote of the W chains",
+    "pass": "Accuracy: any of the W programs passes all tests (pass@all); pass@1: the share of the W that do",
+}
+
+
+def caption(metric: str = "vote") -> str:
+    """What the columns of the table mean."""
+    return (
+        f"Configuration: L-W-CR, L in units of 1,024 new tokens. {SOLVED[metric]}, with its "
+        f"95% interval ({stats.METHOD}); one without width says that every problem came out alike. Gain: in points "
+        f"over the first row, problem by problem. KV reads (decoding only), peak live tokens and tokens made: averaged "
+        f"over layers, KV heads and problems, summed over a problem's chains. Achieved CR: tokens seen over tokens "
+        f"live at the end, mean of chains. Rows of one model share chains: W=3 is the first three of a larger W's."
+    )
 
 
 def print_results(console: Console, rows: list[dict], title: str, columns: tuple | None = None) -> None:
@@ -58,6 +66,7 @@ COLUMNS = (
     ("tokens", "right", True, lambda row: f"{row['tokens']:,.0f}"),
     ("problems", "right", False, lambda row: str(row["problems"])),
 )
+PASS_COLUMNS = (*COLUMNS[:6], ("pass@1", "right", True, lambda row: percent(row["pass_at"]["1"])), *COLUMNS[6:])
 WIDE = 132
 SECONDS_SILENT = 30.0
 

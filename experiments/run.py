@@ -29,6 +29,21 @@ class RunError(RuntimeError):
     """A run folder that cannot be used; the message says why."""
 
 
+def file_digest(source: str | Path) -> str | None:
+    """SHA-256 of a model's weights where they are local: of the file, or of a folder's list of them.
+
+    None for a hub name or the bundled model: a commit, or dms_jax's version, says what those are.
+    """
+    path = Path(source)
+    if not path.exists():
+        return None
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    each = [f"{file_digest(file)} {file.relative_to(path)}\n" for file in sorted(path.glob("**/*.safetensors"))]
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
 def digest(value: Any) -> str:
     """A short hash of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
@@ -112,7 +127,8 @@ def open_run(
             raise RunError(f"{path}: exists already, so --fresh cannot begin there")
         return Run(path, config) if _matches(path, config, extendable) else _create(path, config)
     for path in [] if fresh else sorted(Path(root).glob(f"{experiment}-*"), reverse=True):
-        if not (path / "results.json").exists() and read_config(path) == config:
+        there = read_config(path)
+        if there is not None and not (path / "results.json").exists() and not differences(there, config):
             try:
                 return Run(path, config)
             except RunInUse:
@@ -137,12 +153,20 @@ def _matches(path: Path, config: dict, extendable: tuple[str, ...]) -> bool:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path}: exists, but is not a run folder")
         return False
-    keys = sorted({*there, *config} - {*extendable})
-    changed = [key for key in keys if there.get(key) != config.get(key)]
+    changed = differences(there, config, extendable)
     if changed:
         said = "; ".join(f"{key} was {there.get(key)!r}, is {config.get(key)!r}" for key in changed)
         raise RunError(f"{path}: holds a run of another configuration ({said})")
     return True
+
+
+def differences(there: dict, here: dict, free: tuple[str, ...] = ()) -> list[str]:
+    """Keys in which two configurations differ, but for `free` ones; an option that is not there was not given."""
+
+    def given(config: dict, key: str):
+        return None if config.get(key) in ([], ()) else config.get(key)
+
+    return [key for key in sorted({*there, *here} - {*free}) if given(there, key) != given(here, key)]
 
 
 def read_config(path: Path) -> dict | None:

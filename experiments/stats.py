@@ -1,5 +1,6 @@
-"""Majority votes, bootstrap intervals and the rows of a results table; numpy only."""
+"""Majority votes, pass@k, bootstrap intervals and the rows of a results table; numpy only."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -72,6 +73,19 @@ def voted_right(chains: Sequence[dict]) -> bool:
     return winner is not None and chains[winner]["correct"]
 
 
+def pass_at(right: int, chains: int, k: int) -> float:
+    """The chance that one of k chains is right, drawn from `chains` of which `right` are: the unbiased estimate.
+
+    pass_at(1, 4, 2) = 1 - (3 choose 2) / (4 choose 2) = 0.5
+    """
+    return 1 - math.comb(chains - right, k) / math.comb(chains, k)
+
+
+def powers(chains: int) -> list[int]:
+    """The k of pass@k for so many chains: 1, 2, 4, ..., and all of them."""
+    return sorted({*(2**n for n in range(chains.bit_length())), chains})
+
+
 def group_samples(samples: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:
     """source -> problem id -> samples in order of chain."""
     groups: dict[str, dict[str, list[dict]]] = {}
@@ -97,18 +111,22 @@ def natural(problem: str) -> tuple[int, str]:
     return len(problem), problem
 
 
-def table(samples: Iterable[dict], cells: Sequence[Cell]) -> list[dict]:
+def table(samples: Iterable[dict], cells: Sequence[Cell], metric: str = "vote") -> list[dict]:
     """One row a cell, all over the same problems: those that every cell has finished.
 
-    Costs are sums over a problem's chains, averaged over problems: chains run in parallel, so their peaks add up.
-    `achieved_cr` and `finished` are means over chains. `gain` compares with the first cell, problem by problem.
+    A problem is solved if the majority answer is right or, with metric "pass", if any chain is (pass@all); such rows
+    have `pass_at`, the unbiased estimates from the cell's chains for k = 1, 2, 4, ... Costs are sums over a problem's
+    chains, averaged over problems: chains run in parallel, so their peaks add up. `achieved_cr` and `finished` are
+    means over chains. `gain` compares with the first cell, problem by problem.
     """
     groups = group_samples(samples)
     problems = complete_problems(groups, cells)
     rows, first = [], None
     for cell in cells if problems else ():
         chains = [groups[cell.source][problem][: cell.chains] for problem in problems]
-        right = np.array([voted_right(c) for c in chains], float)
+        counts = [sum(sample["correct"] for sample in c) for c in chains]
+        solved = [voted_right(c) for c in chains] if metric == "vote" else [count > 0 for count in counts]
+        right = np.array(solved, float)
         first = right if first is None else first
         rows.append(
             {
@@ -130,4 +148,9 @@ def table(samples: Iterable[dict], cells: Sequence[Cell]) -> list[dict]:
                 },
             }
         )
+        if metric == "pass":
+            rows[-1]["pass_at"] = {
+                str(k): bootstrap([pass_at(count, cell.chains, k) for count in counts])._asdict()
+                for k in powers(cell.chains)
+            }
     return rows

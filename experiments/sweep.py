@@ -15,7 +15,7 @@ from dms_jax import policies
 from dms_jax.config import load_yaml, one_of, require
 from experiments import stats
 from experiments.chains import Model
-from experiments.run import Run, RunError, read_config, read_jsonl
+from experiments.run import Run, RunError, differences, read_config, read_jsonl
 from experiments.variants import TRAINING_FREE
 
 PLAN = Path(__file__).resolve().parents[1] / "configs" / "aime_sweep.yaml"
@@ -131,8 +131,7 @@ def merge(run: Run, folders: Sequence[Path], sources: Sequence[str]) -> int:
         theirs = read_config(folder)
         if theirs is None:
             raise RunError(f"{folder}: not a run folder")
-        keys = sorted({*theirs, *run.config} - {*FREE_TO_DIFFER})
-        changed = [key for key in keys if theirs.get(key) != run.config.get(key)]
+        changed = differences(theirs, run.config, FREE_TO_DIFFER)
         common = theirs["weights"].keys() & run.config["weights"].keys()
         changed += [f"weights of {s}" for s in sorted(common) if theirs["weights"][s] != run.config["weights"][s]]
         if changed:

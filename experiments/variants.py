@@ -13,9 +13,12 @@ TRAINING_FREE = tuple(name for name in policies.NAMES if name not in ("full", "d
 
 
 class Variant(NamedTuple):
-    """A policy with its member of a retrofitted family (None: the weights as they are) or its budget."""
+    """A policy with its member of a retrofitted family (None: the weights as they are) or its budget.
 
-    policy: str
+    policy: None for the model's own, dms where it was retrofitted, full otherwise.
+    """
+
+    policy: str | None
     cr: float | None = None
     budget: int | float | None = None
 
@@ -69,7 +72,7 @@ def variants(names: Sequence[str], crs: Sequence[float], budgets: Sequence[int |
 def load(
     model: str, chosen: Sequence[Variant], dtype: str, gate: str | Path | None = None, window: int | None = None
 ) -> list[Loaded]:
-    """The model of each variant; variants of the same weights share them.
+    """The model of each variant, whose policy is then known; variants of the same weights share them.
 
     Raises:
       ConfigError: an unknown policy, a model without a tokenizer, or DMS on a model that was never retrofitted.
@@ -77,17 +80,19 @@ def load(
     import dms_jax
 
     for variant in chosen:
-        one_of("policy", variant.policy, policies.NAMES)
-    require(window is None or any(v.policy == "dms" for v in chosen), "window", window, "only policy dms has one")
+        one_of("policy", variant.policy or "full", policies.NAMES)
     models = {cr: dms_jax.load(model, dtype=dtype, gate=gate, cr=cr) for cr in {v.cr for v in chosen}}
     loaded = []
     for variant in chosen:
         lm, dms = models[variant.cr], None
+        variant = variant._replace(policy=variant.policy or ("full" if lm.dms is None else "dms"))
         require(lm.tokenizer is not None, "model", model, "has no tokenizer")
         if variant.policy == "dms":
             require(lm.dms is not None, "policy", "dms", f"{model} was never retrofitted; is a --cr missing?")
             dms = lm.dms if window is None else dataclasses.replace(lm.dms, window=window)
         loaded.append(Loaded(variant, lm, dms))
+    one = any(model.dms for model in loaded)
+    require(window is None or one, "window", window, "only policy dms has one")
     return loaded
 
 

@@ -145,8 +145,8 @@ def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
 
 def demo(config: Config) -> None:
     """A held-out problem, its right answer, and the chains of the original and of a retrofitted model."""
+    from experiments.judge import judge
     from experiments.tasks import mini
-    from experiments.tasks.base import judge
 
     drawn = mini.problems("test", DEMO_SEED)
     problem = next(itertools.islice(drawn, config.problem, None))

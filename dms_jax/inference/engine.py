@@ -65,6 +65,8 @@ class Engine:
 
     on_tokens(name, chain, tokens): called with the new tokens of a chain after each chunk. A chain that has to start
     over reports its tokens again only from where it was.
+    chain_end(tokens, new): asked after each chunk, with a chain's tokens and how many of them are new, whether they
+    end it (a stop string, say): how many of them count, or None.
     """
 
     spec: DecodeSpec
@@ -75,6 +77,7 @@ class Engine:
     mesh: Mesh | None = None
     on_tokens: Callable[[Any, int, list[int]], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
+    chain_end: Callable[[list[int], int], int | None] | None = None
     runner: Runner | None = field(default=None, init=False)  # of the last run
 
     def run(self, jobs: Iterable[Job], stop: threading.Event | None = None) -> Iterator[Result]:
@@ -244,17 +247,25 @@ class _Run:
                 chain.held.append(chunk.held[took, row])
                 chain.reads.append(chunk.reads[took, row])
                 chain.reads_by_head = chain.reads_by_head + chunk.reads_by_head[row]
-                self._report(chain)
             self.scheduler.live[row] = chunk.live[row]
             made += steps
-            if chunk.done[row]:
+            if chunk.done[row] or self._ends(chain, steps):
                 ended.append((row, chain))
             elif not took[-1]:
                 starved.append(row)
+            self._report(chain)
         yield from self._end(ended, chunk.live)
         self._report_progress(made)
         if starved:
             self._make_room(starved, stuck=made == 0 and launched.serial > self.room_made_at)
+
+    def _ends(self, chain: Chain, steps: int) -> bool:
+        """Whether the caller ends a chain that took so many steps; what came after its end is cut off."""
+        ask = self.engine.chain_end
+        count = ask(chain.tokens, steps + 1) if ask and steps else None
+        if count is not None:
+            chain.cut(count)
+        return count is not None
 
     def _end(self, ended: list[tuple[int, Chain]], live: np.ndarray | None = None) -> Iterator[Result]:
         """Results of chains that are done; their rows are emptied."""

@@ -117,6 +117,11 @@ class Chain:
     reads_by_head: np.ndarray | int = 0  # [L, K]
     finished: bool = False
 
+    def cut(self, count: int) -> None:
+        """Ends the chain with its first `count` tokens; what came after them is not counted (but by head)."""
+        self.tokens = self.tokens[:count]
+        self.held, self.reads = ([np.concatenate(x)[: count - 1]] for x in (self.held, self.reads))
+
 
 @dataclass(eq=False)
 class Prompt:

@@ -1,96 +1,74 @@
-"""What every task shares: a record, and the verdict on a chain's answer.
+"""What every task is: problems, how one becomes a prompt, which strings end a chain, and how its text is scored."""
 
-`math-verify` judges. A chain answers in its last `\\boxed{...}`; a chain without one is wrong.
-"""
+import dataclasses
+from typing import Any, ClassVar, Literal
 
-import functools
-import re
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from experiments.judge import Verdict, judge, shared
+from experiments.tasks.data import DataError, Record, Row
 
-BOX = re.compile(r"\\boxed\s*\{")
-DIGITS = re.compile(r"[0-9]+")
-SECONDS = 5  # that math-verify may spend on one expression
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-class Record(NamedTuple):
-    """A problem: its text and its right answer."""
-
-    id: str
-    problem: str
-    answer: str
+def has_chat(tokenizer: Any) -> bool:
+    """Whether the model takes its prompts as a chat."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
-class Task(NamedTuple):
-    """Records, in a fixed order, and how one becomes a prompt (text, or token ids) for a tokenizer."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Problems in a fixed order whose answers stand in a box. A subclass says what is different in it.
+
+    name: of the data, for titles. shots: worked examples (a problem and its solution) for a model without a chat
+    template, under these two headings. metric: whether chains vote for an answer, or each is a program that passes
+    its tests or does not. form: how problems are asked and answers read, for the record.
+    """
 
     name: str
-    records: Sequence[Record]
-    prompt: Callable[[Record, Any], str | list[int]]
+    records: tuple[Record, ...]
+
+    metric: ClassVar[Literal["vote", "pass"]] = "vote"
+    form: ClassVar[str] = "zero-shot in a chat, else worked examples; the answer is the last \\boxed{...}"
+    headings: ClassVar[tuple[str, str]] = ("Problem", "Solution")
+    shots: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def request(self, record: Record) -> str:
+        """What is asked in a chat."""
+        return f"{record.problem.strip()}\n{INSTRUCTION}"
+
+    def few_shot(self, record: Record) -> str:
+        """The worked examples, and the problem after them, for a model that goes on writing a text."""
+        question, answer = self.headings
+        shown = [f"{question}: {asked}\n{answer}: {given}\n\n" for asked, given in self.shots]
+        return f"{''.join(shown)}{question}: {record.problem.strip()}\n{answer}:"
+
+    def prompt(self, record: Record, tokenizer: Any) -> str | list[int]:
+        """A chat turn where the tokenizer knows how to write one, the worked examples otherwise."""
+        if not has_chat(tokenizer):
+            return self.few_shot(record)
+        turn = [{"role": "user", "content": self.request(record)}]
+        return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    def stops(self, tokenizer: Any) -> tuple[str, ...]:
+        """Strings that end a chain: a model without a chat template goes on with a problem of its own."""
+        return () if has_chat(tokenizer) else (f"\n{self.headings[0]}:",)
+
+    def check(self) -> None:
+        """Raises an error where no chain could be judged: better before a run than after its first chain."""
+
+    def verdict(self, record: Record, text: str) -> Verdict:
+        """What a chain answered, and whether it is right. Threads call it at the same time."""
+        return judge(text, record.answer)
 
 
-class Verdict(NamedTuple):
-    """What a chain answered, in a form in which equal answers are equal strings, and whether it is right."""
+def gold(row: Row, answer: Any) -> str:
+    """A right answer as text.
 
-    answer: str | None
-    correct: bool
-
-
-def last_box(text: str) -> str | None:
-    r"""The content of the last closed `\boxed{...}` that is not blank, inner braces included; None if there is none.
-
-    "so \boxed{1}, no: \boxed{\frac{14}{2}}." -> "\frac{14}{2}"
+    Raises:
+      DataError: an answer that nobody can read, so that every chain would be wrong.
     """
-    for match in reversed(list(BOX.finditer(text))):
-        depth = 1
-        for n in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[n], 0)
-            if depth == 0:
-                content = text[match.end() : n].strip()
-                if content:
-                    return content
-                break
-    return None
-
-
-def judge(text: str, gold: str) -> Verdict:
-    """The verdict on a chain's text, given the right answer (a number or LaTeX)."""
-    box = last_box(text)
-    if box is None:
-        return Verdict(None, False)
-    if DIGITS.fullmatch(box) and DIGITS.fullmatch(gold.strip()):
-        # What math-verify says of two plain integers, a thousand times faster; a test holds the two equal.
-        return Verdict(str(int(box)), int(box) == int(gold))
-    return verify_box(box, gold)
-
-
-def verify_box(box: str, gold: str) -> Verdict:
-    """math-verify's own verdict on the content of a box."""
-    import math_verify
-
-    limit = _time_limit()
-    parsed = _parse(box)
-    correct = bool(math_verify.verify(list(_parse(gold.strip())), list(parsed), timeout_seconds=limit))
-    # "x = 7" and "\frac{14}{2}" are votes for "7".
-    form = getattr(parsed[0], "rhs", parsed[0]) if parsed else box
-    return Verdict(str(form), correct)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parse(expression: str) -> tuple:
-    import math_verify
-
-    return tuple(
-        math_verify.parse(
-            f"\\boxed{{{expression}}}",
-            extraction_config=[math_verify.LatexExtractionConfig()],
-            fallback_mode="no_fallback",
-            parsing_timeout=_time_limit(),
-        )
-    )
-
-
-def _time_limit() -> int | None:
-    """math-verify stops itself with an alarm signal, which only a main thread can receive."""
-    return SECONDS if threading.current_thread() is threading.main_thread() else None
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise DataError(f"{row.where}: the answer must be text or a number, got {answer!r}")
+    text = str(answer).strip()
+    if not shared().readable(text):
+        raise DataError(f"{row.where}: the answer {text!r} cannot be read")
+    return text
