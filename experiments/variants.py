@@ -81,7 +81,11 @@ def load(
 
     for variant in chosen:
         one_of("policy", variant.policy or "full", policies.NAMES)
-    models = {cr: dms_jax.load(model, dtype=dtype, gate=gate, cr=cr) for cr in {v.cr for v in chosen}}
+    family = gate is not None and Path(gate).is_dir()  # without a ratio it means the original
+    models = {
+        cr: dms_jax.load(model, dtype=dtype, gate=None if family and cr is None else gate, cr=cr)
+        for cr in {v.cr for v in chosen}
+    }
     loaded = []
     for variant in chosen:
         lm, dms = models[variant.cr], None

@@ -1,36 +1,27 @@
 """Lets a model write its own chains of thought, to be distilled on: one JSON line a chain, with `messages`.
 
-An interrupted run continues with the batch of prompts at which it was; batches have seeds of their own.
+A chain depends on the seed, its row and its number alone; an interrupted run goes on with the rows of which
+chains are missing, those included that were cut off and left out.
 
 example:
   python -m scripts.sample_traces --model org/name --data problems.jsonl --out traces.jsonl --chains 2
 """
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 import dms_jax
 from dms_jax.config import ConfigError, require
+from dms_jax.inference import generation, sampling
+from dms_jax.inference.generation import GenerationConfig
+from dms_jax.inference.scheduler import Job
 from dms_jax.training.config import SourceConfig
 from dms_jax.training.documents import open_rows, prompt_of
-
-Write = Callable[[Sequence[list[int]], int], list[list[list[int]]]]
-
-
-def writer(lm: dms_jax.LM, max_new_tokens: int, temperature: float, top_p: float, chains: int) -> Write:
-    """`(prompts, seed) -> new tokens [prompt][chain]`: the one place that knows what generates."""
-
-    def write(prompts: Sequence[list[int]], seed: int) -> list[list[list[int]]]:
-        return dms_jax.generate(
-            lm, prompts, max_new_tokens, temperature, chains, seed, policy="full", top_p=top_p
-        ).tokens
-
-    return write
 
 
 def encoded(tokenizer: Any, prompt: str) -> list[int]:
@@ -42,17 +33,25 @@ def encoded(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def resume(out: Path, batch: int) -> int:
-    """The row to go on from: the first of the batch that was being written, whose lines are removed."""
+def resume(out: Path) -> set[tuple[int, int]]:
+    """The rows and chain numbers that are there; a line that was cut off is removed."""
     if not out.exists():
-        return 0
+        return set()
     lines = [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    rows = [json.loads(line)["row"] for line in lines]
-    first = max(rows, default=0) // batch * batch
     new = out.with_name(out.name + ".new")
-    new.write_bytes(b"".join(line for line, row in zip(lines, rows, strict=True) if row < first))
+    new.write_bytes(b"".join(lines))
     new.replace(out)
-    return first
+    return {(line["row"], line["chain"]) for line in map(json.loads, lines)}
+
+
+def results(lm: dms_jax.LM, prompts: dict[int, list[int]], chains: int, seed: int, config: GenerationConfig):
+    """Finished chains as they come; `name` is the row."""
+    rows = np.repeat(list(prompts), chains)
+    keys = np.asarray(sampling.chain_keys(seed, rows, np.tile(np.arange(chains), len(prompts))))
+    keys = keys.reshape(len(prompts), chains, 2)
+    jobs = [Job(ids, keys[n], config.max_new_tokens, row) for n, (row, ids) in enumerate(prompts.items())]
+    jobs.sort(key=lambda job: len(job.prompt))
+    return generation.build(lm, max(map(len, prompts.values())) + config.max_new_tokens, config).run(jobs)
 
 
 def main(
@@ -62,7 +61,7 @@ def main(
     prompt: str = "",
     limit: int | None = None,
     chains: int = 1,
-    batch: int = 8,
+    max_num_seqs: int = 64,
     max_new_tokens: int = 2048,
     temperature: float = 0.6,
     top_p: float = 0.95,
@@ -78,32 +77,35 @@ def main(
       prompt: the field with the prompt; default: the first of problem, question, prompt and instruction.
       limit: how many rows are used.
       chains: chains a prompt.
-      batch: prompts at a time.
+      max_num_seqs: chains that are decoded at the same time.
       finished_only: leave out chains that were cut off at max_new_tokens.
     """
-    require(batch > 0, "batch", batch, "must be positive")
+    require(max_num_seqs > 0, "max_num_seqs", max_num_seqs, "must be positive")
     count, read = open_rows(SourceConfig(data))
     count = min(count, limit or count)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = resume(out)
+    rows = [row for row in range(count) if not all((row, chain) in done for chain in range(chains))]
+    texts = {row: prompt_of(read(row), prompt, f"{data}, row {row}") for row in rows}
+    if not texts:
+        return
     lm = dms_jax.load(model, dtype=dtype)
     require(lm.tokenizer is not None, "model", model, "has no tokenizer")
-    write = writer(lm, max_new_tokens, temperature, top_p, chains)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    first = resume(out, batch)
-    with out.open("a") as file, tqdm(total=count, initial=first, unit="prompt") as bar:
-        for start in range(first, count, batch):
-            rows = range(start, min(start + batch, count))
-            prompts = [prompt_of(read(row), prompt, f"{data}, row {row}") for row in rows]
-            tokens = write([encoded(lm.tokenizer, text) for text in prompts], seed + start)
-            for row, text, own in zip(rows, prompts, tokens, strict=True):
-                for chain in own:
-                    finished = bool(chain) and chain[-1] in lm.config.eos_ids
-                    if finished or not finished_only:
-                        answer = lm.tokenizer.decode(chain, skip_special_tokens=True)
-                        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-                        line = {"row": row, "tokens": len(chain), "finished": finished, "messages": chat}
-                        file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(len(prompts))
+    prompts = {row: encoded(lm.tokenizer, text) for row, text in texts.items()}
+    config = GenerationConfig(
+        max_new_tokens, temperature, top_p=top_p, policy="full", max_num_seqs=max_num_seqs, chains=chains
+    )
+    total = count * chains
+    with out.open("a") as file, tqdm(total=total, initial=total - len(rows) * chains, unit="chain") as bar:
+        for result in results(lm, prompts, chains, seed, config):
+            finished = result.tokens[-1] in lm.config.eos_ids
+            if (finished or not finished_only) and (result.name, result.chain) not in done:
+                answer = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
+                chat = [{"role": "user", "content": texts[result.name]}, {"role": "assistant", "content": answer}]
+                about = {"row": result.name, "chain": result.chain, "tokens": len(result.tokens), "finished": finished}
+                file.write(json.dumps({**about, "messages": chat}) + "\n")
+                file.flush()
+            bar.update()
 
 
 if __name__ == "__main__":

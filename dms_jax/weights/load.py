@@ -35,7 +35,8 @@ def load(
     Args:
       source: a hub name "org/name", an HF folder, a .gguf file, or "mini", the bundled family.
       dtype: of the parameters: "bfloat16", "float16" or "float32".
-      gate: a safetensors file from `save_gate` to lay over base weights, or "smollm2", the bundled gates for
+      gate: a safetensors file from `save_gate` to lay over base weights; a folder of such files as `scripts.retrofit`
+        writes it, of which `cr` then chooses gate_cr4.safetensors, say; or "smollm2", the bundled gates for
         SmolLM2-135M-Instruct, of which `cr` then chooses one (None: the original model).
       cr: the member of a retrofitted family to load: the sub-folder "cr4" for 4.
       tokenizer: used instead of the source's own.
@@ -46,7 +47,10 @@ def load(
     one_of("dtype", dtype, DTYPES)
     asked = cr
     if gate is not None and (ASSETS / str(gate)).is_dir():
-        gate, cr = (None if cr is None else _bundled_gate(str(gate), cr)), None
+        gate, cr = (None if cr is None else _gate_of_family(ASSETS / str(gate), cr)), None
+    elif gate is not None and Path(gate).is_dir():
+        require(cr is not None, "cr", cr, f"{gate} holds gates for several ratios: name one")
+        gate, cr = _gate_of_family(Path(gate), cr), None
     path = _locate(source, cr)
     if path.is_file():
         metadata, sources = open_gguf(path)
@@ -60,11 +64,11 @@ def load(
     return lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
 
 
-def _bundled_gate(name: str, cr: float) -> Path:
-    """The file of a gate that comes with the package."""
-    file = ASSETS / name / f"gate_cr{cr:g}.safetensors"
-    there = ", ".join(sorted(path.stem.removeprefix("gate_cr") for path in (ASSETS / name).glob("gate_cr*")))
-    require(file.is_file(), "cr", cr, f"the bundled gates of {name!r} are for CR {there or 'none'}")
+def _gate_of_family(folder: Path, cr: float) -> Path:
+    """The file of the gate for a ratio in a folder as `scripts.retrofit` writes it."""
+    file = folder / f"gate_cr{cr:g}.safetensors"
+    there = ", ".join(sorted(path.stem.removeprefix("gate_cr") for path in folder.glob("gate_cr*")))
+    require(file.is_file(), "cr", cr, f"the gates in {folder.name} are for CR {there or 'none'}")
     return file
 
 

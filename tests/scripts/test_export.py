@@ -126,42 +126,26 @@ class Letters:
         return "".join(chr(96 + t) for t in tokens if t)
 
 
-@pytest.fixture
-def sampling(tmp_path, monkeypatch):
-    """Prompts in a file, and a model that answers with the prompt's length, cut off for every third prompt."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"question": "q" * (n + 1)}) + "\n" for n in range(7)))
-    lm = dms_jax.LM(dataclasses.replace(MODEL, eos_ids=(0,)), {}, Letters())
-    monkeypatch.setattr(dms_jax, "load", lambda model, dtype: lm)
-    asked = []
-
-    def writer(lm, max_new_tokens, temperature, top_p, chains):
-        def write(prompts, seed):
-            asked.append((seed, len(prompts)))
-            return [[[len(p) - 1, c + 1, *([0] if len(p) % 3 else [])] for c in range(chains)] for p in prompts]
-
-        return write
-
-    monkeypatch.setattr(sample_traces, "writer", writer)
-    return tmp_path, asked
-
-
-def test_sampled_chains_are_documents_to_train_on(sampling):
-    folder, asked = sampling
-    out = folder / "out.jsonl"
-    sample_traces.main("model", str(folder / "data.jsonl"), out, chains=2, batch=3)
+def test_sampled_chains_are_documents_to_train_on(tmp_path, tiny_family, monkeypatch):
+    """A chain for each row and number, the same whatever ran before; a run that was cut off adds what is missing."""
+    monkeypatch.setattr(dms_jax, "load", lambda *args, **kwargs: tiny_family("mini"))
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps({"problem": f"Let a = {n}."}) + "\n" for n in range(7)))
+    options = {"chains": 2, "max_num_seqs": 3, "max_new_tokens": 12, "finished_only": False}
+    sample_traces.main("mini", str(data), out, **options)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert asked == [(0, 3), (3, 3), (6, 1)]
-    assert [line["row"] for line in lines] == [0, 0, 2, 2, 3, 3, 5, 5, 6, 6], "prompts 1 and 4 were cut off"
-    assert lines[3]["messages"] == [{"role": "user", "content": "qqq"}, {"role": "assistant", "content": "cb"}]
-    whole = out.read_bytes()
-    # Cut off at the end, in the second line of row 3, in the first of row 5, in the first of all: batches drawn again.
-    second = whole.index(b'"row": 3', whole.index(b'"row": 3') + 1)
-    for end, batches in ((len(whole), 1), (second + 5, 2), (whole.index(b'"row": 5') + 1, 2), (5, 3)):
-        asked.clear()
-        out.write_bytes(whole[:end])
-        sample_traces.main("model", str(folder / "data.jsonl"), out, chains=2, batch=3)
-        assert out.read_bytes() == whole
-        assert len(asked) == batches
+    assert sorted((line["row"], line["chain"]) for line in lines) == [(row, c) for row in range(7) for c in range(2)]
+    assert all(line["messages"][0]["content"] == f"Let a = {line['row']}." for line in lines)
+    whole = {(line["row"], line["chain"]): line for line in lines}
+    assert any(line["finished"] for line in lines) and not all(line["finished"] for line in lines)
+    out.write_bytes(out.read_bytes()[: len(out.read_bytes()) // 2])
+    sample_traces.main("mini", str(data), out, **options)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(again) == 14 and {(line["row"], line["chain"]): line for line in again} == whole
+    out.unlink()
+    sample_traces.main("mini", str(data), out, **{**options, "finished_only": True})
+    kept = {(line["row"], line["chain"]) for line in map(json.loads, out.read_text().splitlines())}
+    assert kept == {key for key, line in whole.items() if line["finished"]}
 
 
 def test_the_mini_model_writes_chains(tmp_path):
