@@ -9,7 +9,7 @@ youngest chain is preempted and starts over later, with the same tokens.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -90,9 +90,7 @@ class Engine:
           PoolError: one sequence alone needs more than `max_pages`.
         """
         c = self.spec.model.config
-        config = self.config
-        if config.prefill_tokens is None:
-            config = replace(config, prefill_tokens=512 if jax.default_backend() == "cpu" else 8192)
+        config = self.config.on(jax.default_backend())
         scheduler = Scheduler(jobs, config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
         if scheduler.idle():
             return
@@ -117,13 +115,13 @@ class _Run:
     """One call of `Engine.run`: launches work on the runner as the scheduler decides, and collects what it made."""
 
     def __init__(self, engine: Engine, scheduler: Scheduler):
-        self.engine, self.scheduler, self.config = engine, scheduler, engine.config
-        options = {"prefill_chunk": self.config.prefill_chunk, "max_pages": self.config.max_pages, "mesh": engine.mesh}
+        self.engine, self.scheduler, self.config = engine, scheduler, scheduler.config
+        options = {"prefill_chunk": self.config.prefill_chunk, "pad_rows": self.config.pad_rows}
+        options |= {"max_pages": self.config.max_pages, "mesh": engine.mesh}
         pages = engine.first_pool(scheduler)
         self.runner = engine.runner = Runner(engine.spec, engine.params, len(scheduler.rows), pages, **options)
         scheduler.fits = self.runner.fits
-        lookahead = self.config.lookahead
-        self.depth = int(jax.default_backend() != "cpu" if lookahead is None else lookahead)
+        self.depth = int(self.config.lookahead)
         self.logits: dict[int, tuple[Prefilled, int]] = {}  # of the prompt in each parked row
         self.made: list[_Read | _Begun | _Launched] = []  # launched and not looked at, in order
         self.reported: dict[tuple[int, int], int] = {}
@@ -182,7 +180,7 @@ class _Run:
         for group in of_one_call.values():
             prompts = [self.scheduler.rows[copy.source] for copy in group]
             made, _ = self.logits[group[0].source]
-            A = padded_count(len(group), self.scheduler.max_num_seqs)
+            A = padded_count(len(group), self.scheduler.max_num_seqs, self.config.pad_rows)
             index = np.zeros(A, np.int32)
             index[: len(group)] = [self.logits[copy.source][1] for copy in group]
             keys = np.stack([p.job.keys[copy.number] for p, copy in zip(prompts, group, strict=True)])

@@ -36,7 +36,7 @@ class Started(NamedTuple):
 class Runner:
     """`rows` rows of one DecodeSpec, with a pool of `pages` pages on each device of `mesh`.
 
-    prefill_chunk: prompt tokens of a sequence that are read at once. max_pages: how far the pool may grow.
+    prefill_chunk, pad_rows: see EngineConfig. max_pages: how far the pool may grow.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class Runner:
         pages: int,
         *,
         prefill_chunk: int = 512,
+        pad_rows: int = 1,
         max_pages: int | None = None,
         mesh: Mesh | None = None,
     ):
         self.spec, self.params, self.rows, self.mesh = spec, params, rows, mesh
-        self.prefill_chunk, self.max_pages = prefill_chunk, max_pages
+        self.prefill_chunk, self.pad_rows, self.max_pages = prefill_chunk, pad_rows, max_pages
         dtype = params["embed"]["embedding"].dtype
         self.state = self._call(decode.init, spec, rows, dtype, pages)
 
@@ -114,7 +115,7 @@ class Runner:
 
     def _batch(self, rows: list[int], prompts: list[list[int]]):
         """Right-padded tokens `[A, T]`, counts `[A]` and rows `[A]`; few sizes, so that few programs are compiled."""
-        A = padded_count(len(rows), self.rows)
+        A = padded_count(len(rows), self.rows, self.pad_rows)
         length = padded_length(max(map(len, prompts)), self.prefill_chunk)
         tokens, counts = np.zeros((A, length), np.int32), np.zeros(A, np.int32)
         padded = np.full(A, self.rows, np.int32)

@@ -12,7 +12,7 @@ from dms_jax.config import SamplingConfig, require
 from dms_jax.types import MASK_VALUE, Keys, NextLogits
 
 IMPL = "threefry2x32"  # of the raw keys, whatever jax's default generator is
-BITS = 4  # of the threshold found in one pass over the logits
+BITS = 2  # of the threshold found in one pass over the logits
 
 
 def root_key(seed: int) -> Array:

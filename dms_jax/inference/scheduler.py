@@ -9,7 +9,7 @@ that the scheduler is given.
 import collections
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,12 @@ def padded_length(tokens: int, chunk: int) -> int:
     return whole + (min(chunk, max(BUCKET, 1 << (rest - 1).bit_length())) if rest else 0)
 
 
-def padded_count(count: int, most: int) -> int:
-    """The number of rows to which `count` are padded: a power of four, or `most`."""
-    size = 1
+def padded_count(count: int, most: int, smallest: int = 1) -> int:
+    """The number of rows to which `count` are padded: `smallest` times a power of four, or `most`.
+
+    Where compiling a program costs more than empty rows, as on an accelerator, `smallest` is large.
+    """
+    size = smallest
     while size < count:
         size *= 4
     return min(size, most)
@@ -79,6 +82,8 @@ class EngineConfig:
     steps: decode steps of a chunk, between two looks from the host.
     prefill_chunk: prompt tokens of a sequence that are read at once; prefill_tokens: of all sequences together, None
       for 8,192 on accelerators and 512 on a CPU.
+    pad_rows: prompts and chains that start together are padded to so many rows, or to four times as many and so on,
+      None for 64 on accelerators and 1 on a CPU: every number of rows is a program to compile.
     lookahead: whether the next chunk is launched before the last one's results are looked at, so that the device
       never waits for the host; a chain that has ended then idles for one more chunk. None: on accelerators.
     pages: pages of the pool (of each device's) at first, None for an estimate from the compression expected.
@@ -90,6 +95,7 @@ class EngineConfig:
     steps: int = 16
     prefill_chunk: int = 512
     prefill_tokens: int | None = None
+    pad_rows: int | None = None
     lookahead: bool | None = None
     pages: int | None = None
     max_pages: int | None = None
@@ -98,9 +104,16 @@ class EngineConfig:
     def __post_init__(self):
         for key in ("max_num_seqs", "steps", "prefill_chunk"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
-        for key in ("pages", "max_pages", "prefill_tokens"):
+        for key in ("pages", "max_pages", "prefill_tokens", "pad_rows"):
             value = getattr(self, key)
             require(value is None or value > 0, key, value, "must be positive")
+
+    def on(self, backend: str) -> "EngineConfig":
+        """The config with what None means on a kind of device."""
+        usual = {"prefill_tokens": 512, "pad_rows": 1, "lookahead": False}
+        if backend != "cpu":
+            usual = {"prefill_tokens": 8192, "pad_rows": 64, "lookahead": True}
+        return replace(self, **{key: value for key, value in usual.items() if getattr(self, key) is None})
 
 
 @dataclass(eq=False)
@@ -171,7 +184,8 @@ class Scheduler:
     def prompts_at_once(self, length: int) -> int:
         """How many prompts of a length are read in one call."""
         chunk = self.config.prefill_chunk
-        return max(1, self.prefill_tokens // min(padded_length(length, chunk), chunk))
+        count = max(1, self.prefill_tokens // min(padded_length(length, chunk), chunk))
+        return min(count, max(self.config.pad_rows or 1, 64))
 
     # What there is to do
 
