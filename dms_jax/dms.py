@@ -16,7 +16,6 @@ from dms_jax.config import DMSConfig
 from dms_jax.types import (
     MASK_VALUE,
     Counts,
-    Decisions,
     GateLogits,
     Lengths,
     Logits,
@@ -51,7 +50,7 @@ def affine(x: Float[Array, "B T K"], dms: DMSConfig) -> GateLogits:
     return jnp.broadcast_to(logit[:, :1], logit.shape) if dms.per == "layer" else logit
 
 
-def hard_decisions(logit: GateLogits) -> Decisions:
+def hard_decisions(logit: Float[Array, "..."]) -> Bool[Array, "..."]:
     """Inference: alpha = (logit > 0), True means evict."""
     return logit > 0
 
@@ -110,7 +109,7 @@ def bias(
     return jnp.where(seen, delayed, MASK_VALUE)
 
 
-def shift(values: Shaped[Array, "B K T"], offset: int, lengths: Lengths, kept) -> Shaped[Array, "B K T"]:
+def shift(values: Shaped[Array, "B K T"], offset: int | Array, lengths: Lengths, kept) -> Shaped[Array, "B K T"]:
     """Gives token j what was predicted at token j + offset; `kept` where that token has not been seen.
 
     With offset 1 and three real tokens of four: [a b c -] -> [b c kept kept].
@@ -120,7 +119,7 @@ def shift(values: Shaped[Array, "B K T"], offset: int, lengths: Lengths, kept) -
 
 
 def shift_segments(
-    values: Shaped[Array, "B K T"], offset: int, segments: Int[Array, "B T"], kept
+    values: Shaped[Array, "B K T"], offset: int | Array, segments: Int[Array, "B T"], kept
 ) -> Shaped[Array, "B K T"]:
     """`shift` in rows of packed documents: `kept` where token j + offset is of another document, or padding.
 

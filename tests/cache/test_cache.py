@@ -5,7 +5,6 @@ different for each sequence); every attention output is compared with dense atte
 """
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ from hypothesis import strategies as st
 
 from dms_jax import dms
 from dms_jax.cache import DecodeQuery, kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig
+from dms_jax.config import CacheConfig, DMSConfig, ModelConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import attention
 from dms_jax.policies import DecodeStep, DelayedEviction, NewToken, PrefillChunk
 
 B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
-MODEL = types.SimpleNamespace(num_layers=L, num_kv_heads=K, head_dim=D)
+MODEL = ModelConfig("llama", 8, L, 8, K * G, K, D, 8)
 CAPACITY = 40  # of masked storage, which keeps a slot for every token
 KEYS = np.zeros((B, 2), np.uint32)
 
@@ -122,17 +121,17 @@ def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     """A page size that does not divide the capacity: of 9 tokens in pages of 4, those of pages 0 and 2 are read."""
     store, T = kv_cache(CacheConfig(kind, 9, 4)), 9
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(B, T, n, D)).astype(np.float32) for n in (K * G, K, K))
-    cache, at = store.allocate(MODEL, B, jnp.float32, L * B * K * 3), np.broadcast_to(np.arange(T), (B, T))
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (K * G, K, K))
+    cache, at = store.allocate(MODEL, B, jnp.float32, L * B * K * 3), jnp.broadcast_to(jnp.arange(T), (B, T))
     for n in range(T):
-        cache, slot = store.append(cache, 0, at[:, n], np.full((1, B, K), -1), np.ones(B, bool))
+        cache, slot = store.append(cache, 0, at[:, n], jnp.full((1, B, K), -1), jnp.ones(B, bool))
         cache, *_ = store.attend(cache, 0, DecodeQuery(q[:, n], k[:, n], v[:, n], slot), False)
-    readable = np.broadcast_to([True, False, True], (B, K, 3))
+    readable = jnp.broadcast_to(jnp.array([True, False, True]), (B, K, 3))
     query = DecodeQuery(q[:, 0], k[:, 0], v[:, 0], jnp.full((1, B, K), store.slots), readable)
     _, out, weights = store.attend(cache, 0, query, True)
     pages = np.repeat([True, False, True], 4)[:T]
-    kept = np.zeros((B, K, int(pages.sum())), np.float32)
-    want = attention.dense(q[:, :1], k[:, pages], v[:, pages], np.full((B, 1), T), at[:, pages], kept, 0)
+    kept = jnp.zeros((B, K, int(pages.sum())))
+    want = attention.dense(q[:, :1], k[:, pages], v[:, pages], jnp.full((B, 1), T), at[:, pages], kept, 0)
     np.testing.assert_allclose(out, want[:, 0], atol=1e-5)
     assert weights.shape == (B, K, store.slots)
     np.testing.assert_array_equal(weights[0, 0] > 0, np.pad(pages, (0, store.slots - T)))
@@ -183,10 +182,10 @@ def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, tu
             live = np.where(position[:, None] > 0, seen[:, np.arange(B), :, position - 1].sum(-1).swapaxes(0, 1), 0)
             np.testing.assert_array_equal(store.live(cache), live)
             check(kind, cache, live)
-        cache = store.free(cache, np.array([True, False, True]))
+        cache = store.free(cache, jnp.array([True, False, True]))
         live[:, [0, 2]] = 0
         np.testing.assert_array_equal(store.live(cache), live)
         check(kind, cache, live)
         if kind != "masked":
-            pool = store.pool(store.free(cache, np.ones(B, bool)))
+            pool = store.pool(store.free(cache, jnp.ones(B, bool)))
             assert pool.free == pool.size, "pages leak"
