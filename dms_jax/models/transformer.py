@@ -103,6 +103,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
+        if self.gate is not None:
+            self.gate.check(c)
         self.embed = nn.Embed(c.vocab_size, c.model_dim, embedding_init=layers.normal)
         block = Block
         if self.remat != "none":

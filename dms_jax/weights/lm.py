@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import ArrayLike
 
-from dms_jax.config import DMSConfig, ModelConfig, require
+from dms_jax.config import DMSConfig, ModelConfig, Ratio, described, fits, require
 from dms_jax.models.gates import gate_of
 from dms_jax.models.transformer import Decoder, arange_positions, causal, hard_eviction
 from dms_jax.types import Logits, Params, Tokens
@@ -31,22 +32,28 @@ class LM:
     cr: float | None = None
 
     def __post_init__(self):
-        require(self.cr is None or self.cr >= 1, "cr", self.cr, "must be at least 1")
+        require(fits(self.cr, Ratio | None), "cr", self.cr, f"expected {described(Ratio)}")
+        if self.dms is not None:
+            gate_of(self.dms).check(self.config)
 
-    def logits(self, tokens: Int[Array, "B T"], dms: DMSConfig | None = None) -> Logits:
+    def logits(self, tokens: ArrayLike, dms: DMSConfig | None = None) -> Logits:
         """`[B, T]` token ids -> `[B, T, V]` float32; with `dms` the hard delayed-eviction mask is on.
 
         Raises:
-          ConfigError: `dms` describes a gate that the model does not carry.
+          ConfigError: tokens that are no ids of the vocabulary, or a gate in `dms` that the model does not carry.
         """
-        tokens = jnp.asarray(tokens, jnp.int32)
-        require(tokens.ndim == 2, "tokens.shape", tokens.shape, "expected [B, T]")
+        ids = np.asarray(tokens)
+        require(ids.ndim == 2 and ids.size > 0, "tokens.shape", ids.shape, "expected [B, T]")
+        require(ids.dtype.kind in "iu", "tokens.dtype", ids.dtype, "expected whole numbers")
+        low, high, V = int(ids.min()), int(ids.max()), self.config.vocab_size
+        require(low >= 0 and high < V, "tokens", low if low < 0 else high, f"is outside the vocabulary, 0 to {V - 1}")
         if dms is not None:
             self.check_gate(dms)
-        return _logits(self.params, tokens, self.config, dms or self.dms, dms is not None)
+        return _logits(self.params, jnp.asarray(ids, jnp.int32), self.config, dms or self.dms, dms is not None)
 
     def check_gate(self, dms: DMSConfig) -> None:
         """Raises ConfigError unless the model carries the gate that `dms` describes."""
+        require(isinstance(dms, DMSConfig), "dms", dms, "expected a DMSConfig")
         require(self.dms is not None, "dms", dms, "this model was never retrofitted")
         mine, asked = gate_of(self.dms), gate_of(dms)
         require(type(asked) is type(mine), "dms.gate", dms.gate, f"the model carries the {self.dms.gate!r} gate")
