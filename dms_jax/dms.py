@@ -10,7 +10,7 @@ been seen, and `o <= w + 1` makes sure that this is no later than when it is nee
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.config import DMSConfig
 from dms_jax.types import (
@@ -56,24 +56,24 @@ def hard_decisions(logit: GateLogits) -> Decisions:
     return logit > 0
 
 
-def gumbel_sigmoid(logit: GateLogits, key: Array, tau: float) -> GateLogits:
+def gumbel_sigmoid(logit: Float[Array, "..."], key: Array, tau: float) -> Float[Array, "..."]:
     """Training: the noisy logit `(logit + g1 - g2) / tau`, g1, g2 ~ Gumbel(0, 1); p is its sigmoid."""
     # The difference of two Gumbel variables is a logistic one.
     return (logit + jax.random.logistic(key, logit.shape, logit.dtype)) / tau
 
 
-def straight_through(noisy: GateLogits) -> GateLogits:
+def straight_through(noisy: Float[Array, "..."]) -> Float[Array, "..."]:
     """The hard value of p = sigmoid(noisy) with p's gradient: what is counted in the compression loss."""
     p = jax.nn.sigmoid(noisy)
     return p + jax.lax.stop_gradient((noisy > 0).astype(p.dtype) - p)
 
 
-def log_keep_prob(noisy: GateLogits) -> GateLogits:
+def log_keep_prob(noisy: Float[Array, "..."]) -> Float[Array, "..."]:
     """`log(1 - p) = log_sigmoid(-noisy)`, the score bias of a key beyond the window (section 3.2)."""
     return jax.nn.log_sigmoid(-noisy)
 
 
-def hard_log_keep_prob(evicted: Decisions) -> GateLogits:
+def hard_log_keep_prob(evicted: Bool[Array, "..."]) -> Float[Array, "..."]:
     """`log_keep_prob` for hard decisions: 0 for kept, MASK_VALUE for evicted."""
     return jnp.where(evicted, MASK_VALUE, 0.0)
 
@@ -105,7 +105,7 @@ def bias(
     j = key_pos[:, :, None, :]
     delayed = jnp.where(i - j <= window, 0.0, log_keep_prob[:, :, None, :])
     seen = (j >= 0) & (j <= i)
-    if query_segments is not None:
+    if query_segments is not None and key_segments is not None:
         seen &= query_segments[:, None, :, None] == key_segments[:, :, None, :]
     return jnp.where(seen, delayed, MASK_VALUE)
 

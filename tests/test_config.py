@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -108,8 +109,8 @@ def test_a_neuron_outside_the_head_is_refused():
     model = ModelConfig(**MODEL)
     for neuron in (-5, 4):
         with pytest.raises(ConfigError, match=f"neuron={neuron}: must be a dim of a head, -4 to 3"):
-            transformer.init(np.zeros(2, np.uint32), model, DMSConfig(neuron=neuron))
-    transformer.init(np.zeros(2, np.uint32), model, DMSConfig(gate="adapter", neuron=4))
+            transformer.init(jnp.zeros(2, jnp.uint32), model, DMSConfig(neuron=neuron))
+    transformer.init(jnp.zeros(2, jnp.uint32), model, DMSConfig(gate="adapter", neuron=4))
 
 
 @dataclasses.dataclass(frozen=True)
