@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import numbers
 import reprlib
 import sys
 import types
@@ -53,6 +52,7 @@ Ratio = Annotated[float, Within(1, 2**31 - 2)]  # a compression ratio: tokens ov
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is what an annotation says. True is no number, and a float is finite."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    value = value.item() if isinstance(value, np.generic) else value
     if origin is Annotated:
         return fits(value, arguments[0]) and arguments[1].least <= value <= arguments[1].most
     if origin in (typing.Union, types.UnionType):
@@ -67,10 +67,8 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if kind is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if kind is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return isinstance(value, origin or kind)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
 
 
 def described(kind: Any) -> str:

@@ -153,7 +153,8 @@ class AdapterGate(Gate):
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *own)
 
         def of_layer(params: Params, x: Residual) -> GateLogits:
-            return dms.affine(adapter.apply({"params": params}, x), self.dms)
+            projected: Any = adapter.apply({"params": params}, x)
+            return dms.affine(projected, self.dms)
 
         return jax.vmap(of_layer)(stacked, jnp.stack(residuals))
 

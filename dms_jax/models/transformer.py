@@ -5,7 +5,7 @@ to an `attend` function, which returns the attention output and the next state; 
 every eviction policy are such functions.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -224,4 +224,5 @@ def init(key: Array, config: ModelConfig, dms_config: DMSConfig | None = None) -
     """Fresh float32 parameters (normal 0.02, norms one, gates zero)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     model = Decoder(config, dms_config)
-    return model.init(key, tokens, tokens, causal, method="logits")["params"]
+    variables: Any = model.init(key, tokens, tokens, causal, method="logits")
+    return variables["params"]

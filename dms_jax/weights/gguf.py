@@ -8,7 +8,7 @@ turned into numbers by the `gguf` package, a piece at a time.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -191,8 +191,7 @@ def _source(header: _Header, name: str, shape: tuple[int, ...], code: int, start
 
 def config_from_gguf(metadata: Mapping[str, Any], sources: Mapping[str, Source]) -> ModelConfig:
     """ModelConfig from metadata; what GGUF does not record (biases, tied embeddings) from the tensors."""
-    arch = metadata.get("general.architecture")
-    one_of("general.architecture", arch, ARCHITECTURES)
+    arch = take(metadata, "general.architecture", Literal[*ARCHITECTURES])
 
     def get(key: str, kind, *default):
         return take(metadata, f"{arch}.{key}", kind, *default)

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,8 +65,7 @@ DMS_DEFAULTS = {"window": 512, "decision_offset": 1}
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json; ConfigError names the key and value of anything unsupported or impossible."""
-    family = raw.get("model_type")
-    one_of("model_type", family, tuple(ARCHITECTURES))
+    family = take(raw, "model_type", Literal[*ARCHITECTURES])
     _check_supported(raw, family)
     heads, width = take(raw, "num_attention_heads", Size), take(raw, "hidden_size", Size)
     if family != "llama":  # Llama means "as many as query heads", Qwen always writes it
@@ -237,8 +236,8 @@ def dms_from_hf(raw: Mapping[str, Any]) -> DMSConfig | None:
         return None
     for key in gates:
         take(raw, key, bool, False)
-    values = DMS_DEFAULTS | {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
-    return DMSConfig(gate=gate_name(raw), **values)
+    values: dict[str, Any] = {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
+    return DMSConfig(**{"gate": gate_name(raw), **DMS_DEFAULTS, **values})
 
 
 def cr_from_hf(raw: Mapping[str, Any]) -> float | None:

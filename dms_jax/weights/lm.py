@@ -49,20 +49,22 @@ class LM:
         require(low >= 0 and high < V, "tokens", low if low < 0 else high, f"is outside the vocabulary, 0 to {V - 1}")
         if dms is not None:
             self.check_gate(dms)
-        return _logits(self.params, jnp.asarray(ids, jnp.int32), self.config, dms or self.dms, dms is not None)
+        return _logits(self.params, jnp.asarray(ids, jnp.int32), self.config, self.dms, dms)
 
     def check_gate(self, dms: DMSConfig) -> None:
         """Raises ConfigError unless the model carries the gate that `dms` describes."""
         require(isinstance(dms, DMSConfig), "dms", dms, "expected a DMSConfig")
-        require(self.dms is not None, "dms", dms, "this model was never retrofitted")
         mine, asked = gate_of(self.dms), gate_of(dms)
-        require(type(asked) is type(mine), "dms.gate", dms.gate, f"the model carries the {self.dms.gate!r} gate")
-        require(mine.in_params(self.params), "dms.gate", dms.gate, "the parameters hold no such gate")
+        carried = "no gate: it was never retrofitted" if self.dms is None else f"the {self.dms.gate!r} gate"
+        require(type(asked) is type(mine), "dms.gate", dms.gate, f"the model carries {carried}")
+        require(asked.in_params(self.params), "dms.gate", dms.gate, "the parameters hold no such gate")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dms", "evict"))
-def _logits(params: Params, tokens: Tokens, config: ModelConfig, dms: DMSConfig | None, evict: bool) -> Logits:
+@functools.partial(jax.jit, static_argnames=("config", "own", "evicting"))
+def _logits(
+    params: Params, tokens: Tokens, config: ModelConfig, own: DMSConfig | None, evicting: DMSConfig | None
+) -> Logits:
     B, T = tokens.shape
-    attend = hard_eviction(dms, jnp.full((B,), T)) if evict else causal
+    attend = causal if evicting is None else hard_eviction(evicting, jnp.full((B,), T))
     positions = arange_positions(tokens)
-    return Decoder(config, dms).apply({"params": params}, tokens, positions, attend, method="logits")[0]
+    return Decoder(config, evicting or own).apply({"params": params}, tokens, positions, attend, method="logits")[0]

@@ -104,7 +104,8 @@ class Saved(NamedTuple):
 
 def write_safetensors(file: Path, tensors: Mapping[str, Saved], metadata: Mapping[str, str]) -> None:
     """Writes the file in place of an old one only once every byte is on disk."""
-    header, offset = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * tensor.dtype.itemsize
         code = CODES[tensor.dtype]

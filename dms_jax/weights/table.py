@@ -10,7 +10,7 @@ A foreign linear map is `[out, in]`, ours is `[*inputs, *outputs]`, written "inp
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -204,9 +204,9 @@ def insert(tree: Params, path: str, value) -> None:
     tree[last] = value
 
 
-def lookup(tree: Params, path: str):
+def lookup(tree: Params, path: str) -> Any:
     """The leaf at "a/b/c"; a WeightError names the path if it is absent."""
-    node = tree
+    node: Any = tree
     for key in path.split("/"):
         if not isinstance(node, Mapping) or key not in node:
             raise WeightError(f"params: missing parameter {path}")
