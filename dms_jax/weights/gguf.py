@@ -17,7 +17,7 @@ from dms_jax.models.layers import rope_frequencies
 from dms_jax.weights.gguf_tokenizer import CONTROL, build_tokenizer
 from dms_jax.weights.lm import LM
 from dms_jax.weights.safetensors import Source, WeightError
-from dms_jax.weights.table import all_finite, read_params, specs
+from dms_jax.weights.table import all_finite, check_names, read_params, specs
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FREQS = "rope_freqs.weight"
@@ -47,14 +47,15 @@ def read_gguf(file: Path, dtype: str, tokenizer: Any = None, nonfinite: bool = F
     with in_file(file, GGUF_KEYS):
         config = config_from_gguf(metadata, sources)
         tokenizer = build_tokenizer(metadata) if tokenizer is None else tokenizer
-    order = {}
+    expected, order = specs(config, None, "gguf"), {}
+    weights = {name: source for name, source in sources.items() if name != ROPE_FREQS}
+    check_names(expected, weights, str(file))  # before anything as large as the metadata says
     if config.family == "llama":
         for n in range(config.num_layers):
             for name, heads in (("attn_q", config.num_heads), ("attn_k", config.num_kv_heads)):
                 for kind in ("weight", "bias"):
                     order[f"blk.{n}.{name}.{kind}"] = unpermuted_rows(heads, config.head_dim)
-    weights = {name: source for name, source in sources.items() if name != ROPE_FREQS}
-    params = read_params(specs(config, None, "gguf"), weights, dtype, str(file), order, nonfinite)
+    params = read_params(expected, weights, dtype, str(file), order, nonfinite)
     return LM(config, params, tokenizer)
 
 
@@ -281,7 +282,7 @@ def _rope(get, head_dim: int, freqs: Source | None) -> RopeConfig:
     attention = get("rope.scaling.attn_factor", Positive, 1.0)  # on top of what the factor implies
     if attention == 1:
         return rope
-    implied = rope_frequencies(rope, head_dim)[1]
+    implied = rope_frequencies(rope, 2)[1]
     return RopeConfig(**{**vars(rope), "attention_factor": attention * implied})
 
 
@@ -291,9 +292,9 @@ def _llama3(theta: float, head_dim: int, freqs: Source) -> RopeConfig:
     Released models have low and high frequency factors 1 and 4 and an original context of 8192; other powers
     of two are tried as well.
     """
+    if freqs.shape != (head_dim // 2,):
+        raise WeightError(f"{freqs.file}: tensor {ROPE_FREQS} has shape {freqs.shape}, expected {(head_dim // 2,)}")
     plain, _ = rope_frequencies(RopeConfig(theta=theta), head_dim)
-    if freqs.shape != plain.shape:
-        raise WeightError(f"{freqs.file}: tensor {ROPE_FREQS} has shape {freqs.shape}, expected {plain.shape}")
     stored = freqs.read(0, 1).reshape(-1)
     if not all_finite(stored):
         raise WeightError(f"{freqs.file}: tensor {ROPE_FREQS} has NaN or infinite values")

@@ -186,6 +186,21 @@ def test_gguf_tensors_fill_the_file(folder, tmp_path):
             dms_jax.load(file)
 
 
+def test_absurd_sizes_are_refused_before_anything_is_allocated(folder, tmp_path):
+    """Heads of 2^30 dims: an array over them would not fit in memory."""
+    file = tmp_path / "m.gguf"
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.attn_factor": 2.0}
+    for metadata, extra in (({}, None), (yarn, None), ({}, {"rope_freqs.weight": np.full(2, 2.0, np.float32)})):
+        write_gguf(file, CONFIG, load_file(folder / "model.safetensors"), metadata=metadata, extra=extra)
+        data = file.read_bytes()
+        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            at = data.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+            data = data[:at] + (2**30).to_bytes(4, "little") + data[at + 4 :]
+        file.write_bytes(data)
+        with pytest.raises(WeightError, match="m.gguf: .*shape"):
+            dms_jax.load(file)
+
+
 @pytest.mark.parametrize("text", ["<|eot_id|>", "<|im_end|>", "<|end|>"])
 def test_gguf_stops_at_the_end_of_a_turn(folder, tmp_path, text):
     """A file whose end of text is not the end of a turn (Llama 3): the control token is found by its text."""
