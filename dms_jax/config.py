@@ -1,8 +1,21 @@
 """Frozen configurations, checked on creation. An error names the field and the value."""
 
-from dataclasses import dataclass, field
+import contextlib
+import functools
+import reprlib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+
+_SHORT = reprlib.Repr()  # what a damaged file holds may be long, or nested without end
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 9, 9, 9
+_SHORT.maxstring = _SHORT.maxother = 300
 
 
 class ConfigError(ValueError):
@@ -12,18 +25,95 @@ class ConfigError(ValueError):
 def require(condition: bool, key: str, value, reason: str) -> None:
     """Raises ConfigError with the key, the value and the reason unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key}={value!r}: {reason}")
+        raise ConfigError(f"{key}={_SHORT.repr(value)}: {reason}")
 
 
 def one_of(key: str, value, allowed: tuple) -> None:
-    require(value in allowed, key, value, f"expected one of {', '.join(map(repr, allowed))}")
+    require(fits(value, Literal[*allowed]), key, value, f"expected one of {', '.join(map(repr, allowed))}")
+
+
+class Within(NamedTuple):
+    """The range of a number, both ends included: `Annotated[int, Within(0, 9)]`."""
+
+    least: float
+    most: float
+
+
+HUGE, TINY = 3e38, 1.2e-38  # what float32 holds
+Count = Annotated[int, Within(0, 2**31 - 2)]  # positions are int32
+Size = Annotated[int, Within(1, 2**31 - 2)]
+Layers = Annotated[int, Within(1, 4096)]  # loops run over them before any tensor is compared
+Real = Annotated[float, Within(-HUGE, HUGE)]
+Positive = Annotated[float, Within(TINY, HUGE)]
+Share = Annotated[float, Within(0, 1)]
+Ratio = Annotated[float, Within(1, 2**31 - 2)]  # a compression ratio: tokens over tokens
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says. True is no number, and a float is finite."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    value = value.item() if isinstance(value, np.generic) else value
+    if origin is Annotated:
+        return fits(value, arguments[0]) and arguments[1].least <= value <= arguments[1].most
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, each) for each in arguments)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in arguments)
+    if origin in (tuple, list):
+        if not isinstance(value, origin):
+            return False
+        each = arguments[:1] * len(value) if origin is list or arguments[-1] is ... else arguments
+        return len(value) == len(each) and all(map(fits, value, each))
+    if kind is Any:
+        return True
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
+
+
+def described(kind: Any) -> str:
+    """An annotation in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{described(arguments[0])} from {arguments[1].least} to {arguments[1].most}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(described, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (tuple, list):
+        return f"a list of {', '.join(described(each) for each in arguments if each is not ...)}"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", dict: "a map"}
+    return words.get(origin or kind, "nothing" if kind is types.NoneType else getattr(kind, "__name__", str(kind)))
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError unless each field of a config dataclass is what its annotation says.
+
+    The first line of its `__post_init__`. Numbers of numpy become Python's.
+    """
+    for name, kind in _kinds(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, name, value)
+        require(fits(value, kind), prefix + name, value, f"expected {described(kind)}")
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {each.name: hints[each.name] for each in fields(cls)}
 
 
 def load_yaml(cls: type, path: str | Path):
     """An instance of the config dataclass `cls` from a YAML file; an unknown or mistyped key raises ConfigError."""
     import yaml
 
-    return from_saved(cls, yaml.safe_load(Path(path).read_text()), path)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
+    return from_saved(cls, values, path)
 
 
 def from_saved(cls: type, values: Any, where: str | Path):
@@ -32,14 +122,28 @@ def from_saved(cls: type, values: Any, where: str | Path):
     Raises:
       ConfigError: an unknown or mistyped key, or an impossible value; names the file.
     """
-    import dacite
+    with in_file(where):
+        return _built(cls, _renamed(values), "")
 
+
+@contextlib.contextmanager
+def in_file(where: str | Path, names: Mapping[str, str] = types.MappingProxyType({})) -> Iterator[None]:
+    """ConfigErrors of the body name the file, and its own key where `names` has one for our field."""
     try:
-        return dacite.from_dict(
-            cls, _renamed(values), dacite.Config(strict=True, cast=[tuple], type_hooks={float: float})
-        )
-    except (dacite.DaciteError, ConfigError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        yield
+    except ConfigError as error:
+        key, *rest = str(error).partition("=")
+        raise ConfigError(f"{where}: {names.get(key, key)}{''.join(rest)}") from error
+
+
+def take(values: Mapping[str, Any], key: str, kind: Any, default: Any = MISSING) -> Any:
+    """The value of a foreign key, checked against an annotation; the default where it is absent or null."""
+    value = values.get(key)
+    if value is None and default is not MISSING:
+        return default
+    require(value is not None, key, value, "the file needs it")
+    require(fits(value, kind), key, value, f"expected {described(kind)}")
+    return value
 
 
 def _renamed(values: Any) -> Any:
@@ -52,6 +156,46 @@ def _renamed(values: Any) -> Any:
     return {**values, "dms": dms}
 
 
+def _built(cls: type, values: Any, prefix: str) -> Any:
+    require(isinstance(values, Mapping), prefix.rstrip(".") or "settings", values, "expected keys with values")
+    kinds, made = _kinds(cls), {}
+    for key, value in values.items():
+        require(key in kinds, f"{prefix}{key}", value, f"no such key, there are {', '.join(kinds)}")
+        made[key] = _converted(value, kinds[key], f"{prefix}{key}")
+    for each in fields(cls):
+        given = each.name in made or each.default is not MISSING or each.default_factory is not MISSING
+        require(given, prefix + each.name, None, "is needed")
+    return cls(**made)
+
+
+def _converted(value: Any, kind: Any, key: str) -> Any:
+    """What a file can say (lists, maps, a path as text, and 1e-5, text to YAML) as the annotation wants it."""
+    options = _options(kind)
+    for option in options:
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if is_dataclass(option) and isinstance(value, Mapping):
+            value = _built(typing.cast(type, option), value, f"{key}.")
+        elif origin is tuple and isinstance(value, list):
+            each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            if len(each) == len(value):
+                value = tuple(_converted(v, k, f"{key}[{n}]") for n, (v, k) in enumerate(zip(value, each, strict=True)))
+        elif option is Path and isinstance(value, str):
+            value = Path(value)
+        elif option is float and isinstance(value, str) and str not in options:
+            with contextlib.suppress(ValueError):
+                value = float(value)
+    require(fits(value, kind), key, value, f"expected {described(kind)}")
+    return value
+
+
+def _options(kind: Any) -> tuple:
+    """The members of a union, or the kind itself, without ranges."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return tuple(option for each in arguments for option in _options(each))
+    return _options(arguments[0]) if origin is Annotated else (kind,)
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding; the field names are those of HF's `rope_parameters`.
@@ -60,25 +204,28 @@ class RopeConfig:
     """
 
     kind: Literal["default", "linear", "llama3", "yarn"] = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_max_positions: int = 0  # llama3, yarn: the context the model was first trained with
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: scale of cos and sin; None derives it from factor
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
+    theta: Annotated[float, Within(1, HUGE)] = 10000.0
+    factor: Annotated[float, Within(1, HUGE)] = 1.0
+    low_freq_factor: Positive = 1.0  # llama3
+    high_freq_factor: Positive = 4.0  # llama3
+    original_max_positions: Count = 0  # llama3, yarn: the context the model was first trained with
+    beta_fast: Positive = 32.0  # yarn
+    beta_slow: Positive = 1.0  # yarn
+    attention_factor: Positive | None = None  # yarn: scale of cos and sin; None derives it from factor
+    mscale: Positive | None = None  # yarn
+    mscale_all_dim: Positive | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dims
 
     def __post_init__(self):
-        one_of("rope.kind", self.kind, ("default", "linear", "llama3", "yarn"))
-        require(self.theta > 0, "rope.theta", self.theta, "must be positive")
-        require(self.factor >= 1, "rope.factor", self.factor, "must be at least 1")
+        check(self, "rope.")
         if self.kind in ("llama3", "yarn"):
             n = self.original_max_positions
             require(n > 0, "rope.original_max_positions", n, f"{self.kind} needs it")
+        if self.kind == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            require(high > low, "rope.high_freq_factor", high, f"must be above low_freq_factor={low}")
+        if self.kind == "yarn":
+            require(self.theta > 1, "rope.theta", self.theta, "yarn needs more than 1")
 
 
 @dataclass(frozen=True)
@@ -86,29 +233,32 @@ class ModelConfig:
     """A Llama, Qwen2 or Qwen3 decoder, in the letters of types.py."""
 
     family: Literal["llama", "qwen2", "qwen3"]
-    vocab_size: int  # V
-    num_layers: int  # L
-    model_dim: int  # E
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D
-    mlp_dim: int  # F
-    norm_eps: float = 1e-6
+    vocab_size: Size  # V
+    num_layers: Layers  # L
+    model_dim: Size  # E
+    num_heads: Size  # H
+    num_kv_heads: Size  # K
+    head_dim: Size  # D
+    mlp_dim: Size  # F
+    norm_eps: Annotated[float, Within(TINY, 1)] = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
-    max_positions: int = 4096
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    max_positions: Size = 4096
+    bos_id: Count | None = None
+    eos_ids: tuple[Count, ...] = ()
+    pad_id: Count | None = None
 
     def __post_init__(self):
-        one_of("family", self.family, ("llama", "qwen2", "qwen3"))
-        for key in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
+        check(self)
+        for key in ("bos_id", "eos_ids", "pad_id"):
+            value = getattr(self, key)
+            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            inside = all(token < self.vocab_size for token in ids)
+            require(inside, key, value, f"is outside the vocabulary of {self.vocab_size} tokens")
         divides = self.num_heads % self.num_kv_heads == 0
         require(divides, "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE needs an even head dim")
@@ -135,24 +285,20 @@ class DMSConfig:
       without the chat template it was retrofitted on.
     """
 
-    window: int = 256
+    window: Count = 256
     gate: Literal["query", "adapter"] = "query"
-    decision_offset: int = 0
-    scale: float = 100.0
-    logit_bias: float = 5.0
+    decision_offset: Count = 0
+    scale: Real = 100.0
+    logit_bias: Real = 5.0
     neuron: int = -1
     per: Literal["head", "layer"] = "head"
-    tau: float = 0.1
-    sinks: int = 0
+    tau: Positive = 0.1
+    sinks: Count = 0
 
     def __post_init__(self):
-        one_of("gate", self.gate, ("query", "adapter"))
-        one_of("per", self.per, ("head", "layer"))
-        require(self.window >= 0, "window", self.window, "must not be negative")
+        check(self)
         o = self.decision_offset
-        require(0 <= o <= self.window + 1, "decision_offset", o, f"must lie in 0..window+1={self.window + 1}")
-        require(self.tau > 0, "tau", self.tau, "must be positive")
-        require(self.sinks >= 0, "sinks", self.sinks, "must not be negative")
+        require(o <= self.window + 1, "decision_offset", o, f"must lie in 0..window+1={self.window + 1}")
 
 
 @dataclass(frozen=True)
@@ -166,15 +312,13 @@ class CacheConfig:
     """
 
     storage: Literal["paged", "masked"] = "paged"
-    capacity: int = 4096
-    page_size: int = 64
+    capacity: Size = 4096
+    page_size: Size = 64
     quant: Literal["none", "int8", "fp8"] = "none"
 
     def __post_init__(self):
         one_of("cache", self.storage, ("paged", "masked"))
-        one_of("quant", self.quant, ("none", "int8", "fp8"))
-        for key in ("capacity", "page_size"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
+        check(self)
         quantized = self.quant != "none"
         refused = f"{self.storage} storage does not quantize"
         require(not quantized or self.storage == "paged", "quant", self.quant, refused)
@@ -184,11 +328,9 @@ class CacheConfig:
 class SamplingConfig:
     """How the next token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Annotated[float, Within(0, HUGE)] = 0.0
+    top_k: Count = 0
+    top_p: Annotated[float, Within(TINY, 1)] = 1.0
 
     def __post_init__(self):
-        require(self.temperature >= 0, "temperature", self.temperature, "must not be negative")
-        require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+        check(self)

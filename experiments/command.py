@@ -35,7 +35,7 @@ class ModelOptions:
     window: Annotated[int | None, metavar("TOKENS")] = None
     """overrides the window that the model was retrofitted with"""
     gate: Annotated[Path | None, metavar("FILE")] = None
-    """adapter gate (safetensors) to lay over the model's weights, or a folder of them, gate_cr4.safetensors and so on"""
+    """adapter gate (safetensors) to lay over the model's weights, or a folder of them, one for each CR"""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, metavar("DTYPE")] = None
     """float32, bfloat16 or float16, of parameters and cache; default: float32 on a CPU, bfloat16 elsewhere"""
     runs: Annotated[Path, metavar("FOLDER")] = Path("runs")

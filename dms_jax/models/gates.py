@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dms_jax import dms
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig, require
 from dms_jax.models import layers
 from dms_jax.types import GateLogits, Params, Queries, Residual
 
@@ -44,6 +44,9 @@ class Gate:
     warms_up: ClassVar[bool] = False
     tensors: ClassVar[tuple[GateTensor, ...]] = ()
     foreign: ClassVar[Mapping[str, Any]] = {}
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ConfigError for a model that cannot have this gate."""
 
     def logits(self, q: Queries, residual: Residual, model: ModelConfig) -> GateLogits:
         """Eviction logits `[B, K, T]` of a layer, from q before RoPE or from the residual stream that entered it.
@@ -86,6 +89,10 @@ class QueryGate(Gate):
 
     warms_up: ClassVar[bool] = True
     foreign: ClassVar[Mapping[str, Any]] = {"dms_separate_alpha": False}
+
+    def check(self, model: ModelConfig) -> None:
+        n, D = self.dms.neuron, model.head_dim
+        require(-D <= n < D, "neuron", n, f"must be a dim of a head, {-D} to {D - 1}")
 
     def logits(self, q: Queries, residual: Residual, model: ModelConfig) -> GateLogits:
         return dms.query_gate(q, model.num_kv_heads, self.dms)
@@ -146,7 +153,8 @@ class AdapterGate(Gate):
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *own)
 
         def of_layer(params: Params, x: Residual) -> GateLogits:
-            return dms.affine(adapter.apply({"params": params}, x), self.dms)
+            projected: Any = adapter.apply({"params": params}, x)
+            return dms.affine(projected, self.dms)
 
         return jax.vmap(of_layer)(stacked, jnp.stack(residuals))
 

@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*axes n"]) -> Float[Array, "*axes n"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * (1.0 / jnp.sqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps))
@@ -39,7 +39,7 @@ class Linear(nn.Module):
     init: Init = normal
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         inputs = x.shape[-self.contract :]
         kernel = self.param("kernel", self.init, (*inputs, *self.outputs))
         # One flat matrix product: a dot over several axes is slower on CPU.
@@ -63,7 +63,7 @@ class MLP(nn.Module):
     bias: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*axes E"]) -> Float[Array, "*axes E"]:
         gate = Linear((self.mlp_dim,), self.bias, name="gate")(x)
         up = Linear((self.mlp_dim,), self.bias, name="up")(x)
         return Linear((x.shape[-1],), self.bias, name="down")(nn.silu(gate) * up)

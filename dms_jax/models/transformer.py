@@ -5,7 +5,7 @@ to an `attend` function, which returns the attention output and the next state; 
 every eviction policy are such functions.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,18 @@ class Attend(Protocol):
     ) -> tuple[Queries, State]: ...
 
 
+Scale = float | Float[Array, ""]  # of the neuron that a gate borrows: 1 as it was, 0 hidden from attention
+
+
 class Attention(nn.Module):
     config: ModelConfig
     dms: DMSConfig | None
     layer: int
 
     @nn.compact
-    def __call__(self, x: Residual, residual: Residual, positions: Positions, attend, state, neuron_scale):
+    def __call__(
+        self, x: Residual, residual: Residual, positions: Positions, attend: Attend, state: State, neuron_scale: Scale
+    ) -> tuple[Residual, State]:
         c = self.config
         q = layers.Linear((c.num_heads, c.head_dim), c.qkv_bias, name="q")(x)
         k = layers.Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, name="k")(x)
@@ -79,7 +84,9 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x: Residual, positions: Positions, attend, state, neuron_scale):
+    def __call__(
+        self, x: Residual, positions: Positions, attend: Attend, state: State, neuron_scale: Scale
+    ) -> tuple[Residual, State]:
         c = self.config
         h = layers.RMSNorm(c.norm_eps, name="attn_norm")(x)
         attn = Attention(c, self.dms, self.layer, name="attn")
@@ -103,6 +110,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
+        if self.gate is not None:
+            self.gate.check(c)
         self.embed = nn.Embed(c.vocab_size, c.model_dim, embedding_init=layers.normal)
         block = Block
         if self.remat != "none":
@@ -112,11 +121,15 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.unembedding = layers.Linear((c.vocab_size,))
 
-    def __call__(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+    def __call__(
+        self, tokens: Tokens, positions: Positions, attend: Attend, state: State = (), neuron_scale: Scale = 0.0
+    ) -> tuple[Residual, State]:
         """Hidden states after the final norm, and the state that `attend` threaded through the layers."""
         return self.with_residuals(tokens, positions, attend, state, neuron_scale)[:2]
 
-    def with_residuals(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+    def with_residuals(
+        self, tokens: Tokens, positions: Positions, attend: Attend, state: State = (), neuron_scale: Scale = 0.0
+    ) -> tuple[Residual, State, list[Residual]]:
         """`__call__`, and the residual stream that entered each layer, `[B, T, E]` L times."""
         x, entered = sharding.constrain(self.embed(tokens), "B T E"), []
         for block in self.layers:
@@ -134,7 +147,9 @@ class Decoder(nn.Module):
         logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.unembedding(hidden)
         return logits.astype(jnp.float32)
 
-    def logits(self, tokens: Tokens, positions: Positions, attend: Attend, state=(), neuron_scale=0.0):
+    def logits(
+        self, tokens: Tokens, positions: Positions, attend: Attend, state: State = (), neuron_scale: Scale = 0.0
+    ) -> tuple[Logits, State]:
         """`__call__` and `unembed` at once; also what `init` runs."""
         hidden, state = self(tokens, positions, attend, state, neuron_scale)
         return self.unembed(hidden), state
@@ -177,7 +192,7 @@ def self_attention(
     return sharding.by_heads(local, letters)(*given)
 
 
-def causal(layer, q, k, v, logit, state):
+def causal(layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State) -> tuple[Queries, State]:
     """An `Attend`: plain causal attention over the tokens given, nothing evicted."""
     return packed_causal(arange_positions(q[..., 0, 0]), None)(layer, q, k, v, logit, state)
 
@@ -205,8 +220,9 @@ def hard_eviction(config: DMSConfig, lengths: Lengths) -> Attend:
     return attend
 
 
-def init(key, config: ModelConfig, dms_config: DMSConfig | None = None) -> Params:
+def init(key: Array, config: ModelConfig, dms_config: DMSConfig | None = None) -> Params:
     """Fresh float32 parameters (normal 0.02, norms one, gates zero)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     model = Decoder(config, dms_config)
-    return model.init(key, tokens, tokens, causal, method="logits")["params"]
+    variables: Any = model.init(key, tokens, tokens, causal, method="logits")
+    return variables["params"]

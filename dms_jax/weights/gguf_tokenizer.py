@@ -4,10 +4,11 @@ GGUF stores vocabulary, merges or scores, and the name of the pre-tokenizer; the
 names stand for are below. An unknown name is an error: a wrong split gives wrong tokens without a sign.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dms_jax.config import ConfigError
+from dms_jax.config import ConfigError, require, take
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -31,44 +32,53 @@ SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
     """A transformers tokenizer, None if the file has none; ConfigError on a kind that is not known here."""
-    kind = metadata.get("tokenizer.ggml.model")
+    kind = take(metadata, "tokenizer.ggml.model", str, None)
     if kind is None:
         return None
-    if kind not in ("gpt2", "llama"):
-        raise ConfigError(f"tokenizer.ggml.model={kind!r}: cannot be rebuilt, pass tokenizer= to load")
-    tokens = metadata["tokenizer.ggml.tokens"]
+    require(kind in ("gpt2", "llama"), "tokenizer.ggml.model", kind, "cannot be rebuilt, pass tokenizer= to load")
+    tokens = take(metadata, "tokenizer.ggml.tokens", list[str])
     vocab = {token: n for n, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         raise ConfigError("tokenizer.ggml.tokens: the same token twice, pass tokenizer= to load")
-    tokenizer, add_bos = _byte_level(metadata, vocab) if kind == "gpt2" else _sentencepiece(metadata, vocab)
-    _add_tokens(tokenizer, metadata)
-    names = {
-        name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in SPECIAL.items()
-        if f"tokenizer.ggml.{key}_token_id" in metadata
-    }
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos)
-    add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-    _add_ends(tokenizer, vocab, names, add_bos, add_eos)
-    from transformers import PreTrainedTokenizerFast
+    names = {}
+    for name, key in SPECIAL.items():
+        token = take(metadata, f"tokenizer.ggml.{key}_token_id", int, None)
+        if token is not None:
+            require(0 <= token < len(tokens), f"tokenizer.ggml.{key}_token_id", token, f"of {len(tokens)} tokens")
+            names[name] = tokens[token]
+    add_eos = take(metadata, "tokenizer.ggml.add_eos_token", bool, False)
+    template = take(metadata, "tokenizer.chat_template", str, None)
+    with refused_by_name("tokenizer.ggml"):
+        tokenizer, add_bos = _byte_level(metadata, vocab) if kind == "gpt2" else _sentencepiece(metadata, vocab)
+        _add_tokens(tokenizer, metadata)
+        _add_ends(tokenizer, vocab, names, take(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos), add_eos)
+        from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **names,
-    )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, chat_template=template, clean_up_tokenization_spaces=False, **names
+        )
+
+
+@contextlib.contextmanager
+def refused_by_name(where: str) -> Iterator[None]:
+    """Whatever the tokenizer libraries raise on a damaged file, a panic of their Rust part included, as ConfigError."""
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{where}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]):
     """Byte-level BPE (GPT-2's alphabet) with the pre-tokenizer that the file names."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
-        raise ConfigError(f"tokenizer.ggml.pre={pre!r}: cannot be rebuilt, pass tokenizer= to load")
+    pre = take(metadata, "tokenizer.ggml.pre", str, None)
+    require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", pre, "cannot be rebuilt, pass tokenizer= to load")
     split, add_bos = PRE_TOKENIZERS[pre]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in take(metadata, "tokenizer.ggml.merges", list[str])]
     # Llama 3 takes a word that is in the vocabulary whole, even if its merges would not get there.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split == "llama3"))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -89,12 +99,13 @@ def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int]):
     """Llama 2's SentencePiece BPE: merges ordered by score, unknown characters as bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = score_merges(vocab, metadata["tokenizer.ggml.scores"])
+    unknown = take(metadata, "tokenizer.ggml.unknown_token_id", int, 0)
+    tokens, scores = metadata["tokenizer.ggml.tokens"], take(metadata, "tokenizer.ggml.scores", list[float])
+    require(len(scores) == len(tokens), "tokenizer.ggml.scores", len(scores), f"scores of {len(tokens)} tokens")
+    merges = score_merges(vocab, scores)
     model = models.BPE(vocab=vocab, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = take(metadata, "tokenizer.ggml.add_space_prefix", bool, True)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefix else [spaces])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -121,8 +132,10 @@ def _add_tokens(tokenizer, metadata: Mapping[str, Any]) -> None:
     from tokenizers import AddedToken
 
     added = {CONTROL: [], USER_DEFINED: []}
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
-    for token, kind in zip(metadata["tokenizer.ggml.tokens"], kinds, strict=False):
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], take(metadata, "tokenizer.ggml.token_type", list[int], None)
+    fit = kinds is None or len(kinds) == len(tokens)
+    require(fit, "tokenizer.ggml.token_type", kinds and len(kinds), f"types of {len(tokens)} tokens")
+    for token, kind in zip(tokens, kinds or [0] * len(tokens), strict=True):
         if kind in added:
             added[kind].append(AddedToken(token, special=kind == CONTROL, normalized=False))
     tokenizer.add_special_tokens(added[CONTROL])

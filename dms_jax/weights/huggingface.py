@@ -8,11 +8,23 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeConfig, one_of, require
+from dms_jax.config import (
+    ConfigError,
+    DMSConfig,
+    Layers,
+    ModelConfig,
+    Ratio,
+    RopeConfig,
+    Size,
+    in_file,
+    one_of,
+    require,
+    take,
+)
 from dms_jax.models.gates import GATES, gate_name, gate_of
 from dms_jax.types import Params
 from dms_jax.weights.safetensors import Source, WeightError, open_safetensors, write_safetensors
@@ -24,6 +36,16 @@ LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # what Llama means by absent
 # Derived from the configuration by old exporters: never read.
 DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 
+# ModelConfig or RopeConfig field -> HF's key, for what goes wrong when several are compared.
+HF_KEYS = {
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "bos_id": "bos_token_id",
+    "eos_ids": "eos_token_id",
+    "pad_id": "pad_token_id",
+    "rope.theta": "rope_theta",
+}
 GATE_KEY = "dms"  # metadata of a gate's file: the config.json keys of its DMSConfig, in JSON
 CR_KEY = "dms_cr"
 # DMSConfig field -> the authors' config key; the last three are ours.
@@ -41,105 +63,103 @@ DMS_KEYS = {
 DMS_DEFAULTS = {"window": 512, "decision_offset": 1}
 
 
-def _need(raw: Mapping[str, Any], key: str) -> Any:
-    require(raw.get(key) is not None, key, raw.get(key), "the config needs it")
-    return raw[key]
-
-
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a config.json; ConfigError names the key and value of anything unsupported."""
-    family = raw.get("model_type")
-    one_of("model_type", family, tuple(ARCHITECTURES))
+    """ModelConfig of a config.json; ConfigError names the key and value of anything unsupported or impossible."""
+    family = take(raw, "model_type", Literal[*ARCHITECTURES])
     _check_supported(raw, family)
-    heads, width = _need(raw, "num_attention_heads"), _need(raw, "hidden_size")
-    kv_heads = raw.get("num_key_value_heads")
-    if "num_key_value_heads" not in raw:  # Llama means "as many as query heads", Qwen always writes it
-        require(family == "llama", "num_key_value_heads", None, "the config needs it")
-    head_dim = raw.get("head_dim", HEAD_DIM.get(family))
-    bias = bool(raw.get("attention_bias", False)) and family != "qwen2"
+    heads, width = take(raw, "num_attention_heads", Size), take(raw, "hidden_size", Size)
+    if family != "llama":  # Llama means "as many as query heads", Qwen always writes it
+        require("num_key_value_heads" in raw, "num_key_value_heads", None, "the file needs it")
+    derived = HEAD_DIM.get(family, width // heads) if "head_dim" not in raw else width // heads
+    bias = take(raw, "attention_bias", bool, False) and family != "qwen2"
     ids = {**LLAMA_IDS, **raw} if family == "llama" else raw
+    pad = take(raw, "pad_token_id", int, None)
     return ModelConfig(
         family=family,
-        vocab_size=_need(raw, "vocab_size"),
-        num_layers=_need(raw, "num_hidden_layers"),
+        vocab_size=take(raw, "vocab_size", Size),
+        num_layers=take(raw, "num_hidden_layers", Layers),
         model_dim=width,
         num_heads=heads,
-        num_kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=width // heads if head_dim is None else head_dim,
-        mlp_dim=_need(raw, "intermediate_size"),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        num_kv_heads=take(raw, "num_key_value_heads", Size, heads),
+        head_dim=take(raw, "head_dim", Size, derived),
+        mlp_dim=take(raw, "intermediate_size", Size),
+        norm_eps=take(raw, "rms_norm_eps", float, 1e-6),
         rope=_rope_from_hf(raw),
         qk_norm=family == "qwen3",
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama",
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        mlp_bias=take(raw, "mlp_bias", bool, False) and family == "llama",
+        tie_embeddings=take(raw, "tie_word_embeddings", bool, False),
         max_positions=_max_positions(raw),
-        bos_id=ids.get("bos_token_id"),
-        eos_ids=id_tuple(ids.get("eos_token_id")),
-        pad_id=raw.get("pad_token_id"),
+        bos_id=take(ids, "bos_token_id", int, None),
+        eos_ids=eos_ids(ids),
+        pad_id=None if pad == -1 else pad,  # Llama's first conversions wrote -1 for none
     )
 
 
-def id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
+def eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     """HF writes one id as a number, several as a list."""
-    return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    ids = take(raw, "eos_token_id", int | list[int], [])
+    return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _max_positions(raw: Mapping[str, Any]) -> int:
-    return raw.get("max_position_embeddings") or (2048 if raw["model_type"] == "llama" else 32768)
+    return take(raw, "max_position_embeddings", Size, 2048 if raw["model_type"] == "llama" else 32768)
 
 
 def _check_supported(raw: Mapping[str, Any], family: str) -> None:
     """Raises ConfigError for a key that would change what the model computes in a way not implemented."""
     one_of("hidden_act", raw.get("hidden_act", "silu"), ("silu",))
-    require(not raw.get("quantization_config"), "quantization_config", raw.get("quantization_config"),
-            "quantized weights are not supported")  # fmt: skip
-    factor = raw.get("partial_rotary_factor")
-    require(factor in (None, 1), "partial_rotary_factor", factor, "only full rotation is supported")
-    window = raw.get("sliding_window")
-    kinds = raw.get("layer_types")
+    quantised = raw.get("quantization_config")
+    require(not quantised, "quantization_config", quantised, "quantized weights are not supported")
+    _check_full_rotation(raw)
+    window = take(raw, "sliding_window", int, None)
+    kinds = take(raw, "layer_types", list[str], None)
     if kinds is not None:
         require(set(kinds) <= {"full_attention"}, "layer_types", kinds, "only full_attention is supported")
     elif family == "llama":
         require(window is None, "sliding_window", window, "sliding-window attention is not supported")
-    elif raw.get("use_sliding_window", False) and raw.get("sliding_window", 4096) is not None:
+    elif take(raw, "use_sliding_window", bool, False) and raw.get("sliding_window", 4096) is not None:
         # Layers from max_window_layers on would slide.
-        full = raw.get("max_window_layers", 28)
+        full = take(raw, "max_window_layers", int, 28)
         reason = f"sliding-window layers are not supported (max_window_layers={full})"
-        require(full >= _need(raw, "num_hidden_layers"), "use_sliding_window", True, reason)
+        require(full >= take(raw, "num_hidden_layers", Layers), "use_sliding_window", True, reason)
+
+
+def _check_full_rotation(raw: Mapping[str, Any]) -> None:
+    factor = raw.get("partial_rotary_factor")
+    require(factor in (None, 1), "partial_rotary_factor", factor, "only full rotation is supported")
 
 
 def _rope_from_hf(raw: Mapping[str, Any]) -> RopeConfig:
     """`rope_scaling` with `rope_theta` beside it (old), or `rope_parameters` with everything inside (new)."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)  # spelled once for each kind of layer
-    theta = rope.get("rope_theta", raw.get("rope_theta")) or 10000.0
+    rope = take(raw, "rope_scaling", dict, {}) or take(raw, "rope_parameters", dict, {})
+    rope = take(rope, "full_attention", dict, rope)  # spelled once for each kind of layer
+    place = rope if "rope_theta" in rope else raw
+    theta = take(place, "rope_theta", float) if "rope_theta" in place else 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     one_of("rope_type", kind, ("default", "linear", "llama3", "yarn"))
-    partial = rope.get("partial_rotary_factor")
-    require(partial in (None, 1), "partial_rotary_factor", partial, "only full rotation is supported")
+    _check_full_rotation(rope)
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
-        return RopeConfig(kind, theta, _need(rope, "factor"))
-    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    original = original or _max_positions(raw)
+        return RopeConfig(kind, theta, take(rope, "factor", float))
+    original = take(rope, "original_max_position_embeddings", Size, _max_positions(raw))
+    original = take(raw, "original_max_position_embeddings", Size, original)
     if kind == "llama3":
-        low, high = _need(rope, "low_freq_factor"), _need(rope, "high_freq_factor")
-        require(high > low, "high_freq_factor", high, f"must be above low_freq_factor={low}")
-        return RopeConfig(kind, theta, _need(rope, "factor"), low, high, original)
+        low, high = take(rope, "low_freq_factor", float), take(rope, "high_freq_factor", float)
+        return RopeConfig(kind, theta, take(rope, "factor", float), low, high, original)
     return RopeConfig(
         kind="yarn",
         theta=theta,
-        factor=rope.get("factor") or _max_positions(raw) / original,
+        factor=take(rope, "factor", float, _max_positions(raw) / original),
         original_max_positions=original,
-        beta_fast=rope.get("beta_fast") or 32.0,
-        beta_slow=rope.get("beta_slow") or 1.0,
-        attention_factor=rope.get("attention_factor"),
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
-        truncate=rope.get("truncate", True),
+        beta_fast=take(rope, "beta_fast", float, 32.0),
+        beta_slow=take(rope, "beta_slow", float, 1.0),
+        attention_factor=take(rope, "attention_factor", float, None),
+        mscale=take(rope, "mscale", float, None),
+        mscale_all_dim=take(rope, "mscale_all_dim", float, None),
+        truncate=take(rope, "truncate", bool, True),
     )
 
 
@@ -211,42 +231,67 @@ def dms_to_hf(dms: DMSConfig | None, cr: float | None = None) -> dict[str, Any]:
 
 def dms_from_hf(raw: Mapping[str, Any]) -> DMSConfig | None:
     """The DMSConfig in a config.json, or None. Without `dms_decision_offset` it is the authors' o = 1."""
-    keys = {*DMS_KEYS.values(), CR_KEY, *(key for gate in GATES.values() for key in gate.foreign)}
-    if not keys & raw.keys():
+    gates = {key for gate in GATES.values() for key in gate.foreign}
+    if not {*DMS_KEYS.values(), CR_KEY, *gates} & raw.keys():
         return None
-    values = DMS_DEFAULTS | {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
-    return DMSConfig(gate=gate_name(raw), **values)
+    for key in gates:
+        take(raw, key, bool, False)
+    values: dict[str, Any] = {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
+    return DMSConfig(**{"gate": gate_name(raw), **DMS_DEFAULTS, **values})
 
 
 def cr_from_hf(raw: Mapping[str, Any]) -> float | None:
     """The compression ratio that the weights were retrofitted for, where a config.json says so."""
-    return raw.get(CR_KEY)
+    return take(raw, CR_KEY, Ratio, None)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or a ConfigError that names the file."""
+def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """A JSON object, or a ConfigError that names where it stands."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from error
-    require(isinstance(value, dict), str(file), type(value).__name__, "expected a JSON object")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: cannot be read as JSON ({error})") from error
+    require(isinstance(value, dict), str(where), type(value).__name__, "expected a JSON object")
     return value
 
 
-def read_folder(folder: Path, dtype: str) -> tuple[ModelConfig, Params, DMSConfig | None, float | None]:
-    """An HF folder: config.json with model.safetensors, or with shards and their index; the last is the CR.
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object, or a ConfigError that names the file."""
+    require(file.is_file(), str(file), "", "is no regular file")
+    try:
+        return parse_json(file.read_bytes(), file)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from error
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, DMSConfig | None, float | None]:
+    """What an HF folder's config.json and generation_config.json say: the model, its gate, and its CR.
 
     Raises:
-      ConfigError: an unsupported configuration.  WeightError: tensors that do not fit it.
+      ConfigError: an unsupported or impossible configuration; names the file and its key.
     """
-    raw = read_json(folder / "config.json")
-    config, dms = config_from_hf(raw), dms_from_hf(raw)
-    generation = folder / "generation_config.json"
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    raw = read_json(file)
+    with in_file(file, HF_KEYS | DMS_KEYS):
+        config, dms, cr = config_from_hf(raw), dms_from_hf(raw), cr_from_hf(raw)
+        if dms is not None:
+            gate_of(dms).check(config)
     if generation.exists():  # some instruction-tuned models name their further end-of-turn tokens only there
-        more = id_tuple(read_json(generation).get("eos_token_id"))
-        config = dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *more))))
+        more = read_json(generation)
+        with in_file(generation, HF_KEYS):
+            ids = tuple(dict.fromkeys((*config.eos_ids, *eos_ids(more))))
+            config = dataclasses.replace(config, eos_ids=ids)
+    return config, dms, cr
+
+
+def read_weights(folder: Path, config: ModelConfig, dms: DMSConfig | None, dtype: str, nonfinite: bool) -> Params:
+    """The parameters of an HF folder, from model.safetensors or from shards and their index.
+
+    Raises:
+      WeightError: tensors that are damaged or do not fit the configuration.
+    """
     sources = _drop_redundant(config, open_folder(folder))
-    return config, read_params(specs(config, dms), sources, dtype, str(folder)), dms, cr_from_hf(raw)
+    return read_params(specs(config, dms), sources, dtype, str(folder), nonfinite=nonfinite)
 
 
 def open_folder(folder: Path) -> dict[str, Source]:
@@ -257,7 +302,11 @@ def open_folder(folder: Path) -> dict[str, Source]:
     if not index.exists():
         found = sorted(file.name for file in folder.glob("*.bin")) or sorted(f.name for f in folder.iterdir())
         raise WeightError(f"{folder}: no model.safetensors or index of shards among {', '.join(found[:8])}")
-    places = read_json(index).get("weight_map", {})
+    with in_file(index):
+        places = take(read_json(index), "weight_map", dict)
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise WeightError(f"{index}: tensor {name} is said to be in {shard!r}, which is no file of this folder")
     sources: dict[str, Source] = {}
     for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
@@ -268,6 +317,10 @@ def open_folder(folder: Path) -> dict[str, Source]:
             if places.get(name) != shard:
                 raise WeightError(f"{folder}: tensor {name} is in {shard}, the index says {places.get(name)}")
             sources[name] = source
+    absent = places.keys() - sources.keys()
+    if absent:
+        name = min(absent)
+        raise WeightError(f"{folder}: tensor {name} is not in {places[name]}, where the index says it is")
     return sources
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import ArrayLike
 
-from dms_jax.config import DMSConfig, ModelConfig, require
+from dms_jax.config import DMSConfig, ModelConfig, Ratio, described, fits, require
 from dms_jax.models.gates import gate_of
 from dms_jax.models.transformer import Decoder, arange_positions, causal, hard_eviction
 from dms_jax.types import Logits, Params, Tokens
@@ -31,31 +32,39 @@ class LM:
     cr: float | None = None
 
     def __post_init__(self):
-        require(self.cr is None or self.cr >= 1, "cr", self.cr, "must be at least 1")
+        require(fits(self.cr, Ratio | None), "cr", self.cr, f"expected {described(Ratio)}")
+        if self.dms is not None:
+            gate_of(self.dms).check(self.config)
 
-    def logits(self, tokens: Int[Array, "B T"], dms: DMSConfig | None = None) -> Logits:
+    def logits(self, tokens: ArrayLike, dms: DMSConfig | None = None) -> Logits:
         """`[B, T]` token ids -> `[B, T, V]` float32; with `dms` the hard delayed-eviction mask is on.
 
         Raises:
-          ConfigError: `dms` describes a gate that the model does not carry.
+          ConfigError: tokens that are no ids of the vocabulary, or a gate in `dms` that the model does not carry.
         """
-        tokens = jnp.asarray(tokens, jnp.int32)
-        require(tokens.ndim == 2, "tokens.shape", tokens.shape, "expected [B, T]")
+        ids = np.asarray(tokens)
+        require(ids.ndim == 2 and ids.size > 0, "tokens.shape", ids.shape, "expected [B, T]")
+        require(ids.dtype.kind in "iu", "tokens.dtype", ids.dtype, "expected whole numbers")
+        low, high, V = int(ids.min()), int(ids.max()), self.config.vocab_size
+        require(low >= 0 and high < V, "tokens", low if low < 0 else high, f"is outside the vocabulary, 0 to {V - 1}")
         if dms is not None:
             self.check_gate(dms)
-        return _logits(self.params, tokens, self.config, dms or self.dms, dms is not None)
+        return _logits(self.params, jnp.asarray(ids, jnp.int32), self.config, self.dms, dms)
 
     def check_gate(self, dms: DMSConfig) -> None:
         """Raises ConfigError unless the model carries the gate that `dms` describes."""
-        require(self.dms is not None, "dms", dms, "this model was never retrofitted")
+        require(isinstance(dms, DMSConfig), "dms", dms, "expected a DMSConfig")
         mine, asked = gate_of(self.dms), gate_of(dms)
-        require(type(asked) is type(mine), "dms.gate", dms.gate, f"the model carries the {self.dms.gate!r} gate")
-        require(mine.in_params(self.params), "dms.gate", dms.gate, "the parameters hold no such gate")
+        carried = "no gate: it was never retrofitted" if self.dms is None else f"the {self.dms.gate!r} gate"
+        require(type(asked) is type(mine), "dms.gate", dms.gate, f"the model carries {carried}")
+        require(asked.in_params(self.params), "dms.gate", dms.gate, "the parameters hold no such gate")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dms", "evict"))
-def _logits(params: Params, tokens: Tokens, config: ModelConfig, dms: DMSConfig | None, evict: bool) -> Logits:
+@functools.partial(jax.jit, static_argnames=("config", "own", "evicting"))
+def _logits(
+    params: Params, tokens: Tokens, config: ModelConfig, own: DMSConfig | None, evicting: DMSConfig | None
+) -> Logits:
     B, T = tokens.shape
-    attend = hard_eviction(dms, jnp.full((B,), T)) if evict else causal
+    attend = causal if evicting is None else hard_eviction(evicting, jnp.full((B,), T))
     positions = arange_positions(tokens)
-    return Decoder(config, dms).apply({"params": params}, tokens, positions, attend, method="logits")[0]
+    return Decoder(config, evicting or own).apply({"params": params}, tokens, positions, attend, method="logits")[0]

@@ -1,23 +1,31 @@
 """Load: a model from a hub repository, a folder, a GGUF file or the bundled mini family."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from flax import traverse_util
 
-from dms_jax.config import ConfigError, one_of, require
+from dms_jax.config import ConfigError, Ratio, described, fits, in_file, one_of, require
 from dms_jax.models.gates import gate_of
-from dms_jax.weights.gguf import open_gguf, read_gguf
-from dms_jax.weights.gguf_tokenizer import build_tokenizer
-from dms_jax.weights.huggingface import GATE_KEY, cr_from_hf, dms_from_hf, read_folder
+from dms_jax.weights.gguf import read_gguf
+from dms_jax.weights.gguf_tokenizer import refused_by_name
+from dms_jax.weights.huggingface import (
+    DMS_KEYS,
+    GATE_KEY,
+    cr_from_hf,
+    dms_from_hf,
+    parse_json,
+    read_config,
+    read_weights,
+)
 from dms_jax.weights.lm import LM
 from dms_jax.weights.safetensors import WeightError, open_safetensors
 from dms_jax.weights.table import DTYPES, gate_specs, read_params
 
 ASSETS = Path(__file__).parents[1] / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
+BUNDLED_GATES = ("smollm2",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Weights, configuration and tokenizers; no pickles, no code.
 PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
@@ -29,6 +37,7 @@ def load(
     gate: str | os.PathLike | None = None,
     cr: float | None = None,
     tokenizer: Any = None,
+    allow_nonfinite: bool = False,
 ) -> LM:
     """Loads a model. Nothing but data is read: no torch, no pickle, no code from the source.
 
@@ -40,27 +49,31 @@ def load(
         SmolLM2-135M-Instruct, of which `cr` then chooses one (None: the original model).
       cr: the member of a retrofitted family to load: the sub-folder "cr4" for 4.
       tokenizer: used instead of the source's own.
+      allow_nonfinite: read weights that are NaN or infinite as they are.
     Raises:
-      ConfigError: an unsupported model or option.  WeightError: weights that are damaged or do not fit it.
+      ConfigError: an unsupported model, configuration, tokenizer or option.
+      WeightError: weights that are damaged or do not fit the configuration.
       FileNotFoundError: no such source.
     """
     one_of("dtype", dtype, DTYPES)
+    require(fits(cr, Ratio | None), "cr", cr, f"expected {described(Ratio)}")
+    for key, value in (("source", source), ("gate", "none" if gate is None else gate)):
+        require(fits(value, str | os.PathLike) and bool(str(value)), key, value, "expected a name or a path")
     asked = cr
-    if gate is not None and (ASSETS / str(gate)).is_dir():
+    if gate is not None and str(gate) in BUNDLED_GATES:
         gate, cr = (None if cr is None else _gate_of_family(ASSETS / str(gate), cr)), None
     elif gate is not None and Path(gate).is_dir():
         require(cr is not None, "cr", cr, f"{gate} holds gates for several ratios: name one")
         gate, cr = _gate_of_family(Path(gate), cr), None
     path = _locate(source, cr)
     if path.is_file():
-        metadata, sources = open_gguf(path)
-        tokenizer = tokenizer or build_tokenizer(metadata)  # first: it may refuse, and is quick
-        lm = LM(*read_gguf(path, metadata, sources, dtype), tokenizer)
+        lm = read_gguf(path, dtype, tokenizer, allow_nonfinite)
     else:
-        config, params, dms, recorded = read_folder(path, dtype)
-        lm = LM(config, params, tokenizer or _read_tokenizer(path), dms, recorded)
+        config, dms, recorded = read_config(path)
+        tokenizer = tokenizer or _read_tokenizer(path)  # before the weights: it may refuse, and is quick
+        lm = LM(config, read_weights(path, config, dms, dtype, allow_nonfinite), tokenizer, dms, recorded)
     if gate is not None:
-        lm = _with_gate(lm, Path(gate), dtype)
+        lm = _with_gate(lm, Path(gate), dtype, allow_nonfinite)
     return lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
 
 
@@ -74,17 +87,21 @@ def _gate_of_family(folder: Path, cr: float) -> Path:
 
 def _locate(source: str | os.PathLike, cr: float | None) -> Path:
     """The file or folder to read; downloads a hub name."""
-    path = Path(source).expanduser()
     if str(source) == "mini":
         return _member(ASSETS / "mini", cr, "base")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _member(path, cr, "")
+        exists = path.is_file() or path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a user or a folder that nobody may look into
+        raise FileNotFoundError(f"{source}: not to be found ({error})") from error
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+            raise FileNotFoundError(f"{path}: no such file, or no regular one")
         require(cr is None, "cr", cr, "a GGUF file holds one model")
         return path
-    if path.is_dir():
-        return _member(path, cr, "")
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if exists or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f'{source}: neither an HF folder, a .gguf file, a hub name "org/name" nor "mini"')
     return _member(_download(str(source)), cr, "")
 
@@ -110,32 +127,44 @@ def _download(name: str) -> Path:
     except Exception as error:  # offline, gated, misspelt: the library raises many kinds
         raise FileNotFoundError(
             f"{name}: no such folder here, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from error
 
 
 def _read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, None if it has none.
+
+    Raises:
+      ConfigError: transformers cannot read it.
+    """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
+    irregular = [f.name for pattern in PATTERNS for f in folder.glob(pattern) if not f.is_file()]
+    require(not irregular, str(folder), irregular, "no regular file")  # transformers would wait for a FIFO without end
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with refused_by_name(str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.decode(tokenizer("A word.")["input_ids"])  # some damage shows in use only
+        return tokenizer
 
 
-def _with_gate(lm: LM, file: Path, dtype: str) -> LM:
-    """The model with the adapter gate of a file laid over it."""
+def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
+    """The model with the gate of a file laid over it."""
+    require(not file.is_dir(), "gate", str(file), "is a folder, expected a file from save_gate")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such gate file")
     sources, metadata = open_safetensors(file)
     if GATE_KEY not in metadata:
         raise WeightError(f"{file}: no {GATE_KEY!r} in its metadata, not a gate written by save_gate")
-    raw = json.loads(metadata[GATE_KEY])
-    dms = dms_from_hf(raw)
+    raw = parse_json(metadata[GATE_KEY], file)
+    with in_file(file, DMS_KEYS):
+        dms, cr = dms_from_hf(raw), cr_from_hf(raw)
     gate, mine = gate_of(dms), gate_of(lm.dms)
     require(gate is not None and bool(gate.tensors), "gate", dms and dms.gate, f"{file} holds no gate's parameters")
     # A model that lives with another gate, a borrowed neuron say, is not the one that this was trained over.
     same = mine is None or type(mine) is type(gate)
     require(same, "gate", lm.dms and lm.dms.gate, "the model has a gate already, this one belongs on the original")
-    added = read_params(gate_specs(lm.config, dms), sources, dtype, str(file))
+    added = read_params(gate_specs(lm.config, dms), sources, dtype, str(file), nonfinite=nonfinite)
     flat = {**traverse_util.flatten_dict(lm.params), **traverse_util.flatten_dict(added)}
-    return dataclasses.replace(lm, params=traverse_util.unflatten_dict(flat), dms=dms, cr=cr_from_hf(raw))
+    return dataclasses.replace(lm, params=traverse_util.unflatten_dict(flat), dms=dms, cr=cr)

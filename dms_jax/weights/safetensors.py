@@ -11,7 +11,6 @@ Format: 8 bytes (little-endian length of the header), the header in JSON, the by
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from dms_jax.files import write_atomically
 
 PIECE = 8 << 20  # bytes read at a time
 
@@ -70,6 +71,8 @@ def open_safetensors(file: Path) -> tuple[dict[str, Source], dict[str, str]]:
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """The library's view of a file, mapped for as long as the context lasts; its errors as a WeightError."""
+    if not file.is_file():
+        raise WeightError(f"{file}: no such file, or no regular one")
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             yield opened
@@ -101,7 +104,8 @@ class Saved(NamedTuple):
 
 def write_safetensors(file: Path, tensors: Mapping[str, Saved], metadata: Mapping[str, str]) -> None:
     """Writes the file in place of an old one only once every byte is on disk."""
-    header, offset = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * tensor.dtype.itemsize
         code = CODES[tensor.dtype]
@@ -117,18 +121,4 @@ def write_safetensors(file: Path, tensors: Mapping[str, Saved], metadata: Mappin
             for piece in tensor.pieces():
                 stream.write(np.ascontiguousarray(piece).view(np.uint8).data)
 
-    replace(file, write)
-
-
-def replace(file: Path, write: Callable) -> None:
-    """Runs `write(stream)` on a new file beside `file` and renames it: an interruption leaves the old one."""
-    file = Path(file)
-    new = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        with open(new, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
+    write_atomically(file, write)

@@ -67,7 +67,7 @@ def test_round_trip_bit_for_bit(tmp_path, dtype, dms):
     assert_same_bits(again.params, lm.params)
     # The independent reader sees the same bytes, and nothing else was left in the folder.
     with safe_open(tmp_path / "model.safetensors", "np") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "written_by": "dms_jax"}
         q = file.get_tensor("model.layers.1.self_attn.q_proj.weight")
     assert q.tobytes() == np.asarray(lm.params["layers_1"]["attn"]["q"]["kernel"]).reshape(48, 96).T.tobytes()
     assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
