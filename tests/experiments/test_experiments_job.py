@@ -73,15 +73,16 @@ def test_the_job_from_end_to_end(job, capsys):
 
 def test_an_interrupted_job_goes_on_and_ends_with_the_same_samples(job, monkeypatch):
     _, whole, results = job("whole", "--limit", "5", "--workers", "1")
-    judge, calls = chains.judge, itertools.count()
+    row, calls = chains.Sampler._row, itertools.count()
 
     def interrupted(*arguments):
         if next(calls) == 9:
             raise KeyboardInterrupt
-        return judge(*arguments)
+        return row(*arguments)
 
-    monkeypatch.setattr(chains, "judge", interrupted)
+    monkeypatch.setattr(chains.Sampler, "_row", interrupted)
     folder, some, nothing = job("parts", "--limit", "5", "--workers", "1", status=130)
+    monkeypatch.setattr(chains.Sampler, "_row", row)
     assert 0 < len(some) < len(whole) and nothing is None
     path = folder / "samples.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # killed while writing
