@@ -28,15 +28,17 @@ import tests.helpers.checked  # noqa: F401  (the import hook below looks it up b
 
 
 class Unchecked:
-    """Finds first what jaxtyping's hook shall not see: Triton's functions, and configs, which check themselves."""
+    """Finds first what jaxtyping's hook shall not see: Triton's functions, and what checks its arguments by itself."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        plain = name.startswith("dms_jax.kernels.triton_") or name.endswith(".config")
-        return PathFinder.find_spec(name, path, target) if plain and name.startswith("dms_jax.") else None
+        plain = name == "dms_jax.kernels" or name.startswith("dms_jax.kernels.triton_")
+        return PathFinder.find_spec(name, path, target) if plain else None
 
 
-jaxtyping.install_import_hook("dms_jax", "tests.helpers.checked.typed")  # a shape in a signature of the package is true
+# A shape in the signature of a function in these rooms is true.
+CHECKED = ("dms_jax.dms", "dms_jax.kernels", "dms_jax.sharding")
+jaxtyping.install_import_hook(CHECKED, "tests.helpers.checked.typed")
 sys.meta_path.insert(0, Unchecked)
 
 
