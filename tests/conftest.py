@@ -32,13 +32,13 @@ class Unchecked:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        plain = name == "dms_jax.kernels" or name.startswith("dms_jax.kernels.triton_")
-        return PathFinder.find_spec(name, path, target) if plain else None
+        plain = name in ("dms_jax.config", "dms_jax.training.config", "dms_jax.kernels")
+        if plain or name.startswith("dms_jax.kernels.triton_"):
+            return PathFinder.find_spec(name, path, target)
+        return None
 
 
-# A shape in the signature of a function in these rooms is true.
-CHECKED = ("dms_jax.dms", "dms_jax.kernels", "dms_jax.sharding")
-jaxtyping.install_import_hook(CHECKED, "tests.helpers.checked.typed")
+jaxtyping.install_import_hook("dms_jax", "tests.helpers.checked.typed")  # a shape in a signature of the package is true
 sys.meta_path.insert(0, Unchecked)
 
 
