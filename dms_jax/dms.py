@@ -24,6 +24,7 @@ from dms_jax.types import (
     SlotFlags,
     Slots,
     Visible,
+    Window,
 )
 
 
@@ -78,7 +79,7 @@ def hard_log_keep_prob(evicted: Bool[Array, "..."]) -> Float[Array, "..."]:
 
 
 def visible(
-    query_pos: Int[Array, "B T"], key_pos: Int[Array, "B K S"], evicted: Shaped[Array, "B K S"], window: int
+    query_pos: Int[Array, "B T"], key_pos: Int[Array, "B K S"], evicted: Shaped[Array, "B K S"], window: Window
 ) -> Visible:
     """`[B, K, T, S]` bool, True where the key may be read; a key with position -1 is an empty slot."""
     i = query_pos[:, None, :, None]
@@ -90,7 +91,7 @@ def bias(
     query_pos: Int[Array, "B T"],
     key_pos: Int[Array, "B K S"],
     log_keep_prob: Float[Array, "B K S"],
-    window: int,
+    window: Window,
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B K S"] | None = None,
 ) -> ScoreBias:
@@ -109,7 +110,7 @@ def bias(
     return jnp.where(seen, delayed, MASK_VALUE)
 
 
-def shift(values: Shaped[Array, "B K T"], offset: int | Array, lengths: Lengths, kept) -> Shaped[Array, "B K T"]:
+def shift(values: Shaped[Array, "B K T"], offset: Window, lengths: Lengths, kept) -> Shaped[Array, "B K T"]:
     """Gives token j what was predicted at token j + offset; `kept` where that token has not been seen.
 
     With offset 1 and three real tokens of four: [a b c -] -> [b c kept kept].
@@ -119,7 +120,7 @@ def shift(values: Shaped[Array, "B K T"], offset: int | Array, lengths: Lengths,
 
 
 def shift_segments(
-    values: Shaped[Array, "B K T"], offset: int | Array, segments: Int[Array, "B T"], kept
+    values: Shaped[Array, "B K T"], offset: Window, segments: Int[Array, "B T"], kept
 ) -> Shaped[Array, "B K T"]:
     """`shift` in rows of packed documents: `kept` where token j + offset is of another document, or padding.
 
@@ -142,7 +143,7 @@ def protect_sinks(
     return jnp.where((positions < sinks)[:, None], kept, values) if sinks else values
 
 
-def live_counts(key_pos: Slots, evicted: SlotFlags, start: Counts, T: int, window: int) -> Int[Array, "B K T"]:
+def live_counts(key_pos: Slots, evicted: SlotFlags, start: Counts, T: int, window: Window) -> Int[Array, "B K T"]:
     """How many keys each of the queries at `start + 0 .. start + T - 1` sees, `[B, K, T]`, in O(S + T).
 
     A key comes in at its position and, if marked, leaves w + 1 later. With w = 1, start = 0 and evicted = [1 0 0 1]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 Params = dict[str, Any]  # a linen parameter tree
 State = Any  # whatever pytree an attention path threads through the layers
 
+Window = int | Int[Array, ""]  # w, or a decision's offset; may be traced
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "B T"]
 Segments = Int[Array, "B T"]  # which of the documents packed into a row a token is of; 0 is padding

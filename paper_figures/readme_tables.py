@@ -14,7 +14,7 @@ from paper_figures.rows import percent
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 TARGET = 1.35  # of the time of a decode step over its floor, from 8 sequences on
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed")))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -179,40 +179,55 @@ def sweep() -> str:
     return f"{markdown(['policy', *(f'CR {cr:g}' for cr in ratios)], rows)}\n\n{note}"
 
 
-def target_cr(row: dict) -> float:
-    return row["cr"] or 1 / (row["budget"] or 1)
+def interval(value: dict, scale: float = 1.0) -> str:
+    return f"{scale * value['mean']:.3g} [{scale * value['low']:.3g}, {scale * value['high']:.3g}]"
+
+
+def read_fidelity(kind: str = "") -> tuple[dict, dict]:
+    """The record, and its rows by policy and target CR."""
+    results = json.loads((RESULTS / "h200" / f"fidelity_smollm2{kind}.json").read_text())
+    return results, {(row["policy"], row["cr"] or 1 / (row["budget"] or 1)): row for row in results["rows"]}
+
+
+def fidelity_note(results: dict) -> str:
+    config, first = results["config"], results["rows"][0]
+    return (
+        f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2 as the answer to "
+        f'"{config["chat"]}", the last {config["length"] - config["prompt"]} decoded through the cache '
+        f"({config['dtype']}, pages of {config['page_size']}); KL in nats a token and agreement with the original's "
+        f"greedy choice, 95% intervals by bootstrap over windows."
+    )
+
+
+def device(results: dict) -> str:
+    return f"{results['environment']['device'].split(' gpu ')[1]}, jax {results['environment']['jax']}."
+
+
+def distance(policy: str, cr: float, row: dict) -> list[str]:
+    achieved = f"{row['achieved_cr']:.2f}"
+    return [style.LABELS[policy], f"{cr:g}", achieved, interval(row["kl"]), interval(row["agreement"], 100)]
+
+
+def real() -> str:
+    """Of a real model, DMS at each ratio beside the training-free policies at CR 4."""
+    results, cells = read_fidelity()
+    shown = {key: row for key, row in cells.items() if key[0] == "dms" or key[1] == 4}
+    rows = [distance(*key, row) for key, row in shown.items()]
+    note = f"SmolLM2-135M-Instruct. {fidelity_note(results)} Quest stores everything. {device(results)}"
+    return f"{markdown(['policy', 'target CR', 'achieved CR', 'KL', 'agreement %'], rows)}\n\n{note}"
 
 
 def fidelity() -> str:
     """How far a compressed SmolLM2 is from the original, under the cache as it runs: in a chat, and on bare text."""
-    paths = [RESULTS / "h200" / f"fidelity_smollm2{kind}.json" for kind in ("", "_text_alone")]
-    results, bare = (json.loads(path.read_text()) for path in paths)
-
-    def interval(value: dict, scale: float = 1.0) -> str:
-        return f"{scale * value['mean']:.3g} [{scale * value['low']:.3g}, {scale * value['high']:.3g}]"
-
-    alone = {(row["policy"], target_cr(row)): row for row in bare["rows"]}
+    (results, cells), (_, alone) = read_fidelity(), read_fidelity("_text_alone")
     rows = [
-        [
-            style.LABELS[row["policy"]],
-            f"{target_cr(row):g}",
-            f"{row['achieved_cr']:.2f}",
-            interval(row["kl"]),
-            interval(row["agreement"], 100),
-            interval(row["perplexity"]),
-            interval(alone[row["policy"], target_cr(row)]["kl"]),
-        ]
-        for row in results["rows"]
+        [*distance(policy, cr, row), interval(row["perplexity"]), interval(alone[policy, cr]["kl"])]
+        for (policy, cr), row in cells.items()
     ]
-    config, first = results["config"], results["rows"][0]
+    original = results["rows"][0]["perplexity_reference"]["mean"]
     note = (
-        f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2 as the answer to "
-        f'"{config["chat"]}", the last {config["length"] - config["prompt"]} decoded through the cache '
-        f"({config['dtype']}, pages of {config['page_size']}); KL in nats a token and agreement with the original's "
-        f"greedy choice, 95% intervals by bootstrap over windows; the original has perplexity "
-        f"{first['perplexity_reference']['mean']:.2f}. Last column: the same text without the chat template. Quest "
-        f"stores everything and reads that share. {results['environment']['device'].split(' gpu ')[1]}, jax "
-        f"{results['environment']['jax']}."
+        f"{fidelity_note(results)} The original has perplexity {original:.2f}. Last column: the same text without the "
+        f"chat template. Quest stores everything and reads that share. {device(results)}"
     )
     header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity", "KL, text alone"]
     return f"{markdown(header, rows)}\n\n{note}"
@@ -247,6 +262,7 @@ def ruler() -> str:
 TABLES = {
     "fidelity": fidelity,
     "mini": mini,
+    "real": real,
     "ruler": ruler,
     "speed": speed,
     "gpu_headline": gpu_headline,

@@ -28,12 +28,14 @@ import tests.helpers.checked  # noqa: F401  (the import hook below looks it up b
 
 
 class Unchecked:
-    """Finds first what jaxtyping's hook shall not see: Triton's functions, and configs, which check themselves."""
+    """Finds first what jaxtyping's hook shall not see: Triton's functions, and what checks its arguments by itself."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        plain = name.startswith("dms_jax.kernels.triton_") or name.endswith(".config")
-        return PathFinder.find_spec(name, path, target) if plain and name.startswith("dms_jax.") else None
+        plain = name in ("dms_jax.config", "dms_jax.training.config", "dms_jax.kernels")
+        if plain or name.startswith("dms_jax.kernels.triton_"):
+            return PathFinder.find_spec(name, path, target)
+        return None
 
 
 jaxtyping.install_import_hook("dms_jax", "tests.helpers.checked.typed")  # a shape in a signature of the package is true

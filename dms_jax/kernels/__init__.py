@@ -14,7 +14,7 @@ from dms_jax.kernels import attention, blocked, reference
 from dms_jax.kernels.attention import KeysOrValues
 from dms_jax.kernels.launch import choose
 from dms_jax.kernels.reference import DecodeAttention
-from dms_jax.types import LogKeepProb, PerHead, Positions, Queries, Slots
+from dms_jax.types import LogKeepProb, PerHead, Positions, Queries, Slots, Window
 
 __all__ = ["DecodeAttention", "flash_attention", "paged_decode_attention", "paged_decode_attention_update"]
 
@@ -121,7 +121,7 @@ def flash_attention(
     query_pos: Positions,
     key_pos: Slots,
     log_keep_prob: LogKeepProb,
-    window: int,
+    window: Window,
     *,
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B K S"] | Int[Array, "B S"] | None = None,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dms_jax import dms
-from dms_jax.types import MASK_VALUE, LogKeepProb, Positions, Queries, ScoreBias, Slots
+from dms_jax.types import MASK_VALUE, LogKeepProb, Positions, Queries, ScoreBias, Slots, Window
 
 KeysOrValues = Float[Array, "B S K D"]  # of S keys, in the order of the tokens
 
@@ -33,7 +33,7 @@ def dense(
     query_pos: Positions,
     key_pos: Int[Array, "B *K S"],
     log_keep_prob: LogKeepProb,
-    window: int,
+    window: Window,
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B *K S"] | None = None,
 ) -> Queries:
@@ -71,7 +71,7 @@ def blockwise(
     query_pos: Positions,
     key_pos: Int[Array, "B *K S"],
     log_keep_prob: Float[Array, "B K S"],
-    window: int,
+    window: Window,
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B *K S"] | None = None,
     block: int = 128,

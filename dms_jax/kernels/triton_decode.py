@@ -1,13 +1,13 @@
 """Paged decode attention in Triton. Imported only inside the functions that launch it (it needs triton).
 
-The live tokens of all heads, laid end to end and cut into tiles, are shared out evenly over a fixed number of
+The live tokens of all heads, laid end to end in tiles, are shared out evenly over a fixed number of
 programs; a program may hold a part of one head or several heads. With tiles of 5 heads and 3 programs:
 
     tiles of head    0 0 0 0 0 0 0 1 2 2 3 4        12 tiles, head 0 much longer than the rest
     program          0 0 0 0 1 1 1 1 2 2 2 2        4 tiles each
-    partial results  (0,0)   (1,0) (1,1) (2,2) (2,3) (2,4), stored at index program + head, which no two share
+    splits           (0,0)   (1,0) (1,1) (2,2) (2,3) (2,4), stored at index program + head, which no two share
 
-`combine` then merges the partial results of each head by their log-sum-exp, in program order: no atomics, so two
+`merge_splits` then merges the splits of each head by their log-sum-exp, in program order: no atomics, so two
 runs agree bit for bit.
 """
 
@@ -27,7 +27,7 @@ FLOOR = tl.constexpr(-1e29)
 
 
 class Tiling(NamedTuple):
-    """How the work is cut. block: tokens in a tile. programs: 0 means three for each multiprocessor."""
+    """How the work is tiled. block: tokens in a tile. programs: 0 means three for each multiprocessor."""
 
     block: int
     num_warps: int = 4
@@ -66,19 +66,19 @@ def pages_of(
 
 
 @triton.jit
-def partials(
-    q, k_pages, v_pages, table, lengths, spans, upto, order, k_scale, v_scale, k_new, v_new, new_slots, first,
+def split_kv(
+    q, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, k_new, v_new, new_slots, first,
     acc_out, top_out, sum_out, scores_out, k_out, v_out,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
     SLOTS_OF_ALL: tl.constexpr,
 ):  # fmt: skip
-    """Attention over this program's share of the tiles, one partial result for each head that it touches.
+    """Attention over this program's share of the tiles, one split for each head that it touches.
 
-    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and upto hold those of all layers, this
+    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
     layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
-    over: its length, or with ORDERED the whole pages that `order` lists. `upto` counts the tiles up to each head's
+    over: its length, or with ORDERED the whole pages that `order` lists. `tile_ends` counts the tiles up to each head's
     last.
     """
     program = tl.program_id(0)
@@ -86,14 +86,14 @@ def partials(
     table += first * PAGES
     lengths += first
     spans += first
-    upto += first
+    tile_ends += first
     if SLOTS_OF_ALL:
         new_slots += first
-    total = tl.load(upto + HEADS - 1).to(tl.int64)
+    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
     start = (program * total // programs).to(tl.int32)
     left = ((program + 1) * total // programs).to(tl.int32) - start
     all_heads = tl.arange(0, HEADS_PAD)
-    before = tl.load(upto + all_heads, mask=all_heads < HEADS, other=2147483647)
+    before = tl.load(tile_ends + all_heads, mask=all_heads < HEADS, other=2147483647)
     head = tl.sum((before <= start).to(tl.int32), 0)  # the head that tile `start` lies in
     tile = start - tl.max(tl.where(before <= start, before, 0), 0)
 
@@ -179,18 +179,18 @@ def partials(
 
 
 @triton.jit
-def combine(
-    acc_in, top_in, sum_in, upto, first,
+def merge_splits(
+    acc_in, top_in, sum_in, tile_ends, first,
     out, lse,
     HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Merges the partial results of one query head. Those of a head lie side by side, at index program + head."""
+    """Merges the splits of one query head. Those of a head lie side by side, at index program + head."""
     head = tl.program_id(0)
     g = tl.program_id(1)
-    total = tl.load(upto + first + HEADS - 1).to(tl.int64)
-    before = tl.load(upto + first + head - 1, mask=head > 0, other=0).to(tl.int64)
-    after = tl.load(upto + first + head).to(tl.int64)
+    total = tl.load(tile_ends + first + HEADS - 1).to(tl.int64)
+    before = tl.load(tile_ends + first + head - 1, mask=head > 0, other=0).to(tl.int64)
+    after = tl.load(tile_ends + first + head).to(tl.int64)
     # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
     first_program = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
     last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
@@ -248,7 +248,7 @@ def decode(
     readable,
     weights,
     new=None,
-    cut: Tiling | None = None,
+    tiles: Tiling | None = None,
 ):
     """`(out, lse, weights or None, pools)`; arguments are checked by the caller.
 
@@ -259,8 +259,8 @@ def decode(
     B, H, D = q.shape
     K, P, page = *table.shape[2:], k_pages.shape[1]
     G, heads = H // K, B * K
-    cut = cut or tiling(D, k_pages.dtype.itemsize)
-    programs = cut.programs or 3 * multiprocessors()
+    tiles = tiles or tiling(D, k_pages.dtype.itemsize)
+    programs = tiles.programs or 3 * multiprocessors()
     quantized = k_scale is not None
     compute = q.dtype if quantized else jnp.promote_types(q.dtype, k_pages.dtype)
     order, spans = unused(), lengths
@@ -268,15 +268,15 @@ def decode(
         table, lengths, layer = table[layer], lengths[layer], 0
         order, spans = read_order(readable, lengths, page)
     # Of all layers, so that XLA makes it once in a step.
-    upto = jnp.cumsum(-(-spans.reshape(-1, heads) // cut.block), axis=1, dtype=jnp.int32)
+    tile_ends = jnp.cumsum(-(-spans.reshape(-1, heads) // tiles.block), axis=1, dtype=jnp.int32)
     k_new, v_new, slots = (unused(k_pages.dtype), unused(k_pages.dtype), unused()) if new is None else new
     f32 = jnp.float32
     shape = jax.ShapeDtypeStruct
     shared = {"HEADS": heads, "G": G, "D": D, "D_PAD": power_of_two(D, 16)}
     pool = shape(k_pages.shape if new else (1,), k_pages.dtype)
     acc, top, denominator, scores, *pools = launch(
-        partials,
-        *(q.astype(compute), k_pages, v_pages, table, lengths, spans, upto, order),
+        split_kv,
+        *(q.astype(compute), k_pages, v_pages, table, lengths, spans, tile_ends, order),
         *(unused(f32) if scale is None else scale for scale in (k_scale, v_scale)),
         *(k_new, v_new, slots, layer * heads),
         out=(
@@ -289,16 +289,16 @@ def decode(
         ),
         grid=(programs,),
         aliases={1: 4, 2: 5} if new else {},
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **shared,
         **{"HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "G_PAD": power_of_two(G, 16)},
-        **{"BLOCK": cut.block, "SCALE": D**-0.5 * LOG2E, "QUANTIZED": quantized, "ORDERED": readable is not None},
+        **{"BLOCK": tiles.block, "SCALE": D**-0.5 * LOG2E, "QUANTIZED": quantized, "ORDERED": readable is not None},
         **{"SCORES": weights, "WRITE": new is not None, "SLOTS_OF_ALL": slots.shape == lengths.shape},
     )
     out, lse = launch(
-        combine,
-        *(acc, top, denominator, upto, layer * heads),
+        merge_splits,
+        *(acc, top, denominator, tile_ends, layer * heads),
         out=(shape(q.shape, q.dtype), shape((B, H), f32)),
         grid=(heads, G),
         num_warps=1,

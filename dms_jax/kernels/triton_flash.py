@@ -1,6 +1,6 @@
 """Delayed-eviction flash attention in Triton, forward and backward. Imported only where it is launched.
 
-Queries and keys are cut into tiles. From the smallest and largest positions in each (`tile_bounds`) a program tells
+Queries and keys come in tiles. From the smallest and largest positions in each (`tile_bounds`) a program tells
 which tiles it may skip, and which need no masks:
 
     keys j ->                                         class of a tile       what is added to its scores
@@ -65,18 +65,18 @@ def tile_bounds(position, segment, size, log_keep_prob=None):
     tokens = position.shape[-1]
     tiles = -(-tokens // size)
 
-    def cut(x, fill):
+    def tiled(x, fill):
         wide = ((0, 0),) * (x.ndim - 1)
         x = jnp.pad(x, (*wide, (0, tiles * size - tokens)), constant_values=fill)
         x = x.reshape(*x.shape[:-1], tiles, size)
         return jnp.pad(x, (*wide, (0, -tiles % CHUNK), (0, 0)), constant_values=fill)
 
-    here = cut(position, -1)
+    here = tiled(position, -1)
     # A query at -1 sees nothing, but it is there; a key at -1 is an empty slot.
-    here_or_far = cut(position, FAR_AWAY) if log_keep_prob is None else jnp.where(here >= 0, here, FAR_AWAY)
-    rows = [here_or_far.min(-1), here.max(-1), cut(segment, FAR_AWAY).min(-1), cut(segment, -FAR_AWAY).max(-1)]
+    here_or_far = tiled(position, FAR_AWAY) if log_keep_prob is None else jnp.where(here >= 0, here, FAR_AWAY)
+    rows = [here_or_far.min(-1), here.max(-1), tiled(segment, FAR_AWAY).min(-1), tiled(segment, -FAR_AWAY).max(-1)]
     if log_keep_prob is not None:
-        kept = (here >= 0) & (cut(log_keep_prob, MASK_VALUE) > MASK_VALUE / 2)
+        kept = (here >= 0) & (tiled(log_keep_prob, MASK_VALUE) > MASK_VALUE / 2)
         rows += [here.min(-1), jnp.where(kept, here, FAR_AWAY).min(-1)]
     return jnp.stack(rows, axis=-2).astype(jnp.int32)
 
@@ -87,15 +87,26 @@ class Options(NamedTuple):
     window: int
     hard: bool
     segments: bool
-    cut: Tiling
+    tiles: Tiling
 
 
 def flash(
-    q, k, v, query_pos, key_pos, log_keep_prob, window, *, query_segments, key_segments, hard, cut: Tiling | None = None
+    q,
+    k,
+    v,
+    query_pos,
+    key_pos,
+    log_keep_prob,
+    window,
+    *,
+    query_segments,
+    key_segments,
+    hard,
+    tiles: Tiling | None = None,
 ):
     """`kernels.flash_attention`; arguments are checked by the caller."""
     segments = query_segments is not None
-    options = Options(int(window), hard, segments, cut or tiling(q.shape[3], q.dtype.itemsize))
+    options = Options(int(window), hard, segments, tiles or tiling(q.shape[3], q.dtype.itemsize))
     if not segments:
         query_segments, key_segments = jnp.zeros_like(query_pos), jnp.zeros_like(key_pos)
     integers = (x.astype(jnp.int32) for x in (query_pos, key_pos, query_segments, key_segments))
@@ -121,7 +132,7 @@ def _prepare(options, tile, q, k, log_keep_prob, query_pos, key_pos, query_segme
 
 def _forward(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
     B, T, H, _ = q.shape
-    tile = options.cut.forward
+    tile = options.tiles.forward
     bounds, constants = _prepare(options, tile, q, k, log_keep_prob, query_pos, key_pos, query_segments, key_segments)
     out, lse = launch(
         triton_flash_kernels.forward,
@@ -145,7 +156,7 @@ def _backward(options, saved, dout):
         arrays = (q, k, v, query_pos, key_pos, log_keep_prob, query_segments, key_segments, *bounds, dout, lse, delta)
         return launch(kernel, *arrays, out=out, grid=grid, **constants)
 
-    dkv, dq = options.cut.dkv, options.cut.dq
+    dkv, dq = options.tiles.dkv, options.tiles.dq
     dk, dv, dlog_keep_prob = run(
         triton_flash_kernels.key_gradients,
         dkv,

@@ -207,11 +207,11 @@ def check_flash(record: Record, case: cases.Flash) -> None:
     check(record, "check flash", case.dtype, run("triton"), run("reference"), case=case.name)
 
 
-def decode_calls(case: cases.Decode, cut=None) -> tuple[list[tuple], Callable]:
+def decode_calls(case: cases.Decode, tiles=None) -> tuple[list[tuple], Callable]:
     """Inputs that differ in their queries, and the call."""
     (q, *arrays), scales = case.inputs()
     inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), arrays, scales) for i in range(12)]
-    return inputs, lambda q, arrays, scales: case.attend(q, *arrays, **scales, cut=cut)
+    return inputs, lambda q, arrays, scales: case.attend(q, *arrays, **scales, tiles=tiles)
 
 
 def bench_decode(record: Record, case: cases.Decode, settings: Settings, copy: float) -> None:
@@ -245,12 +245,12 @@ def decode_peers(record: Record, case: cases.Decode, settings: Settings, copy: f
     record.attempt(cudnn, name="decode", peer="jax cuDNN, equal lengths, no pages", case=case.name)
 
 
-def flash_calls(case: cases.Flash, cut=None) -> tuple[list[tuple], Callable, Callable]:
+def flash_calls(case: cases.Flash, tiles=None) -> tuple[list[tuple], Callable, Callable]:
     """Inputs, the forward pass, and the gradients (which take a forward pass)."""
     (q, *arrays), weights = case.inputs()
     weights = weights.astype(q.dtype)
     inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), *arrays, weights) for i in range(6)]
-    options = {"cut": cut} if cut else {"implementation": "triton"}
+    options = {"tiles": tiles} if tiles else {"implementation": "triton"}
 
     def forward(q, k, v, log_keep_prob, weights):
         return case.attend(q, k, v, log_keep_prob, **options)
@@ -314,26 +314,28 @@ def tune(record: Record, settings: Settings) -> None:
     def best_of(part, case, candidates, call_with):
         times = {}
 
-        def measure(cut, label):
-            inputs, call = call_with(cut)
+        def measure(tiles, label):
+            inputs, call = call_with(tiles)
             times[label] = median_time(call, inputs, settings.repeats)
-            record.add(name=f"tune {part}", case=case.name, cut=label, seconds=times[label])
+            record.add(name=f"tune {part}", case=case.name, tiles=label, seconds=times[label])
 
-        for cut in candidates:
-            label = str(getattr(cut, part, cut))
-            record.guard(lambda cut=cut, label=label: measure(cut, label), name=f"tune {part}", cut=label)
+        for tiles in candidates:
+            label = str(getattr(tiles, part, tiles))
+            record.guard(lambda tiles=tiles, label=label: measure(tiles, label), name=f"tune {part}", tiles=label)
         if times:
             best = min(times, key=times.get)
-            record.add(name=f"best {part}", case=case.name, cut=best, seconds=times[best])
+            record.add(name=f"best {part}", case=case.name, tiles=best, seconds=times[best])
 
     for case in cases.decode(True) if "decode" in settings.kernels else []:
-        best_of("decode", case, cases.decode_cuts(settings.quick), lambda cut, case=case: decode_calls(case, cut))
+        best_of(
+            "decode", case, cases.decode_tilings(settings.quick), lambda tiles, case=case: decode_calls(case, tiles)
+        )
     if "flash" in settings.kernels:
         case = cases.flash(True)[0]
         for part in ("forward", "dkv", "dq"):
             side = 1 if part == "forward" else 2
-            best_of(part, case, cases.flash_cuts(part, settings.quick), lambda cut, side=side: (
-                lambda calls: (calls[0], calls[side]))(flash_calls(case, cut)))  # fmt: skip
+            best_of(part, case, cases.flash_tilings(part, settings.quick), lambda tiles, side=side: (
+                lambda calls: (calls[0], calls[side]))(flash_calls(case, tiles)))  # fmt: skip
 
 
 def on_gpu(record: Record, settings: Settings) -> None:

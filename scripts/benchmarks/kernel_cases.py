@@ -73,13 +73,13 @@ class Decode:
             scales = {"k_scale": k_scale, "v_scale": v_scale}
         return (q, pool(0), pool(1), jnp.asarray(table), jnp.asarray(lengths)), scales
 
-    def attend(self, *arrays, cut=None, **scales):
-        if cut is None:
+    def attend(self, *arrays, tiles=None, **scales):
+        if tiles is None:
             return kernels.paged_decode_attention(*arrays, **scales, implementation="triton").out
         from dms_jax.kernels import triton_decode
 
         q, k_pages, v_pages, table, lengths = arrays
-        options = {"k_scale": None, "v_scale": None, **scales, "readable": None, "weights": False, "cut": cut}
+        options = {"k_scale": None, "v_scale": None, **scales, "readable": None, "weights": False, "tiles": tiles}
         return triton_decode.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **options)[0]
 
 
@@ -121,15 +121,15 @@ class Flash:
         arrays = (normal(0, self.H), normal(1, self.K), normal(2, self.K), jnp.asarray(log_keep_prob, jnp.float32))
         return arrays, normal(3, self.H).astype(jnp.float32)
 
-    def attend(self, q, k, v, log_keep_prob, implementation=None, cut=None):
+    def attend(self, q, k, v, log_keep_prob, implementation=None, tiles=None):
         position = jnp.broadcast_to(jnp.arange(self.T, dtype=jnp.int32)[None], (self.B, self.T))
         key_pos = jnp.broadcast_to(position[:, None], (self.B, self.K, self.T))
         arrays = (q, k, v, position, key_pos, log_keep_prob, self.window)
-        if cut is None:
+        if tiles is None:
             return kernels.flash_attention(*arrays, hard=self.hard, implementation=implementation)
         from dms_jax.kernels import triton_flash
 
-        return triton_flash.flash(*arrays, query_segments=None, key_segments=None, hard=self.hard, cut=cut)
+        return triton_flash.flash(*arrays, query_segments=None, key_segments=None, hard=self.hard, tiles=tiles)
 
 
 def decode(quick: bool) -> list[Decode]:
@@ -159,7 +159,7 @@ def tiny_flash() -> list[Flash]:
     return [Flash(**few), Flash(**few, hard=True), Flash(**few, hard=True, runs=16)]
 
 
-def decode_cuts(quick: bool) -> list:
+def decode_tilings(quick: bool) -> list:
     from dms_jax.kernels.launch import multiprocessors
     from dms_jax.kernels.triton_decode import Tiling
 
@@ -168,7 +168,7 @@ def decode_cuts(quick: bool) -> list:
     return [Tiling(block, warps, stages, n * multiprocessors()) for block, warps, stages, n in grid]
 
 
-def flash_cuts(part: str, quick: bool) -> list:
+def flash_tilings(part: str, quick: bool) -> list:
     """Tilings that differ from the default in one kernel."""
     from dms_jax.kernels.triton_flash import Tile, tiling
 

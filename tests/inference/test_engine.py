@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from dms_jax.cache import kv_cache, paged
-from dms_jax.config import CacheConfig, ConfigError, DMSConfig
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
@@ -197,7 +196,7 @@ def test_no_pool_sized_buffer_is_copied():
     assert memory.temp_size_in_bytes < pool / 4
 
 
-@functools.partial(jax.jit, static_argnames="store", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("store", "layer"), donate_argnames="cache")
 def _fill(store, cache, layer, k, v, stay):
     position = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
     return store.write_prefill(cache, layer, k, v, position, stay, None)[0]
@@ -205,22 +204,23 @@ def _fill(store, cache, layer, k, v, stay):
 
 @pytest.mark.parametrize("evicted", (0.75, 0.875))
 def test_bytes_in_use_follow_the_live_tokens(evicted):
-    """SmolLM2's shape, 8 sequences x 4,096 tokens: pages in use within 10% of what lives, plus a page a head."""
-    model = types.SimpleNamespace(num_layers=30, num_kv_heads=3, head_dim=64)
-    B, T, config = 8, 4096, CacheConfig("paged", 4096, page_size=16)
+    """8 sequences x 2,048 tokens: pages in use within 10% of what lives, plus a page a head."""
+    B, T, L, K, D = 8, 2048, 3, 3, 64
+    model = ModelConfig("llama", 97, L, 48, 9, K, D, 40)
+    config = CacheConfig("paged", T, page_size=16)
     store = kv_cache(config)
-    pages = int(1.2 * (1 - evicted) * B * 30 * 3 * T / 16)
+    pages = int(1.2 * (1 - evicted) * B * L * K * T / 16)
     cache = store.allocate(model, B, jnp.bfloat16, pages)
     rng = np.random.default_rng(0)
-    k = jnp.asarray(rng.normal(size=(B, T, 3, 64)), jnp.bfloat16)
+    k = jnp.asarray(rng.normal(size=(B, T, K, D)), jnp.bfloat16)
     live = 0
-    for layer in range(30):
-        stay = rng.random((B, 3, T)) >= evicted
+    for layer in range(L):
+        stay = jnp.asarray(rng.random((B, K, T)) >= evicted)
         live += int(stay.sum())
         cache = _fill(store, cache, layer, k, k, stay)
     used = pages - int(cache.top)
-    per_page, per_token = paged.bytes_per_page(model, config, jnp.bfloat16), 2 * 64 * 2
-    heads = 30 * 3 * B
+    per_page, per_token = paged.bytes_per_page(model, config, jnp.bfloat16), 2 * D * 2
+    heads = L * K * B
     assert used * per_page <= 1.10 * live * per_token + heads * per_page
     assert used * 16 >= live == int(np.asarray(cache.length).sum())
     assert live < 1.02 * (1 - evicted) * heads * T
@@ -233,7 +233,7 @@ def test_several_devices_give_the_same_chains():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
-    assert record["devices"] == 8 and len(record["runs"]) == 4
+    assert record["devices"] == 8 and len(record["runs"]) == 2
     one = record["runs"].pop("None")
     assert len({len(chain) for chains in one["tokens"] for chain in chains}) > 1
     for devices, run in record["runs"].items():

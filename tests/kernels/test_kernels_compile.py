@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"partials", "combine", "forward", "key_gradients", "query_gradients"}
-NO_SPILLS = {"partials", "combine", "forward"}
+KERNELS = {"split_kv", "merge_splits", "forward", "key_gradients", "query_gradients"}
+NO_SPILLS = {"split_kv", "merge_splits", "forward"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # the most that one program may have
 
 
@@ -33,7 +33,7 @@ def test_everything_is_compiled(rows):
     for arch, kernels in ((90, KERNELS), (80, NO_SPILLS)):
         for model in ("Llama-3.2-1B", "Qwen3-8B", "Qwen-R1-32B"):
             assert {row["kernel"] for row in rows if (row["arch"], row["model"]) == (arch, model)} == kernels
-    decoded = {(row["arch"], row["dtype"]) for row in rows if row["kernel"] == "partials"}
+    decoded = {(row["arch"], row["dtype"]) for row in rows if row["kernel"] == "split_kv"}
     assert decoded == {(80, "bfloat16"), (80, "int8"), (90, "bfloat16"), (90, "int8"), (90, "float8_e4m3fn")}
 
 
@@ -46,7 +46,7 @@ def test_resources(rows, record_property):
         assert 0 < row["registers"] <= 255 and row["shared_bytes"] <= SHARED_MEMORY[row["arch"]]
         if row["kernel"] in NO_SPILLS:
             assert row["spilled_bytes"] == 0
-        if row["kernel"] == "partials":
+        if row["kernel"] == "split_kv":
             assert 2 * (row["shared_bytes"] + 1024) <= SHARED_MEMORY[row["arch"]] + 1024
             assert 2 * row["registers"] * row["num_warps"] * 32 <= 65536
 

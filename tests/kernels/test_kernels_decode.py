@@ -151,9 +151,9 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
     none = {"k_scale": None, "v_scale": None, "readable": None, "weights": False}
     want = kernels.paged_decode_attention(*arrays, implementation="reference")
     for programs in (1, 200):
-        cut = few_programs.Tiling(16, programs=programs)
+        tiles = few_programs.Tiling(16, programs=programs)
         q, k_pages, v_pages, table, lengths = arrays
-        out, lse, *_ = few_programs.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **none, cut=cut)
+        out, lse, *_ = few_programs.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **none, tiles=tiles)
         close(out, want.out, 1e-5), close(lse, want.lse, 1e-5)
 
 
