@@ -82,8 +82,8 @@ def main(
       finished_only: leave out chains that were cut off at max_new_tokens.
     """
     require(batch > 0, "batch", batch, "must be positive")
-    count, read = open_rows(SourceConfig(data))
-    count = min(count, limit or count)
+    records = open_rows(SourceConfig(data))
+    count = min(len(records), limit or len(records))
     lm = dms_jax.load(model, dtype=dtype)
     require(lm.tokenizer is not None, "model", model, "has no tokenizer")
     write = writer(lm, max_new_tokens, temperature, top_p, chains)
@@ -92,7 +92,7 @@ def main(
     with out.open("a") as file, tqdm(total=count, initial=first, unit="prompt") as bar:
         for start in range(first, count, batch):
             rows = range(start, min(start + batch, count))
-            prompts = [prompt_of(read(row), prompt, f"{data}, row {row}") for row in rows]
+            prompts = [prompt_of(records[row], prompt, f"{data}, row {row}") for row in rows]
             tokens = write([encoded(lm.tokenizer, text) for text in prompts], seed + start)
             for row, text, own in zip(rows, prompts, tokens, strict=True):
                 for chain in own:
