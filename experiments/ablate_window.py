@@ -16,6 +16,7 @@ OUT/results.json has a row for each (window, mode, ratio) of all cells in it.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ import numpy as np
 from rich.console import Console
 
 from dms_jax.config import DMSConfig, load_yaml, require
+from dms_jax.files import write_atomically
 from experiments import command, report, stats
 from experiments.command import metavar
 from experiments.run import Run, RunError, environment, open_run, read_config, write_json
@@ -46,7 +48,7 @@ CAPTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """The grid, and how a cell is trained and scored; fields as in `retrofit.RetrofitConfig` and `experiments.aime`.
+    """The grid, and how a cell is trained and scored; fields as in RetrofitConfig and `experiments.aime`.
 
     modes: "delayed" reads the decision off the token itself (o = 0), "immediate" off the one `window` later (o = w).
     pool: training problems drawn. problems: held-out problems scored; sampled: sequences in one call.
@@ -159,32 +161,21 @@ def retrofit_config(settings: Ablation, dms: DMSConfig):
         retire_steps=settings.retire_steps,
         steps_per_cr=settings.steps_per_cr,
         max_cr=max(settings.crs),
+        crs=settings.crs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
 
 
-def train(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path, retiring: bool, **options) -> None:
-    """The shared first steps of a retrofit (`retiring`), or all after them, in `folder` from its newest checkpoint."""
-    from dms_jax import sharding
-    from dms_jax.training import loop
-    from dms_jax.training import step as retrofit
-    from dms_jax.training.data import one_document, pool_stream
+def train_cell(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path, **options) -> None:
+    """The retrofit of a cell in `folder`, from its newest checkpoint; `options` are those of `train`."""
+    from dms_jax.training.data import PoolStream
+    from dms_jax.training.train import train
 
     config = retrofit_config(settings, dms)
-    problems = pool_stream(read_pool(pool), config.batch_size, config.seed)
-    state, base, _ = retrofit.start(lm.params, lm.config, config, sharding.make_mesh(config.mesh))
-    train_step = retrofit.compiled_step(lm.config, config, retiring)
-
-    loop.fit(
-        lambda step, state, batch: train_step(state, base, batch),
-        state,
-        lambda cursor: ((one_document(batch), after) for batch, after in problems(cursor)),
-        config.retirement if retiring else config.total_steps,
-        folder,
-        **options,
-    )
+    stream = PoolStream(read_pool(pool), config.batch_size, config.seed).packed
+    train(lm.params, lm.config, config, stream, folder, **options)
 
 
 def make_pool(settings: Ablation, path: Path) -> None:
@@ -197,9 +188,8 @@ def make_pool(settings: Ablation, path: Path) -> None:
         tokenizer, "train", settings.seed, settings.pool, mini.LENGTH, workers, slip_rate=settings.slip_rate
     )
     width = -(-int(drawn.total_lengths.max()) // PADDED) * PADDED
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, tokens=drawn.tokens[:, :width], prompts=drawn.prompt_lengths, lengths=drawn.total_lengths)
-    temporary.replace(path)
+    arrays = {"tokens": drawn.tokens[:, :width], "prompts": drawn.prompt_lengths, "lengths": drawn.total_lengths}
+    write_atomically(path, functools.partial(np.savez, **arrays))
 
 
 def read_pool(path: Path):
@@ -225,7 +215,7 @@ def prepare(settings: Ablation, out: Path) -> dict:
         pool = run.path / "pool.npz"
         if not pool.exists():
             make_pool(settings, pool)
-        train(settings, lm, DMSConfig(window=0), run.path, pool, retiring=True)
+        train_cell(settings, lm, DMSConfig(window=0), run.path, pool, until=settings.retire_steps)
         score_member(settings, run, lm, None, "base")
         return summarize(run.samples, "base")
     finally:
@@ -235,47 +225,30 @@ def prepare(settings: Ablation, out: Path) -> dict:
 # ---- a cell
 
 
-def begin_cell(settings: Ablation, cell: Cell, lm: Any, start: Path, folder: Path) -> None:
-    """Puts the shared start into a cell's folder as its first checkpoint, the neuron's inputs zeroed."""
-    from dms_jax import sharding
-    from dms_jax.models.gates import gate_of
+def begin_cell(settings: Ablation, start: Path, folder: Path) -> None:
+    """Puts the shared start into a cell's folder as its first checkpoint."""
     from dms_jax.training import checkpoint
-    from dms_jax.training import step as retrofit
 
-    with checkpoint.Checkpoints(folder / "checkpoints") as own:
-        if own.good is not None:
-            return
-        config = retrofit_config(settings, cell.dms)
-        state, _, _ = retrofit.start(lm.params, lm.config, config, sharding.make_mesh(config.mesh))
-        with checkpoint.Checkpoints(start / "checkpoints") as shared:
-            step, state, cursor = shared.restore(state)
-        require(step == settings.retire_steps, "start", step, "the shared start is not finished")
-        state = state._replace(params=gate_of(cell.dms).reset_neuron(state.params, lm.config))
-        own.save(step, state, cursor)
+    if not checkpoint.steps_in(folder / "checkpoints"):
+        checkpoint.copy(settings.retire_steps, start / "checkpoints", folder / "checkpoints")
 
 
 def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
     """Trains a cell and scores its members, each of the ratios; what its folder has already is kept."""
-    import jax
-
     import dms_jax
+    from dms_jax.training.train import retrofitted
 
     run = open_run(out, "cell", cell_identity(settings, cell), out / cell.name)
     try:
         begun = time.monotonic()
         entry = run.started()
         lm = dms_jax.load("mini", dtype="float32")
-        due = {settings.retire_steps + round((cr - 1) * settings.steps_per_cr): cr for cr in settings.crs}
 
-        def on_step(step, state):
-            if step in due:
-                params = jax.tree.map(np.asarray, state.params)
-                member = dms_jax.LM(lm.config, params, lm.tokenizer, cell.dms, due[step])
-                dms_jax.save(member, run.path / f"cr{due[step]:g}")
-            return state
+        def write_member(cr: float, params: Any) -> None:
+            dms_jax.save(retrofitted(lm, params, cell.dms, cr, "float32"), run.path / f"cr{cr:g}")
 
-        begin_cell(settings, cell, lm, out / "start", run.path)
-        train(settings, lm, cell.dms, run.path, out / "start" / "pool.npz", retiring=False, on_step=on_step)
+        begin_cell(settings, out / "start", run.path)
+        train_cell(settings, lm, cell.dms, run.path, out / "start" / "pool.npz", on_member=write_member)
         trained = time.monotonic()
         rows = []
         for cr in sorted(settings.crs):

@@ -9,22 +9,22 @@ examples:
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 
 import dms_jax
 from dms_jax import sharding
-from dms_jax.config import ConfigError, from_saved, require
+from dms_jax.config import require
 from dms_jax.training import checkpoint
-from dms_jax.training import step as retrofit
 from dms_jax.training.config import RetrofitConfig
-from dms_jax.weights.lm import LM
-from scripts.retrofit import RUN
+from dms_jax.training.log import read_log
+from dms_jax.training.step import initial_state, member_params
+from dms_jax.training.train import retrofitted
+from scripts import command
+from scripts.retrofit import RUN, read_run
 
 CARD = "README.md"
 
@@ -33,17 +33,17 @@ def settings_of_run(run: Path) -> RetrofitConfig:
     """The settings that a run was started with."""
     file = run / RUN
     require(file.is_file(), "run", str(run), f"is no folder of scripts.retrofit: it has no {RUN}")
-    return from_saved(RetrofitConfig, json.loads(file.read_text()), file)
+    return read_run(run)
 
 
 def step_of(cr: float, settings: RetrofitConfig) -> int:
     """The step at which the schedule has reached a CR of the family."""
-    steps = {value: step for step, value in settings.members().items()}
-    require(cr in steps, "cr", cr, f"the family has {', '.join(f'{value:g}' for value in steps)}")
-    return steps[cr]
+    family = settings.members().values()
+    require(cr in family, "cr", cr, f"the family has {', '.join(f'{value:g}' for value in family)}")
+    return settings.step_of(cr)
 
 
-def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: LM) -> LM:
+def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: dms_jax.LM) -> dms_jax.LM:
     """The member from the checkpoint that was kept when the schedule reached its CR.
 
     Raises:
@@ -54,15 +54,15 @@ def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: LM) -> LM
     if fault:
         raise checkpoint.CheckpointError(f"{folder / str(step)} is {fault}")
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    state, base, _ = retrofit.start(lm.params, lm.config, dataclasses.replace(settings, mesh=(1, 1, 1)), mesh)
+    settings = dataclasses.replace(settings, mesh=(1, 1, 1))
+    state, base = initial_state(lm.params, lm.config, settings, mesh)
     state = checkpoint.read(folder, step, state)
-    params = retrofit.member(state, base, lm.config, settings)
-    return LM(lm.config, params, lm.tokenizer, settings.dms, cr)
+    return retrofitted(lm, member_params(state, base, lm.config, settings), settings.dms, cr)
 
 
 def measured(run: Path, step: int, last: int = 10) -> dict[str, float]:
     """Means of the last lines of the log up to a step, of those with eviction."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines, _ = read_log(run / "log.jsonl")
     lines = [line for line in lines if line["step"] <= step and "alpha" in line][-last:]
     return {key: float(np.mean([line[key] for line in lines])) for key in ("kl", "achieved_cr") if lines}
 
@@ -122,7 +122,7 @@ def main(
     out: Path,
     form: Literal["merged", "adapter"] = "merged",
     model: str | None = None,
-) -> Any:
+) -> None:
     """Writes OUT.
 
     Args:
@@ -146,7 +146,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ConfigError, FileNotFoundError, checkpoint.CheckpointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command.run(main)

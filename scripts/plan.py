@@ -34,11 +34,10 @@ import tyro
 
 from dms_jax import sharding
 from dms_jax.config import ConfigError, ModelConfig, load_yaml
-from dms_jax.models import transformer
-from dms_jax.training import data, flops
-from dms_jax.training import parameters as trainable
-from dms_jax.training import step as retrofit
+from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig
+from dms_jax.training.data import Packed
+from dms_jax.training.step import abstract_state, compiled_step, layout
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -113,22 +112,14 @@ def device_bytes(tree, shardings) -> int:
 
 def abstract(model: ModelConfig, config: RetrofitConfig, mesh):
     """State, base and batch as shapes with shardings, and the layout."""
-    base = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
-    dtype = jnp.dtype(config.compute)
-    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), base)
-    whole = jax.eval_shape(lambda tree: trainable.student_params(tree, model, config), base)
-    trained = trainable.select(whole, trainable.mask(whole, config))
-    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
-    moments = jax.eval_shape(trainable.optimizer(config).init, trained)
-    state = retrofit.TrainState(trained, moments, jax.ShapeDtypeStruct((), jnp.int32))
+    state, base = abstract_state(model, config)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.context), jnp.int32)
-    places = retrofit.layout(state, base, model, config, mesh)
-    trees = (state, base, data.Packed(rows, rows, rows))
+    places = layout(model, config, mesh)
 
     def placed(x, place):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    return jax.tree.map(placed, trees, tuple(places)), places
+    return jax.tree.map(placed, (state, base, Packed(rows, rows, rows)), tuple(places)), places
 
 
 def measure(model: ModelConfig, config: RetrofitConfig, layers: int | None) -> dict[str, float]:
@@ -148,8 +139,7 @@ def measure(model: ModelConfig, config: RetrofitConfig, layers: int | None) -> d
             return out | {"trained_parameters": sum(x.size for x in jax.tree.leaves(state.params))}
         wide = dataclasses.replace(config, compute="float32")
         base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), base)
-        step = retrofit.compiled_step(model, wide, False, places, {"xla_backend_optimization_level": 0})
-        compiled = step.lower(state, base, batch).compile()
+        compiled = compiled_step(model, wide, False, mesh).lower(state, base, batch).compile()
     out["xla_cpu"] = compiled.memory_analysis().temp_size_in_bytes
     moved = collectives(compiled.as_text(), math.prod(config.mesh))
     if config.compute == "bfloat16":  # weights and activations are gathered in it, gradients summed in float32
@@ -160,6 +150,7 @@ def measure(model: ModelConfig, config: RetrofitConfig, layers: int | None) -> d
 def _prepare(devices: int) -> None:
     flags = (
         f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",  # nothing is run
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",  # it trades memory for threads
         "--xla_disable_hlo_passes=cse",  # it would undo the recomputation in the backward pass
     )

@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from dms_jax.config import ModelConfig, load_yaml
 from dms_jax.models.transformer import Decoder, arange_positions, causal, init
-from dms_jax.training import loop
-from dms_jax.training import step as retrofit
-from dms_jax.training.data import Batch, pool_stream
-from dms_jax.weights.lm import LM
-from dms_jax.weights.save import save
+from dms_jax.training.data import Batch, PoolStream
+from dms_jax.training.loop import Loop
+from dms_jax.training.step import TrainState
+from dms_jax.weights.load import LM, save
 from experiments.tasks import mini
+from scripts import command
 
 MODEL = ModelConfig(
     family="llama",
@@ -83,12 +82,12 @@ def next_token_loss(params, batch: Batch):
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def train_step(state: retrofit.TrainState, batch: Batch, config: PretrainConfig):
+def train_step(state: TrainState, batch: Batch, config: PretrainConfig):
     """One step of next-token training."""
     (loss, terms), grads = jax.value_and_grad(next_token_loss, has_aux=True)(state.params, batch)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     terms = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
-    return retrofit.TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), terms
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), terms
 
 
 def main(
@@ -115,16 +114,14 @@ def main(
     problems = training_pool(settings.seed, settings.pool, settings.slip_rate)
     params = init(jax.random.key(settings.seed), MODEL)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {len(problems.tokens):,} problems")
-    state = loop.fit(
-        lambda step, state, batch: train_step(state, batch, config=settings),
-        retrofit.fresh_state(params, optimizer(settings)),
-        pool_stream(problems, settings.batch_size, settings.seed),
-        settings.steps,
-        out,
+    start = TrainState(params, optimizer(settings).init(params), jnp.zeros((), jnp.int32))
+    stream = PoolStream(problems, settings.batch_size, settings.seed)
+    state = Loop(out, settings.steps).run(
+        lambda step, state, batch: train_step(state, batch, config=settings), start, stream
     )
     params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), state.params)
     save(LM(config=MODEL, params=params, tokenizer=None, dms=None), out / "base")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command.run(main)

@@ -81,12 +81,12 @@ def main(
       finished_only: leave out chains that were cut off at max_new_tokens.
     """
     require(max_num_seqs > 0, "max_num_seqs", max_num_seqs, "must be positive")
-    count, read = open_rows(SourceConfig(data))
-    count = min(count, limit or count)
+    records = open_rows(SourceConfig(data))
+    count = min(len(records), limit or len(records))
     out.parent.mkdir(parents=True, exist_ok=True)
     done = resume(out)
     rows = [row for row in range(count) if not all((row, chain) in done for chain in range(chains))]
-    texts = {row: prompt_of(read(row), prompt, f"{data}, row {row}") for row in rows}
+    texts = {row: prompt_of(records[row], prompt, f"{data}, row {row}") for row in rows}
     if not texts:
         return
     lm = dms_jax.load(model, dtype=dtype)

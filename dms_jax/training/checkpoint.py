@@ -1,60 +1,113 @@
 """Orbax checkpoints of a training run: asynchronous, sharded, and checked before they are trusted.
 
-A checkpoint is whole once its folder holds SEAL, the sizes and checksums of its files, written when everything else
-is on disk. One without it was interrupted; one that differs from it is damaged. Both are named, put aside and passed
-over for the one before.
+A checkpoint is whole once its folder holds a seal of every process that wrote it: the step, and the sizes and
+checksums of that process's files, written when the files are on disk. A checkpoint that lacks a seal was interrupted,
+one that differs from its seals is damaged; either is named, put aside and passed over for the one before.
 """
 
+import concurrent.futures
 import json
+import os
+import re
+import shutil
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dms_jax.files import write_atomically
 from dms_jax.types import State
 
-SEAL = "sums.json"
+SEAL = "sums.json"  # of the first process; the second's is sums.1.json
 PIECE = 8 << 20
+INTERRUPTED = "interrupted while it was saved"
 
 
 class CheckpointError(RuntimeError):
-    """Checkpoints exist, but none of them is whole; names them."""
+    """A checkpoint that cannot be saved or read; names it."""
 
 
-def sums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file below `folder`, the seal itself excepted."""
-    out = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL):
-        crc = 0
-        with open(file, "rb") as stream:
-            while piece := stream.read(PIECE):
-                crc = zlib.crc32(piece, crc)
-        out[str(file.relative_to(folder))] = [file.stat().st_size, crc]
-    return out
+class Seal(NamedTuple):
+    """What one process wrote of a checkpoint: size and CRC-32 of each file, by its path in the folder.
+
+    step: None in a seal of an older version, which held `files` alone.
+    """
+
+    step: int | None
+    processes: int
+    files: dict[str, list[int]]
+
+    @classmethod
+    def read(cls, file: Path) -> "Seal":
+        """Raises ValueError where the file is damaged."""
+        value = json.loads(file.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object")
+        seal = cls(**value) if set(value) == set(cls._fields) else cls(None, 1, value)
+        entries = seal.files.values() if isinstance(seal.files, dict) else [None]
+        if not all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+            raise ValueError("expected a size and a checksum for each file")
+        return seal
 
 
-def seal(folder: Path) -> None:
-    """Marks a checkpoint as whole, by a rename, so that there is never half a seal."""
-    new = folder / f".{SEAL}.new"
-    text = json.dumps(sums(folder))
-    new.write_text(text)
-    new.rename(folder / SEAL)
+def seal_name(process: int) -> str:
+    return SEAL if process == 0 else f"sums.{process}.json"
+
+
+def writer_of(name: str) -> int:
+    """The process that wrote a file of a checkpoint: the one whose number is in the path, or else the first."""
+    found = re.search(r"\bprocess_(\d+)\b", name)
+    return int(found[1]) if found else 0
+
+
+def sums(folder: Path, process: int | None = None) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below `folder`, or of those that one process wrote; seals excepted."""
+    seals = re.compile(r"\.?sums(\.\d+)?\.json(\.new)?")
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if not seals.fullmatch(name) and process in (None, writer_of(name))]
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(names, threads.map(_sum, (folder / name for name in names)), strict=True))
+
+
+def _sum(file: Path) -> list[int]:
+    size = crc = 0
+    with open(file, "rb") as stream:
+        while piece := stream.read(PIECE):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
+
+
+def seal(folder: Path, step: int) -> None:
+    """Marks this process's part of a checkpoint as whole. Every process reads back its own files only."""
+    process = jax.process_index()
+    written = Seal(step, jax.process_count(), sums(folder, process))
+    write_atomically(folder / seal_name(process), json.dumps(written._asdict()))
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, whose folder is named after its step, or None."""
     if not (folder / SEAL).exists():
-        return "interrupted while it was saved"
+        return INTERRUPTED
+    name = SEAL
     try:
-        want = json.loads((folder / SEAL).read_text())
-    except ValueError:
-        return f"damaged: {SEAL} cannot be read"
+        seals = [Seal.read(folder / SEAL)]
+        for process in range(1, seals[0].processes):
+            name = seal_name(process)
+            if not (folder / name).exists():
+                return INTERRUPTED
+            seals.append(Seal.read(folder / name))
+    except (ValueError, TypeError):
+        return f"damaged: {name} cannot be read"
+    if seals[0].step not in (None, int(folder.name)):
+        return f"damaged: it is that of step {seals[0].step}"
+    want = {name: entry for seal in seals for name, entry in seal.files.items()}
     got = sums(folder)
     for name, (size, crc) in want.items():
         if name not in got:
@@ -63,7 +116,8 @@ def fault(folder: Path) -> str | None:
             return f"damaged: {name} has {got[name][0]} bytes, not {size}"
         if got[name][1] != crc:
             return f"damaged: the checksum of {name} is wrong"
-    return None
+    unsealed = sorted(got.keys() - want.keys())
+    return f"damaged: {unsealed[0]} is in no seal" if unsealed else None
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -71,8 +125,8 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
 
 
-def sift(folder: Path) -> int | None:
-    """The newest whole checkpoint; those behind it are moved to `rejected` beside `folder` and named on stderr.
+def newest_whole(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint; newer ones are moved to `rejected` beside `folder` and named on stderr.
 
     Raises:
       CheckpointError: there are damaged ones and no whole one, so going on would be to start again.
@@ -85,7 +139,7 @@ def sift(folder: Path) -> int | None:
         faults[step] = reason
     else:
         step = None
-        damaged = {n: reason for n, reason in faults.items() if reason.startswith("damaged")}
+        damaged = {n: reason for n, reason in faults.items() if reason != INTERRUPTED}
         if damaged:
             named = "; ".join(f"{folder / str(n)} is {reason}" for n, reason in damaged.items())
             raise CheckpointError(f"{named}; no whole checkpoint is left. Remove {folder} to start again")
@@ -100,23 +154,28 @@ def sift(folder: Path) -> int | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`: the newest `keep`, and those of the steps `always`. A context manager."""
+    """The checkpoints of a run in `folder`: the newest `keep`, and those of the steps `always`. A context manager.
+
+    good: the step of the newest whole one.
+    """
 
     def __init__(self, folder: Path, keep: int = 2, always: tuple[int, ...] = ()):
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.good = _agreed(lambda: sift(self.folder))
+        self.good = _agreed(lambda: newest_whole(self.folder))
         policies = [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(list(always))]
         policy = preservation_policy.AnyPreservationPolicy(policies)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.sealing: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.error: CheckpointError | None = None
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, KeyboardInterrupt | OSError):
+            error.add_note(f"the newest whole checkpoint in {self.folder} is that of step {self.good}")
         self.close()
 
     def save(self, step: int, state: State, cursor: Any) -> None:
@@ -125,18 +184,26 @@ class Checkpoints:
         if jax.default_backend() == "cpu":  # there a host copy is a view of the buffer that the next step overwrites
             state = jax.tree.map(jnp.copy, state)
         items = {"state": ocp.args.StandardSave(state), "cursor": ocp.args.JsonSave({"cursor": cursor})}
-        self.manager.save(step, args=ocp.args.Composite(**items))
+        try:
+            self.manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise self._unsaved(step, error) from error
         self.sealing = threading.Thread(target=self._seal, args=(step,))
         self.sealing.start()
 
     def _seal(self, step: int) -> None:
         try:
             self.manager.wait_until_finished()
-            if jax.process_index() == 0:
-                seal(self.folder / str(step))
+            seal(self.folder / str(step), step)
             self.good = step
-        except BaseException as error:  # raised by wait, in the thread that saved
-            self.error = error
+        except Exception as error:  # raised by wait, in the thread that saved
+            self.error = self._unsaved(step, error)
+            self.error.__cause__ = error
+
+    def _unsaved(self, step: int, error: Exception) -> CheckpointError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        newest = f"the newest whole checkpoint is that of step {self.good}"
+        return CheckpointError(f"{self.folder / str(step)} cannot be saved ({reason}); {newest}")
 
     def wait(self) -> None:
         """Until the last save is on disk; raises what went wrong with it."""
@@ -155,9 +222,7 @@ class Checkpoints:
         step = self.good if step is None else step
         if step is None:
             return 0, state, None
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        items = {"state": ocp.args.StandardRestore(target), "cursor": ocp.args.JsonRestore()}
-        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        found = _restored(self.manager, step, state, cursor=ocp.args.JsonRestore())
         return step, found["state"], found["cursor"]["cursor"]
 
     def close(self) -> None:
@@ -169,15 +234,42 @@ class Checkpoints:
 
 def read(folder: Path, step: int, state: State) -> State:
     """The state of one checkpoint, laid out like `state`; nothing in `folder` is moved or removed."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
+        return _restored(manager, step, state)["state"]
+
+
+def copy(step: int, source: Path, target: Path) -> None:
+    """Copies a checkpoint into the folder of another run, which then goes on from it.
+
+    Raises:
+      CheckpointError: it is not there, or not whole.
+    """
+    reason = fault(source / str(step)) if (source / str(step)).is_dir() else "not there"
+    if reason:
+        raise CheckpointError(f"{source / str(step)} is {reason}")
+    target.mkdir(parents=True, exist_ok=True)
+    new = target.parent / f".{step}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(source / str(step), new)
+    new.rename(target / str(step))
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, state: State, **items) -> Any:
+    """The items of a checkpoint.
+
+    Raises:
+      CheckpointError: the state, which knows its own step, is that of another.
+    """
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    with ocp.CheckpointManager(
-        Path(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
-        return manager.restore(step, args=args)["state"]
+    found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), **items))
+    own = getattr(found["state"], "step", step)
+    if int(own) != step:
+        raise CheckpointError(f"{Path(manager.directory) / str(step)} holds the state of step {int(own)}")
+    return found
 
 
-def _agreed(find) -> int | None:
+def _agreed(find: Callable[[], int | None]) -> int | None:
     """What process 0 finds, on every process; what it raises, too."""
     if jax.process_count() == 1:
         return find()

@@ -1,5 +1,6 @@
-"""What a retrofit is: its mode, schedule, optimiser, data and layout over devices, checked on creation."""
+"""The configuration of a retrofit: mode, schedule, optimiser, data and mesh, checked on creation."""
 
+import math
 from dataclasses import dataclass, field
 
 from dms_jax.config import DMSConfig, one_of, require
@@ -30,7 +31,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A data set.
+    """A data set to train on.
 
     path: a JSONL or parquet file, or a name on the Hugging Face hub.
     weight: its share of the documents, relative to the other sources.
@@ -59,24 +60,27 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class RetrofitConfig:
-    """A retrofit. Steps count batches; the defaults are the paper's (section 4, appendix B) where it gives them.
+    """The configuration of a retrofit; defaults are the paper's (section 4, appendix B) where it gives them.
 
     model: what `dms_jax.load` takes.
     mode: what is trained: "full" every weight, "adapter" the adapter gate alone, "lora" low-rank updates and, with
       the adapter gate, the gate.
     retire_steps: over how many steps the query gate's neuron is scaled from 1 to 0, before anything is evicted.
     steps_per_cr, max_cr: the schedule CR(t) = 1 + t / steps_per_cr, held at max_cr.
+    crs: the members of the family that are written besides the one at max_cr; none given: one at each whole CR.
     hold_steps: more steps at max_cr, during which the learning rate falls to 0.
     kl: "forward" is KL(teacher, student), "reverse" the other way (the authors' code).
-    batch_size: rows of `context` tokens a step, taken in `accumulate` micro-batches one after the other.
+    batch_size: rows of `context` tokens a step, taken in `accumulate` micro-batches one after the other. The
+      compression loss is that of the whole batch, whose mean alpha is counted first: a forward pass of the student
+      more where there are several micro-batches.
     context: tokens a row, into which documents are packed.
     compute: dtype of the forward and backward pass; what is trained is kept in float32.
     remat: what is recomputed in the backward pass: "none", "dots" (all but the products with weights), or "block"
       (all but each block's input).
     loss_chunk: tokens a row whose logits exist at once.
     mesh: devices along data, fsdp and tensor; the product is the number of devices.
-    data: the sources that are blended; others may be named on the command line. Without any it is the mini task's.
-    save_every, log_every: steps between checkpoints (besides one at each whole CR) and between lines of the log.
+    data: the sources that are blended; none given: problems of the mini task.
+    save_every, log_every: steps between checkpoints (besides one at each member) and between lines of the log.
     """
 
     model: str = "mini"
@@ -86,6 +90,7 @@ class RetrofitConfig:
     retire_steps: int = 2000
     steps_per_cr: int = 100
     max_cr: float = 8.0
+    crs: tuple[float, ...] = ()
     hold_steps: int = 0
     kl: str = "forward"
     learning_rate: float = 3e-5
@@ -111,7 +116,12 @@ class RetrofitConfig:
         one_of("remat", self.remat, REMAT)
         trains = self.mode != "adapter" or bool(self.gate.tensors)
         require(trains, "mode", self.mode, f"there is no adapter to train with gate={self.dms.gate!r}")
+        for key in ("learning_rate", "weight_decay", "clip", "max_cr"):
+            require(math.isfinite(getattr(self, key)), key, getattr(self, key), "must be finite")
+        for key in ("learning_rate", "clip"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
+        require(self.max_cr <= self.context, "max_cr", self.max_cr, f"a row has only context={self.context} tokens")
         for key in ("steps_per_cr", "batch_size", "accumulate", "context", "loss_chunk", "save_every", "log_every"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         for key in ("retire_steps", "hold_steps", "warmup_steps"):
@@ -119,6 +129,10 @@ class RetrofitConfig:
         divides = self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
         require(len(self.mesh) == 3 and min(self.mesh) > 0, "mesh", self.mesh, "expected data, fsdp, tensor")
+        reached = all(1 < cr <= self.max_cr for cr in self.crs)
+        require(reached, "crs", self.crs, f"the schedule goes from 1 to max_cr={self.max_cr:g}")
+        apart = len(self.members()) == len({*self.crs, self.max_cr}) or not self.crs
+        require(apart, "crs", self.crs, f"two of them fall on one step with steps_per_cr={self.steps_per_cr}")
 
     @property
     def gate(self) -> Gate:
@@ -134,8 +148,11 @@ class RetrofitConfig:
     def total_steps(self) -> int:
         return self.retirement + round((self.max_cr - 1) * self.steps_per_cr) + self.hold_steps
 
+    def step_of(self, cr: float) -> int:
+        """The step at which the schedule reaches a CR; that of the highest is the last."""
+        return self.total_steps if cr == self.max_cr else self.retirement + round((cr - 1) * self.steps_per_cr)
+
     def members(self) -> dict[int, float]:
-        """Step -> CR of every member of the family: each whole CR as it is reached, the highest at the end."""
-        whole = range(2, int(self.max_cr) + 1)
-        steps = {self.retirement + (cr - 1) * self.steps_per_cr: float(cr) for cr in whole if cr < self.max_cr}
-        return steps | {self.total_steps: float(self.max_cr)}
+        """Step -> CR of every member of the family that is written."""
+        crs = self.crs or range(2, math.ceil(self.max_cr))
+        return {self.step_of(cr): float(cr) for cr in sorted({*crs, self.max_cr})}

@@ -1,6 +1,6 @@
 """Batches of token sequences: packed rows, in an order that depends on the seed alone, resumable anywhere.
 
-A stream is a function from a cursor (any JSON value; None is the start) to an iterator of batches, each with the
+A stream is called with a cursor (any JSON value; None is the start) and gives an iterator of batches, each with the
 cursor from which the stream would go on behind it.
 """
 
@@ -8,6 +8,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from dms_jax.config import require
 from dms_jax.training.documents import Documents
 
 Cursor = Any
+Stream = Callable[[Cursor], Iterator[tuple[Any, Cursor]]]
 AHEAD = 64  # documents tokenised in one call
 
 
@@ -35,9 +37,6 @@ class Packed(NamedTuple):
     tokens: Int[np.ndarray, "B T"]
     positions: Int[np.ndarray, "B T"]
     segments: Int[np.ndarray, "B T"]
-
-
-Stream = Callable[[Cursor], Iterator[tuple[Any, Cursor]]]
 
 
 def one_document(batch: Batch) -> Packed:
@@ -61,16 +60,23 @@ def batch_at(pool: Batch, step: int, batch_size: int, seed: int) -> Batch:
     return Batch(*(np.asarray(field[rows], np.int32) for field in pool))
 
 
-def pool_stream(pool: Batch, batch_size: int, seed: int) -> Stream:
+@dataclass(frozen=True, eq=False)
+class PoolStream:
     """`batch_at` as a stream; its cursor is the step."""
 
-    def stream(cursor: int | None) -> Iterator[tuple[Batch, int]]:
+    pool: Batch
+    batch_size: int
+    seed: int
+
+    def __call__(self, cursor: int | None) -> Iterator[tuple[Batch, int]]:
         step = cursor or 0
         while True:
-            yield batch_at(pool, step, batch_size, seed), step + 1
+            yield batch_at(self.pool, step, self.batch_size, self.seed), step + 1
             step += 1
 
-    return stream
+    def packed(self, cursor: int | None) -> Iterator[tuple[Packed, int]]:
+        """The same stream with every sequence as a row of one document."""
+        return ((one_document(batch), after) for batch, after in self(cursor))
 
 
 def blend(taken: Sequence[int], weights: Sequence[float]) -> int:
@@ -80,42 +86,33 @@ def blend(taken: Sequence[int], weights: Sequence[float]) -> int:
     return int(np.argmax(share * (sum(taken) + 1) - np.asarray(taken)))
 
 
-def packed_stream(
-    sources: Sequence[Documents], weights: Sequence[float], context: int, batch_size: int, seed: int
-) -> Stream:
-    """Rows of `context` tokens filled with whole documents, in the order in which they come, while they fit.
+@dataclass(frozen=True, eq=False)
+class PackedStream:
+    """A stream of rows of `context` tokens, filled with whole documents in the order in which they come.
 
     Every pass over a source has its own permutation. A document longer than a row is cut off at its end; a row's
     remainder is padding. The cursor is how many documents of each source have been used.
 
-    Raises:
-      ConfigError: no source.
+    weights: the shares of the sources in the documents.
     """
-    require(len(sources) > 0, "data", list(sources), "no source is given")
 
-    def documents(cursor: Sequence[int] | None) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """Tokens, and the cursor from which this document would be the next."""
-        taken = list(cursor or [0] * len(sources))
-        while True:
-            before, wanted = [], [[] for _ in sources]
-            for _ in range(AHEAD):
-                n = blend(taken, weights)
-                before.append((n, list(taken)))
-                epoch, index = divmod(taken[n], len(sources[n]))
-                wanted[n].append(int(_order(seed, n, epoch, len(sources[n]))[index]))
-                taken[n] += 1
-            encoded = [iter(source.encode(rows)) for source, rows in zip(sources, wanted, strict=True)]
-            for n, cursor in before:
-                yield next(encoded[n])[:context], cursor
+    sources: Sequence[Documents]
+    weights: Sequence[float]
+    context: int
+    batch_size: int
+    seed: int
 
-    def stream(cursor: Sequence[int] | None) -> Iterator[tuple[Packed, list[int]]]:
-        coming = documents(cursor)
+    def __post_init__(self):
+        require(len(self.sources) > 0, "data", list(self.sources), "no source is given")
+
+    def __call__(self, cursor: Sequence[int] | None) -> Iterator[tuple[Packed, list[int]]]:
+        coming = self._documents(cursor)
         document, at = next(coming)
         while True:
-            batch = Packed(*(np.zeros((batch_size, context), np.int32) for _ in Packed._fields))
-            for row in range(batch_size):
+            batch = Packed(*(np.zeros((self.batch_size, self.context), np.int32) for _ in Packed._fields))
+            for row in range(self.batch_size):
                 start, segment = 0, 0
-                while start + len(document) <= context:
+                while start + len(document) <= self.context:
                     segment += 1
                     stop = start + len(document)
                     batch.tokens[row, start:stop] = document
@@ -123,10 +120,23 @@ def packed_stream(
                     batch.segments[row, start:stop] = segment
                     start = stop
                     document, at = next(coming)
-                batch.positions[row, start:] = np.arange(context - start)
+                batch.positions[row, start:] = np.arange(self.context - start)
             yield batch, at
 
-    return stream
+    def _documents(self, cursor: Sequence[int] | None) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Tokens of one document after another, each with the cursor from which it would be the next."""
+        taken = list(cursor or [0] * len(self.sources))
+        while True:
+            before, wanted = [], [[] for _ in self.sources]
+            for _ in range(AHEAD):
+                n = blend(taken, self.weights)
+                before.append((n, list(taken)))
+                epoch, index = divmod(taken[n], len(self.sources[n]))
+                wanted[n].append(int(_order(self.seed, n, epoch, len(self.sources[n]))[index]))
+                taken[n] += 1
+            encoded = [iter(source.encode(rows)) for source, rows in zip(self.sources, wanted, strict=True)]
+            for n, at in before:
+                yield next(encoded[n])[: self.context], at
 
 
 @functools.lru_cache(maxsize=32)
@@ -157,19 +167,16 @@ def prefetch(items: Iterator, depth: int = 2) -> Iterator:
         except BaseException as error:  # goes to the consumer, whatever it is
             put((None, error))
 
-    def consume():
-        worker = threading.Thread(target=fill, daemon=True)
-        worker.start()
-        try:
-            while True:
-                item, error = waiting.get()
-                if isinstance(error, StopIteration):
-                    return
-                if error is not None:
-                    raise error
-                yield item
-        finally:
-            stopped.set()
-            worker.join()
-
-    return consume()
+    worker = threading.Thread(target=fill, daemon=True)
+    worker.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        worker.join()

@@ -1,72 +1,126 @@
-"""Documents to train on: JSONL and parquet files, or a data set of the Hugging Face hub, as token ids.
+"""Documents to train on, as token ids: JSONL and parquet files, or a data set of the Hugging Face hub.
 
-Only what a batch needs is read: of a JSONL file the offsets of its lines are kept, parquet and hub data sets are
+Only what a batch needs is read: of a JSONL file the offsets of its lines are kept, parquet files and hub data sets are
 memory-mapped.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from dms_jax.config import ConfigError, require
 from dms_jax.training.config import SourceConfig
 
+
+class Fields(NamedTuple):
+    """The fields of a row that make its document: a text, a chat (a list of turns), or a prompt and its response."""
+
+    kind: Literal["text", "chat", "pair"]
+    names: tuple[str, ...]
+
+
 # Fields by which a data set is understood if the config names none; the first that are there count.
-FIELDS = (("messages",), ("conversations",), ("problem", "solution"), ("question", "answer"))
-FIELDS += (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("text",))
+USUAL = (
+    Fields("chat", ("messages",)),
+    Fields("chat", ("conversations",)),
+    Fields("pair", ("problem", "solution")),
+    Fields("pair", ("question", "answer")),
+    Fields("pair", ("prompt", "response")),
+    Fields("pair", ("prompt", "completion")),
+    Fields("pair", ("instruction", "output")),
+    Fields("text", ("text",)),
+)
 PROMPTS = ("problem", "question", "prompt", "instruction")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-class Documents(NamedTuple):
-    """A data set as token ids. `encode(rows)` gives an int32 array for each row, none of them empty."""
+class Rows(Protocol):
+    """The rows of a data set, read one at a time."""
 
-    name: str
-    count: int
-    encode: Callable[[Sequence[int]], list[np.ndarray]]
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Mapping[str, Any]: ...
+
+
+class Documents(Protocol):
+    """A data set as token ids."""
+
+    def __len__(self) -> int: ...
+
+    def encode(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """An int32 array of ids for each of the rows, none of them empty."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class JsonLines:
+    """The rows of a JSONL file. starts: offsets of the lines that are not blank."""
+
+    path: Path
+    starts: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path) -> "JsonLines":
+        starts, position = [], 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    starts.append(position)
+                position += len(line)
+        return cls(path, np.asarray(starts, np.int64))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.starts)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[row])
+            try:
+                value = json.loads(file.readline())
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{self.path}, row {row}: cannot be read as JSON ({error})") from error
+        require(isinstance(value, dict), f"{self.path}, row {row}", type(value).__name__, "expected a JSON object")
+        return value
 
 
-def open_documents(source: SourceConfig, tokenizer: Any) -> Documents:
-    """The documents of a source, rendered by the tokenizer's chat template where they are chats and it has one.
+@dataclass(frozen=True, eq=False)
+class ParquetRows:
+    """The rows of a parquet file, as a table of pyarrow."""
 
-    Raises:
-      ConfigError: no such data, no field that is understood, or a row that cannot be rendered; names file and row.
-    """
-    require(tokenizer is not None, "tokenizer", None, f"{source.path} is text, and this model has no tokenizer")
-    count, read = open_rows(source)
-    require(count > 0, "data.path", source.path, "holds no documents")
-    fields = _fields(source, read(0))
+    table: Any
 
-    def encode(rows: Sequence[int]) -> list[np.ndarray]:
-        if not rows:
-            return []
-        texts = [_render(read(row), fields, tokenizer, f"{source.path}, row {row}") for row in rows]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for row, one in zip(rows, ids, strict=True):
-            if not one:
-                raise ConfigError(f"{source.path}, row {row}: is empty")
-        return [np.asarray(one, np.int32) for one in ids]
+    @classmethod
+    def open(cls, path: Path) -> "ParquetRows":
+        from pyarrow import parquet
 
-    return Documents(source.path, count, encode)
+        try:
+            return cls(parquet.read_table(path, memory_map=True))
+        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+            raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        return self.table.slice(row, 1).to_pylist()[0]
 
 
-def open_rows(source: SourceConfig) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
-    """How many rows a source has, and a function that reads one.
+def open_rows(source: SourceConfig) -> Rows:
+    """The rows of a source.
 
     Raises:
       ConfigError: no such data.
     """
     path = Path(source.path).expanduser()
     if path.suffix in (".jsonl", ".json") and path.is_file():
-        return _open_jsonl(path)
+        return JsonLines.open(path)
     if path.suffix == ".parquet" and path.is_file():
-        return _open_parquet(path)
+        return ParquetRows.open(path)
     if path.suffix or path.exists() or source.path.count("/") != 1:
         raise ConfigError(f"data.path={source.path!r}: neither a .jsonl or .parquet file, nor a hub name")
     try:
@@ -75,44 +129,78 @@ def open_rows(source: SourceConfig) -> tuple[int, Callable[[int], Mapping[str, A
         reason = "data sets of the hub need the datasets package: pip install 'dms_jax[experiments]'"
         raise ConfigError(f"data.path={source.path!r}: {reason}") from None
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split)
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # offline, gated, misspelt: the library raises many kinds
         reason = f"not to be had from the Hugging Face hub ({type(error).__name__}: {error})"
         raise ConfigError(f"data.path={source.path!r}: {reason}") from error
-    return len(rows), rows.__getitem__
 
 
-def _open_parquet(path: Path) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
-    from pyarrow import parquet
+@dataclass(frozen=True, eq=False)
+class RenderedDocuments:
+    """The documents of a source, as text or rendered by the tokenizer's chat template where they are chats."""
 
-    try:
-        table = parquet.read_table(path, memory_map=True)
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
-    return table.num_rows, lambda row: table.slice(row, 1).to_pylist()[0]
+    path: str
+    rows: Rows
+    fields: Fields
+    tokenizer: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def encode(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Token ids of each of the rows.
+
+        Raises:
+          ConfigError: a row that cannot be read, rendered or encoded, or is empty; names file and row.
+        """
+        if not rows:
+            return []
+        ids = self.tokenizer([self.render(row) for row in rows], add_special_tokens=False)["input_ids"]
+        for row, one in zip(rows, ids, strict=True):
+            if not one:
+                raise ConfigError(f"{self.path}, row {row}: is empty")
+        return [np.asarray(one, np.int32) for one in ids]
+
+    def render(self, row: int) -> str:
+        """The text of a row."""
+        where, end = f"{self.path}, row {row}", self.tokenizer.eos_token or ""
+        values = [_field(self.rows[row], name, where) for name in self.fields.names]
+        if self.fields.kind == "text":
+            text = _string(values[0], f"{where}, {self.fields.names[0]}") + end
+        else:
+            chat = self._chat(values, where)
+            text = "\n".join(turn["content"] for turn in chat) + end
+            if getattr(self.tokenizer, "chat_template", None):
+                try:
+                    text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+                except Exception as error:  # a template is a program: it may raise anything
+                    raise ConfigError(f"{where}: the chat template refuses it ({error})") from error
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer takes
+            raise ConfigError(f"{where}: is not Unicode text ({error})") from error
+        return text
+
+    def _chat(self, values: Sequence[Any], where: str) -> list[dict[str, str]]:
+        if self.fields.kind == "pair":
+            turns = zip(("user", "assistant"), values, self.fields.names, strict=True)
+            return [{"role": role, "content": _string(value, f"{where}, {name}")} for role, value, name in turns]
+        (turns,), name = values, f"{where}, {self.fields.names[0]}"
+        if not isinstance(turns, Sequence) or isinstance(turns, str):
+            raise ConfigError(f"{name}={reprlib.repr(turns)}: expected a list of turns")
+        return [_turn(turn, f"{name}[{n}]") for n, turn in enumerate(turns)]
 
 
-def _open_jsonl(path: Path) -> tuple[int, Callable[[int], Mapping[str, Any]]]:
-    """Offsets of the lines that are not blank."""
-    offsets, position = [], 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                offsets.append(position)
-            position += len(line)
-    starts = np.asarray(offsets, np.int64)
+def open_documents(source: SourceConfig, tokenizer: Any) -> Documents:
+    """The documents of a source.
 
-    def read(row: int) -> Mapping[str, Any]:
-        with open(path, "rb") as file:
-            file.seek(starts[row])
-            try:
-                value = json.loads(file.readline())
-            except ValueError as error:
-                raise ConfigError(f"{path}, row {row}: cannot be read as JSON ({error})") from error
-        require(isinstance(value, dict), f"{path}, row {row}", type(value).__name__, "expected a JSON object")
-        return value
-
-    return len(starts), read
+    Raises:
+      ConfigError: no such data, or no field that is understood.
+    """
+    require(tokenizer is not None, "tokenizer", None, f"{source.path} is text, and this model has no tokenizer")
+    rows = open_rows(source)
+    require(len(rows) > 0, "data.path", source.path, "holds no documents")
+    return RenderedDocuments(source.path, rows, _fields(source, rows[0]), tokenizer)
 
 
 def prompt_of(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -124,36 +212,40 @@ def prompt_of(row: Mapping[str, Any], field: str, where: str) -> str:
     return found
 
 
-def _fields(source: SourceConfig, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One field (a chat or a text) or two (a prompt and its response)."""
-    named = tuple(filter(None, (source.messages, source.text, source.prompt, source.response)))
-    if named:
-        missing = [name for name in named if name not in row]
-        require(not missing, "data.path", source.path, f"has no field {', '.join(missing)} (but {', '.join(row)})")
-        return named
-    for names in FIELDS:
-        if all(row.get(name) for name in names):
-            return names
+def _fields(source: SourceConfig, row: Mapping[str, Any]) -> Fields:
+    """The fields that the config names, or the usual ones that the first row has."""
+    named = (
+        Fields("chat", (source.messages,)),
+        Fields("text", (source.text,)),
+        Fields("pair", (source.prompt, source.response)),
+    )
+    for fields in named:
+        if all(fields.names):
+            missing = [name for name in fields.names if name not in row]
+            require(not missing, "data.path", source.path, f"has no field {', '.join(missing)} (but {', '.join(row)})")
+            return fields
+    for fields in USUAL:
+        if all(row.get(name) for name in fields.names):
+            return fields
     raise ConfigError(f"data.path={source.path!r}: name its fields, none of {', '.join(row)} is understood")
 
 
-def _render(row: Mapping[str, Any], fields: tuple[str, ...], tokenizer: Any, where: str) -> str:
-    try:
-        values = [row[name] for name in fields]
-        if len(values) == 2:
-            chat = [{"role": "user", "content": values[0]}, {"role": "assistant", "content": values[1]}]
-        elif isinstance(values[0], str):
-            return values[0] + (tokenizer.eos_token or "")
-        else:
-            chat = [_turn(turn) for turn in values[0]]
-        if getattr(tokenizer, "chat_template", None):
-            return tokenizer.apply_chat_template(chat, tokenize=False)
-        return "\n".join(turn["content"] for turn in chat) + (tokenizer.eos_token or "")
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: cannot be rendered ({type(error).__name__}: {error})") from error
+def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise ConfigError(f"{where}: has no field {name} (but {', '.join(row)})")
+    return row[name]
 
 
-def _turn(turn: Mapping[str, str]) -> dict[str, str]:
-    if "from" in turn:
-        return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-    return {"role": turn["role"], "content": turn["content"]}
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}={reprlib.repr(value)}: expected text")
+    return value
+
+
+def _turn(turn: Any, where: str) -> dict[str, str]:
+    """A turn as chat templates want it; ShareGPT's names are turned into theirs."""
+    if not isinstance(turn, Mapping):
+        raise ConfigError(f"{where}={reprlib.repr(turn)}: expected a turn with a role and its content")
+    role, content = ("from", "value") if "from" in turn else ("role", "content")
+    found = {name: _string(_field(turn, name, where), f"{where}.{name}") for name in (role, content)}
+    return {"role": ROLES.get(found[role], found[role]), "content": found[content]}

@@ -1,8 +1,8 @@
 """Analytic counts of floating-point operations, and what the devices can do.
 
 A product of a row with a matrix costs 2 operations an entry. Counted are the products with weights and those of
-attention; norms, softmax and RoPE are left out, as is usual for model FLOPs utilisation. Recomputation in the
-backward pass is not counted as the model's work (`step_flops`), but is as the device's (`executed_flops`).
+attention; norms, softmax and RoPE are left out, as is usual for model FLOPs utilisation. What is computed twice is not
+counted as the model's work (`step_flops`), but is as the device's (`executed_flops`).
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from dms_jax.training.config import RetrofitConfig
 
 
 class Device(NamedTuple):
-    """What one accelerator can do: dense bf16 FLOP/s (datasheet), memory in bytes, its bandwidth in bytes/s, and the
+    """The rates of one accelerator: dense bf16 FLOP/s (datasheet), memory in bytes, its bandwidth in bytes/s, and the
     bandwidth of its links in bytes/s each way: inside a host of 8 (NVLink), and between hosts (InfiniBand)."""
 
     flops: float
@@ -35,22 +35,22 @@ def device_of(kind: str) -> Device | None:
     return next((device for name, device in DEVICES.items() if name in kind), None)
 
 
-def peak_flops() -> float | None:
-    """bf16 FLOP/s of all devices of this run together, None if they are not in the table."""
+def peak_flops(devices: int) -> float | None:
+    """bf16 FLOP/s of so many of the devices here together, None if they are not in the table."""
     device = device_of(jax.devices()[0].device_kind)
-    return device and device.flops * jax.device_count()
+    return device and device.flops * devices
 
 
-def weight_products(config: ModelConfig) -> int:
+def weight_products(model: ModelConfig) -> int:
     """Weights that a token is multiplied by: all but the embedding table, which is only looked up."""
-    c = config
+    c = model
     attention = 2 * c.model_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
     return c.num_layers * (attention + 3 * c.model_dim * c.mlp_dim) + c.model_dim * c.vocab_size
 
 
-def num_params(config: ModelConfig) -> int:
+def num_params(model: ModelConfig) -> int:
     """Weights of the original model, norms and biases included."""
-    c = config
+    c = model
     norms = c.num_layers * (2 * c.model_dim + 2 * c.head_dim * c.qk_norm) + c.model_dim
     biases = c.qkv_bias * c.head_dim * (c.num_heads + 2 * c.num_kv_heads) + c.out_bias * c.model_dim
     biases += c.mlp_bias * (2 * c.mlp_dim + c.model_dim)
@@ -58,29 +58,34 @@ def num_params(config: ModelConfig) -> int:
     return weight_products(c) + table + norms + c.num_layers * biases
 
 
-def forward_flops(config: ModelConfig, keys: float) -> tuple[float, float, float]:
+def forward_flops(model: ModelConfig, keys: float) -> tuple[float, float, float]:
     """A token's forward pass: products with the layers' weights, with the unembedding, and in attention.
 
     keys: how many keys a token attends to, on average; half the context for one document a row.
     """
-    head = 2.0 * config.model_dim * config.vocab_size
-    layers = 2.0 * weight_products(config) - head
-    return layers, head, 4.0 * config.num_layers * config.num_heads * config.head_dim * keys
+    head = 2.0 * model.model_dim * model.vocab_size
+    layers = 2.0 * weight_products(model) - head
+    return layers, head, 4.0 * model.num_layers * model.num_heads * model.head_dim * keys
 
 
-def step_flops(config: ModelConfig, recipe: RetrofitConfig, tokens: float, keys: float) -> float:
+def step_flops(model: ModelConfig, config: RetrofitConfig, tokens: float, keys: float) -> float:
     """Model FLOPs of a step: the teacher forward, the student forward and backward.
 
     The backward pass costs a forward for the activations and, in full mode, another for the weights; in attention,
     which has no weights, always two.
     """
-    layers, head, attention = forward_flops(config, keys)
-    backward = 2.0 if recipe.mode == "full" else 1.0
+    layers, head, attention = forward_flops(model, keys)
+    backward = 2.0 if config.mode == "full" else 1.0
     return tokens * ((layers + head) * (2.0 + backward) + attention * 4.0)
 
 
-def executed_flops(config: ModelConfig, recipe: RetrofitConfig, tokens: float, keys: float) -> float:
-    """`step_flops` and what the backward pass computes again: the whole block, or its attention alone."""
-    layers, _, attention = forward_flops(config, keys)
-    again = {"none": 0.0, "dots": attention, "block": layers + attention}[recipe.remat]
-    return step_flops(config, recipe, tokens, keys) + tokens * again
+def executed_flops(model: ModelConfig, config: RetrofitConfig, tokens: float, keys: float) -> float:
+    """`step_flops` and what is computed twice.
+
+    In the backward pass that is the whole block, or its attention alone; of several micro-batches the student's
+    layers run once more before them, to count what the batch evicts.
+    """
+    layers, _, attention = forward_flops(model, keys)
+    again = {"none": 0.0, "dots": attention, "block": layers + attention}[config.remat]
+    count = layers + attention if config.accumulate > 1 else 0.0
+    return step_flops(model, config, tokens, keys) + tokens * (again + count)

@@ -1,43 +1,71 @@
-"""Retrofitting: the loss and one train step, for every mode and every mesh.
+"""The train step of a retrofit: its loss and gradients, for every mode, compiled for a mesh.
 
 `L = KL(teacher, student) + max(alpha* - mean(alpha), 0)`, with the eviction mask soft (arXiv 2506.05345,
 section 3). With the query gate the borrowed neuron is given up first, over `retire_steps`.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
 
 from dms_jax import dms, sharding
 from dms_jax.config import DMSConfig, ModelConfig, require
-from dms_jax.models.transformer import Attend, Decoder, packed_causal, self_attention, unembedding
-from dms_jax.training import parameters as trainable
+from dms_jax.models.transformer import Decoder, packed_causal, self_attention, unembedding
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.data import Packed
 from dms_jax.training.loss import distillation_loss
-from dms_jax.types import MASK_VALUE, Keys, Params, State
+from dms_jax.training.parameters import (
+    constrain_params,
+    merged_params,
+    moment_shardings,
+    optimizer,
+    overlay,
+    param_shardings,
+    scale_lora,
+    student_params,
+    trained_part,
+)
+from dms_jax.types import MASK_VALUE, GateLogits, Keys, NewKV, Params, Queries, Residual, State
+from dms_jax.weights.table import specs
+
+Terms = dict[str, Array]  # what a step reports, by name
 
 
 class TrainState(NamedTuple):
-    """What a train step changes. params: what is trained, float32."""
+    """What a train step changes. params: the trained parameters, float32."""
 
     params: Params
     opt_state: State
     step: Int[Array, ""]
 
 
-def soft_eviction(config: DMSConfig, batch: Packed, keys: Keys) -> Attend:
-    """An `Attend` with the soft mask; state collects how many real tokens were evicted, `[K]` a layer.
+class MicroBatch(NamedTuple):
+    """Rows that go through the model at once. keys: a raw random key a row, so that a row's noise is its own."""
 
-    keys: `[B, 2]`, one raw random key a row, so that a row's noise does not depend on its micro-batch.
-    """
+    batch: Packed
+    keys: Keys
 
-    def attend(layer, q, k, v, logit, state):
+
+@dataclass(frozen=True, eq=False)
+class SoftEviction:
+    """An `Attend` with the soft mask; its state collects how many real tokens were evicted, `[K]` a layer."""
+
+    config: DMSConfig
+    rows: MicroBatch
+
+    def __call__(
+        self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits, state: Sequence[Float[Array, "K"]]
+    ) -> tuple[Queries, State]:
+        config, (batch, keys) = self.config, self.rows
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         noisy = jax.vmap(dms.gumbel_sigmoid, (0, 0, None))(logit, own, config.tau)
         noisy = dms.shift_segments(noisy, config.decision_offset, batch.segments, MASK_VALUE)
@@ -47,130 +75,164 @@ def soft_eviction(config: DMSConfig, batch: Packed, keys: Keys) -> Attend:
         real = (batch.segments > 0)[:, None]
         return out, (*state, jnp.sum(dms.straight_through(noisy) * real, axis=(0, 2)))
 
-    return attend
 
+@dataclass(frozen=True)
+class Distillation:
+    """The loss, the gradients and the train step of one phase of a retrofit.
 
-def loss_fn(
-    trained: Params,
-    base: Params,
-    batch: Packed,
-    keys: Keys,
-    step: Int[Array, ""],
-    total: Int[Array, ""],
-    *,
-    model: ModelConfig,
-    config: RetrofitConfig,
-    retiring: bool,
-) -> tuple[Array, dict[str, Array]]:
-    """The loss of a micro-batch as its share of a batch of `total` real tokens, and its terms as such shares.
-
-    The mean of alpha in the compression loss runs over the micro-batch. While `retiring`, the query gate's neuron
-    is given up and nothing is evicted.
+    retiring: the phase in which the query gate's neuron is given up and nothing is evicted yet.
     """
-    teacher, student = Decoder(model), Decoder(model, config.dms, config.remat)
-    causal = packed_causal(batch.positions, batch.segments)
-    teacher_hidden, _ = teacher.apply({"params": base}, batch.tokens, batch.positions, causal)
-    teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
-    under = base
-    if config.mode == "lora" and not retiring:
-        under = config.gate.reset_neuron(base, model)
-    params = trainable.overlay(under, trained)
-    scale = 1.0 - step / config.retirement if retiring else 0.0
-    attend = causal if retiring else soft_eviction(config.dms, batch, keys)
-    hidden, evicted = student.apply({"params": params}, batch.tokens, batch.positions, attend, (), scale)
-    real = batch.segments > 0
-    kernels = [unembedding(tree, model) for tree in (base, params)]
-    trains_kernel = config.mode == "full"
-    distance = (
-        distillation_loss(teacher_hidden, hidden, *kernels, real, config.kl, config.loss_chunk, trains_kernel) / total
-    )
-    if retiring:
-        return distance, {"loss": distance, "kl": distance}
-    tokens = jnp.sum(real)
-    alphas = jnp.stack(evicted) / jnp.maximum(tokens, 1)
-    share = tokens / total
-    excess = share * dms.compression_loss(dms.target_alpha(_target_cr(step, config)), alphas.mean())
-    loss = distance + excess
-    return loss, {"loss": loss, "kl": distance, "compression": excess, "alpha_by_head": share * alphas}
 
+    model: ModelConfig
+    config: RetrofitConfig
+    retiring: bool
 
-def _target_cr(step: Int[Array, ""], config: RetrofitConfig) -> Array:
-    return dms.target_cr(step - config.retirement, config.steps_per_cr, config.max_cr)
+    def train_step(self, state: TrainState, base: Params, batch: Packed) -> tuple[TrainState, Terms]:
+        """One step; also returns every loss term and the gradient norm."""
+        grads, terms = self.gradients(state.params, base, batch, state.step)
+        updates, opt_state = optimizer(self.config).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), {**terms, "grad_norm": optax.tree.norm(grads)}
 
+    def gradients(self, trained: Params, base: Params, batch: Packed, step: Int[Array, ""]) -> tuple[Params, Terms]:
+        """float32 gradients of the loss of a batch `[B, T]`, and its terms."""
+        # Cast once a step: the micro-batches share the copy.
+        compute = scale_lora(trained, self.config, jnp.dtype(self.config.compute))
+        compute = constrain_params(compute, self.model, self.config)
+        key = jax.random.fold_in(jax.random.PRNGKey(self.config.seed), step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch.tokens.shape[0]))
+        whole, total = MicroBatch(batch, keys), jnp.sum(batch.segments > 0)
+        if self.config.accumulate == 1:
+            grads, terms = self._share(compute, base, whole, step, total)
+        else:
+            grads, terms = self._accumulated(compute, base, whole, step, total)
+        # By the chain rule, the factor in b is in its gradient.
+        return scale_lora(grads, self.config, jnp.float32), self._reported(terms, step)
 
-def gradients(
-    trained: Params, base: Params, batch: Packed, step: Int[Array, ""], *, model, config: RetrofitConfig, retiring: bool
-) -> tuple[Params, dict[str, Array]]:
-    """float32 gradients and terms of a batch `[B, T]`, summed over `config.accumulate` micro-batches in a scan."""
-    dtype = jnp.dtype(config.compute)
-    # Cast once a step: the micro-batches share the copy.
-    compute = trainable.constrained(trainable.scaled(trained, config, dtype), model, config)
-    B = batch.tokens.shape[0]
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), step)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    total = jnp.sum(batch.segments > 0)
-    grad_fn = jax.grad(functools.partial(loss_fn, model=model, config=config, retiring=retiring), has_aux=True)
+    def loss(
+        self,
+        trained: Params,
+        base: Params,
+        rows: MicroBatch,
+        step: Int[Array, ""],
+        total: Int[Array, ""],
+        slope: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, ""], Terms]:
+        """A micro-batch's share of the loss of a batch of `total` real tokens, and its shares of the terms.
 
-    def one(weights, piece):
-        grads, terms = grad_fn(*weights, *piece, step, total)
-        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-        return trainable.constrained(grads, model, config), terms
+        slope: of the compression loss, by mean(alpha), where the micro-batch is not the whole batch. Then mean(alpha)
+          times the slope stands for the compression loss: its gradient is the same.
+        """
+        batch, config = rows.batch, self.config
+        causal = packed_causal(batch.positions, batch.segments)
+        teacher_hidden, _ = Decoder(self.model).apply({"params": base}, batch.tokens, batch.positions, causal)
+        teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
+        student = self._student(trained, base)
+        hidden, evicted = self._forward(student, rows, step)
+        real = batch.segments > 0
+        kernels = [unembedding(tree, self.model) for tree in (base, student)]
+        trains_kernel = config.mode == "full"
+        kl = distillation_loss(teacher_hidden, hidden, *kernels, real, config.kl, config.loss_chunk, trains_kernel)
+        kl = kl / total
+        if self.retiring:
+            return kl, {"kl": kl}
+        alphas = jnp.stack(evicted) / total
+        excess = self._compression(alphas.mean(), step) if slope is None else slope * alphas.mean()
+        return kl + excess, {"kl": kl, "alpha_by_head": alphas}
 
-    if config.accumulate == 1:
-        grads, terms = one((compute, base), (batch, keys))
-    else:
-        # Micro-batch m holds rows m, m + A, m + 2 A ...: the rows of a device stay on it.
-        def pieces(x):
-            return x.reshape(B // config.accumulate, config.accumulate, *x.shape[1:]).swapaxes(0, 1)
+    def target_cr(self, step: Int[Array, ""]) -> Array:
+        return dms.target_cr(step - self.config.retirement, self.config.steps_per_cr, self.config.max_cr)
 
-        def add(sums, piece):
+    def _compression(self, alpha: Float[Array, ""], step: Int[Array, ""]) -> Array:
+        return dms.compression_loss(dms.target_alpha(self.target_cr(step)), alpha)
+
+    def _student(self, trained: Params, base: Params) -> Params:
+        if self.config.mode == "lora" and not self.retiring:
+            base = self.config.gate.reset_neuron(base, self.model)
+        return overlay(base, trained)
+
+    def _forward(
+        self, student: Params, rows: MicroBatch, step: Int[Array, ""]
+    ) -> tuple[Residual, tuple[Float[Array, "K"], ...]]:
+        """The student's hidden states, and the tokens that each layer evicts."""
+        batch, config = rows.batch, self.config
+        decoder = Decoder(self.model, config.dms, config.remat)
+        if self.retiring:
+            attend, scale = packed_causal(batch.positions, batch.segments), 1.0 - step / config.retirement
+        else:
+            attend, scale = SoftEviction(config.dms, rows), 0.0
+        return decoder.apply({"params": student}, batch.tokens, batch.positions, attend, (), scale)
+
+    def _share(self, compute: Params, base: Params, rows: MicroBatch, step, total, slope=None) -> tuple[Params, Terms]:
+        """float32 gradients of a micro-batch's share of the loss, sharded as parameters, and its terms."""
+        grads, terms = jax.grad(self.loss, has_aux=True)(compute, base, rows, step, total, slope)
+        return constrain_params(jax.tree.map(lambda x: x.astype(jnp.float32), grads), self.model, self.config), terms
+
+    def _accumulated(self, compute: Params, base: Params, whole: MicroBatch, step, total) -> tuple[Params, Terms]:
+        """Gradients and terms summed over `accumulate` micro-batches, one after the other in a scan.
+
+        The slope of the compression loss, -1 or 0, depends on what the whole batch evicts, so that is counted first.
+        """
+        pieces = jax.tree.map(self._pieces, whole)
+
+        def count(evicted: Array, rows: MicroBatch):
             # Tied to the micro-batch, or the compiler may gather every layer's weights before the scan, and keep them.
-            weights, piece = jax.lax.optimization_barrier(((compute, base), piece))
-            return jax.tree.map(jnp.add, sums, one(weights, piece)), None
+            (trained, frozen), rows = jax.lax.optimization_barrier(((compute, base), rows))
+            return evicted + jnp.stack(self._forward(self._student(trained, frozen), rows, step)[1]), None
 
-        split = jax.tree.map(pieces, (batch, keys))
-        shapes = jax.eval_shape(one, (compute, base), jax.tree.map(_first, split))
+        slope = None
+        if not self.retiring:
+            evicted = jnp.zeros((self.model.num_layers, self.model.num_kv_heads))
+            evicted, _ = jax.lax.scan(count, evicted, pieces)
+            slope = jax.grad(self._compression)((evicted / total).mean(), step)
+
+        def add(sums: tuple[Params, Terms], rows: MicroBatch):
+            (trained, frozen), rows = jax.lax.optimization_barrier(((compute, base), rows))
+            return jax.tree.map(jnp.add, sums, self._share(trained, frozen, rows, step, total, slope)), None
+
+        first = jax.tree.map(lambda x: x[0], pieces)
+        shapes = jax.eval_shape(self._share, compute, base, first, step, total, slope)
         grads, terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        zeros = trainable.constrained(grads, model, config), terms
-        (grads, terms), _ = jax.lax.scan(add, zeros, split)
-    return trainable.scaled(grads, config, jnp.float32), terms  # by the chain rule, the factor in b is in its gradient
+        start = constrain_params(grads, self.model, self.config), terms
+        return jax.lax.scan(add, start, pieces)[0]
 
+    def _pieces(self, x: Array) -> Array:
+        """`[B, ...]` -> `[A, B / A, ...]`: micro-batch m has rows m, m + A, m + 2 A ..., so a device keeps its rows."""
+        A = self.config.accumulate
+        return x.reshape(x.shape[0] // A, A, *x.shape[1:]).swapaxes(0, 1)
 
-def _first(x):
-    return x[0]
-
-
-def train_step(
-    state: TrainState, base: Params, batch: Packed, *, model: ModelConfig, config: RetrofitConfig, retiring: bool
-) -> tuple[TrainState, dict[str, Array]]:
-    """One step of distillation; returns every loss term and the gradient norm. Jitted by `compiled_step`."""
-    grads, terms = gradients(state.params, base, batch, state.step, model=model, config=config, retiring=retiring)
-    updates, opt_state = trainable.optimizer(config).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if retiring:
-        terms["neuron_scale"] = 1.0 - state.step / config.retirement
-    else:
+    def _reported(self, terms: Terms, step: Int[Array, ""]) -> Terms:
+        """The terms of the whole batch, and what follows from them."""
+        if self.retiring:
+            return {**terms, "loss": terms["kl"], "neuron_scale": 1.0 - step / self.config.retirement}
         alpha = terms["alpha_by_head"].mean()
-        terms |= {"alpha": alpha, "achieved_cr": 1 / (1 - alpha), "target_cr": _target_cr(state.step, config)}
-    return TrainState(params, opt_state, state.step + 1), {**terms, "grad_norm": optax.tree.norm(grads)}
+        compression = self._compression(alpha, step)
+        losses = {"loss": terms["kl"] + compression, "compression": compression}
+        reached = {"alpha": alpha, "achieved_cr": 1 / (1 - alpha), "target_cr": self.target_cr(step)}
+        return {**terms, **losses, **reached}
 
 
-def fresh_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """A training state at step 0, with its own float32 copy of the parameters (a train step donates them)."""
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+def abstract_state(model: ModelConfig, config: RetrofitConfig) -> tuple[TrainState, Params]:
+    """The shapes and dtypes of the train state and of the base."""
+    dtype = jnp.dtype(config.compute)
+    flat = {tuple(spec.path.split("/")): jax.ShapeDtypeStruct(spec.shape, dtype) for spec in specs(model, None)}
+    base = traverse_util.unflatten_dict(flat)
+    student = jax.eval_shape(lambda params: student_params(params, model, config), base)
+    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained_part(student, config))
+    moments = jax.eval_shape(optimizer(config).init, trained)
+    return TrainState(trained, moments, jax.ShapeDtypeStruct((), jnp.int32)), base
 
 
 class Layout(NamedTuple):
-    """Where a run's arrays lie: a TrainState, the base's parameters and a batch, as trees of shardings."""
+    """The shardings of a TrainState, of the base's parameters and of a batch."""
 
     state: TrainState
     base: Params
     batch: Packed
 
 
-def layout(state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig, mesh) -> Layout:
-    """The Layout on a mesh; `state` and `base` may be abstract.
+def layout(model: ModelConfig, config: RetrofitConfig, mesh: Mesh) -> Layout:
+    """The Layout on a mesh.
 
     Raises:
       ConfigError: micro-batches that cannot be dealt out evenly.
@@ -179,65 +241,47 @@ def layout(state: TrainState, base: Params, model: ModelConfig, config: Retrofit
     require(
         rows % ways == 0, "batch_size", config.batch_size, f"its micro-batches of {rows} rows go over {ways} devices"
     )
-    places = trainable.shardings(state.params, model, config, mesh)
-    moments = trainable.moments_shardings(trainable.optimizer(config), state.params, places, mesh)
-    everywhere = sharding.replicated(mesh)
-    rows = sharding.batch(mesh)
+    state, base = abstract_state(model, config)
+    params = param_shardings(state.params, model, config, mesh)
+    moments = moment_shardings(optimizer(config), state.params, params, mesh)
+    by_rows = sharding.batch(mesh)
     return Layout(
-        TrainState(places, moments, everywhere),
-        trainable.shardings(base, model, None, mesh),
-        Packed(rows, rows, rows),
+        TrainState(params, moments, sharding.replicated(mesh)),
+        param_shardings(base, model, None, mesh),
+        Packed(by_rows, by_rows, by_rows),
     )
 
 
-def compiled_step(
-    model: ModelConfig,
-    config: RetrofitConfig,
-    retiring: bool,
-    places: Layout | None = None,
-    options: dict | None = None,
-):
-    """`train_step(state, base, batch)` under jit, the state donated; over a mesh it is to be called with that in force.
+@functools.lru_cache(maxsize=4)
+def compiled_step(model: ModelConfig, config: RetrofitConfig, retiring: bool, mesh: Mesh) -> Any:
+    """`train_step(state, base, batch)` under jit for a mesh, which must be in force; the state is donated.
 
-    places: the layout over a mesh, None on one device. options: of the compiler.
+    Equal arguments share compiled code.
     """
-    step = functools.partial(train_step, model=model, config=config, retiring=retiring)
-    step.__name__ = "train_step"
-    where = {}
-    if places is not None:
-        everywhere = sharding.replicated(jax.tree.leaves(places.base)[0].mesh)
-        where = {"in_shardings": tuple(places), "out_shardings": (places.state, everywhere)}
-    return jax.jit(step, donate_argnums=0, compiler_options=options, **where)
+    places = layout(model, config, mesh)
+    step = Distillation(model, config, retiring).train_step
+    out: tuple[TrainState, NamedSharding] = places.state, sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=tuple(places), out_shardings=out)
 
 
-def start(params: Params, model: ModelConfig, config: RetrofitConfig, mesh) -> tuple[TrainState, Params, Layout]:
-    """The state at step 0 and the base on the mesh, of an original model's parameters, which may lie on the host."""
+def initial_state(params: Params, model: ModelConfig, config: RetrofitConfig, mesh: Mesh) -> tuple[TrainState, Params]:
+    """The state at step 0 and the base, on the mesh, of an original model's parameters, which may be on the host."""
+    places, tx = layout(model, config, mesh), optimizer(config)
     with sharding.on_host():
-        whole = trainable.student_params(params, model, config)
-        trained = trainable.select(whole, trainable.mask(whole, config))
+        trained = trained_part(student_params(params, model, config), config)
         # Masters are copies: a step donates them, and the caller's parameters are not to be given away.
         trained = jax.tree.map(lambda x: np.array(x, np.float32), trained)
         base = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(config.compute)), params)
-    tx = trainable.optimizer(config)
-    abstract = TrainState(trained, jax.eval_shape(tx.init, trained), jax.ShapeDtypeStruct((), jnp.int32))
-    places = layout(abstract, base, model, config, mesh)
     trained = sharding.place(trained, places.state.params)
     opt_state = jax.jit(tx.init, out_shardings=places.state.opt_state)(trained)
     step = sharding.place(np.zeros((), np.int32), places.state.step)
-    return TrainState(trained, opt_state, step), sharding.place(base, places.base), places
+    return TrainState(trained, opt_state, step), sharding.place(base, places.base)
 
 
-def member(
-    state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig, dtype: str = "bfloat16"
-) -> Params:
-    """The retrofitted model's parameters, whole and on the host, on every process."""
+def member_params(state: TrainState, base: Params, model: ModelConfig, config: RetrofitConfig) -> Params:
+    """`merged_params`, whole and on the host, on every process."""
     if config.mode == "full":
         base = {}  # all of it was trained
     trained, base = sharding.gather((state.params, base))
     with sharding.on_host():
-        return jax.tree.map(np.asarray, trainable.merged(base, trained, model, config, dtype))
-
-
-def gate_alone(state: TrainState, dtype: str = "bfloat16") -> Params:
-    """What `save_gate` needs of a run in adapter mode."""
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), sharding.gather(state.params))
+        return jax.tree.map(np.asarray, merged_params(base, trained, model, config))

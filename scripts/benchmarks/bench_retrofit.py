@@ -8,12 +8,12 @@ examples:
       --context 1024 --rows 32
 """
 
+import dataclasses
 import json
-import math
 import statistics
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -21,11 +21,14 @@ import tyro
 from tqdm import tqdm
 
 from dms_jax import sharding
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
+from dms_jax.config import DMSConfig, ModelConfig, load_yaml
+from dms_jax.files import write_atomically
 from dms_jax.models import transformer
-from dms_jax.training import data, flops
-from dms_jax.training import step as retrofit
+from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig
+from dms_jax.training.data import Batch, one_document
+from dms_jax.training.step import compiled_step, initial_state, layout
+from scripts import command
 
 
 def random_params(model: ModelConfig, dtype: str):
@@ -42,67 +45,73 @@ def random_params(model: ModelConfig, dtype: str):
     return jax.tree_util.tree_map_with_path(weight, shapes)
 
 
-def main(
-    model: Path = Path("configs/models/mini.yaml"),
-    mode: Literal["full", "adapter", "lora"] = "adapter",
-    context: int = 256,
-    rows: int = 4,
-    accumulate: int = 1,
-    window: int = 256,
-    compute: Literal["float32", "bfloat16"] = "float32",
-    remat: Literal["none", "dots", "block"] = "none",
-    loss_chunk: int = 256,
-    mesh: tuple[int, int, int] = (1, 1, 1),
-    steps: int = 10,
-    out: Path | None = None,
-) -> dict:
-    """Times the step after two steps of warm-up.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    model: Path = Path("configs/models/mini.yaml")
+    """YAML file with the fields of ModelConfig"""
+    mode: Literal["full", "adapter", "lora"] = "adapter"
+    context: int = 256
+    """tokens a row, which is one document"""
+    rows: int = 4
+    """rows a step, over all devices"""
+    accumulate: int = 1
+    window: int = 256
+    compute: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "block"] = "none"
+    loss_chunk: int = 256
+    """tokens a row whose logits exist at once"""
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    steps: int = 10
+    """how many are timed; the figure is their median"""
+    out: Path | None = None
+    """JSON file to write"""
 
-    Args:
-      model: YAML file with the fields of ModelConfig.
-      context: tokens a row, which is one document.
-      rows: rows a step, over all devices.
-      loss_chunk: tokens a row whose logits exist at once.
-      steps: how many are timed; the figure is their median.
-      out: JSON file to write.
-    """
-    shape = load_yaml(ModelConfig, model)
-    dms = DMSConfig(window=window, gate="query" if mode == "full" else "adapter", decision_offset=1)
-    config = RetrofitConfig(
-        dms=dms, mode=mode, batch_size=rows, context=context, accumulate=accumulate, compute=compute,
-        remat=remat, loss_chunk=loss_chunk, mesh=mesh,
-    )  # fmt: skip
-    layout = sharding.make_mesh(mesh)
-    with jax.set_mesh(layout):
-        state, base, places = retrofit.start(random_params(shape, compute), shape, config, layout)
-        tokens = np.random.default_rng(1).integers(0, shape.vocab_size, (rows, context)).astype(np.int32)
-        lengths = np.full(rows, context, np.int32)
-        batch = sharding.place(data.one_document(data.Batch(tokens, lengths, lengths)), places.batch)
+    def config(self) -> RetrofitConfig:
+        gate = "query" if self.mode == "full" else "adapter"
+        return RetrofitConfig(
+            dms=DMSConfig(window=self.window, gate=gate, decision_offset=1), mode=self.mode, batch_size=self.rows,
+            context=self.context, accumulate=self.accumulate, compute=self.compute, remat=self.remat,
+            loss_chunk=self.loss_chunk, mesh=self.mesh,
+        )  # fmt: skip
+
+
+def main(options: Annotated[Options, tyro.conf.arg(name="")] = Options()) -> dict:  # noqa: B008 (frozen)
+    """Times the step after two steps of warm-up."""
+    shape, config = load_yaml(ModelConfig, options.model), options.config()
+    devices = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(devices):
+        state, base = initial_state(random_params(shape, config.compute), shape, config, devices)
+        places = layout(shape, config, devices)
+        size = (config.batch_size, config.context)
+        tokens = np.random.default_rng(1).integers(0, shape.vocab_size, size).astype(np.int32)
+        lengths = np.full(config.batch_size, config.context, np.int32)
+        batch = sharding.place(one_document(Batch(tokens, lengths, lengths)), places.batch)
         state = state._replace(step=sharding.place(np.int32(config.retirement), places.state.step))
         began = time.perf_counter()
-        step = retrofit.compiled_step(shape, config, False, places).lower(state, base, batch).compile()
+        step = compiled_step(shape, config, False, devices).lower(state, base, batch).compile()
         compiling = time.perf_counter() - began
         seconds = []
-        for _ in tqdm(range(steps + 2), desc="steps", unit="step"):
+        for _ in tqdm(range(options.steps + 2), desc="steps", unit="step"):
             began = time.perf_counter()
             state, metrics = step(state, base, batch)
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - began)
     second = statistics.median(seconds[2:])
-    work = flops.step_flops(shape, config, rows * context, (context + 1) / 2)
-    peak = flops.peak_flops()
+    work = flops.step_flops(shape, config, tokens.size, (config.context + 1) / 2)
+    peak = flops.peak_flops(devices.size)
     memory = step.memory_analysis()
     result = {
-        "model": model.stem,
-        "mode": mode,
-        "device": f"{math.prod(mesh)} x {jax.devices()[0].device_kind}",
-        "context": context,
-        "rows": rows,
-        "compute": compute,
-        "remat": remat,
+        "model": options.model.stem,
+        "mode": config.mode,
+        "device": f"{devices.size} x {jax.devices()[0].device_kind}",
+        "context": config.context,
+        "rows": config.batch_size,
+        "accumulate": config.accumulate,
+        "compute": config.compute,
+        "remat": config.remat,
         "jax": jax.__version__,
         "seconds_per_step": second,
-        "tokens_per_second": rows * context / second,
+        "tokens_per_second": tokens.size / second,
         "model_tflops_per_second": work / second / 1e12,
         "mfu": peak and work / second / peak,
         "peak_flops": peak,
@@ -111,14 +120,11 @@ def main(
         "loss": float(metrics["loss"]),
     }
     print(json.dumps(result, indent=2))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
     return result
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ConfigError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command.run(main)

@@ -1,4 +1,5 @@
-"""The scores of `experiments.lm_eval_adapter` beside those of lm-evaluation-harness's own HF backend, request by request.
+"""The scores of `experiments.lm_eval_adapter` beside those of lm-evaluation-harness's own HF backend, request by
+request.
 
 The model is saved as a Hugging Face folder, which the harness loads with torch; both score the endings of HellaSwag's
 contexts in float32. Needs the extras `experiments` and `test`.
