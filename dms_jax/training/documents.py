@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,7 @@ PROMPTS = ("problem", "question", "prompt", "instruction")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
+@runtime_checkable
 class Rows(Protocol):
     """The rows of a data set, read one at a time."""
 
@@ -47,6 +48,7 @@ class Rows(Protocol):
     def __getitem__(self, row: int, /) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
 class Documents(Protocol):
     """A data set as token ids."""
 
