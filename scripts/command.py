@@ -1,5 +1,7 @@
 """How a script is run from a shell: its options, and errors that end it with one line instead of a traceback."""
 
+import gc
+import logging
 import sys
 from collections.abc import Callable
 
@@ -14,15 +16,25 @@ MISTAKES = (ConfigError, WeightError, CheckpointError, FloatingPointError, OSErr
 
 
 def run(main: Callable[..., object]) -> None:
-    """Runs `main` with the options of the command line; status 1 after a mistake, 130 after Ctrl-C."""
+    """Runs `main` with the options of the command line; ends with status 1 after a mistake, 130 after Ctrl-C."""
+    # Where a save fails, Orbax logs the traceback of each error that it raises, too, and TensorStore prints those of
+    # its writes that were still under way.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         tyro.cli(main)
+        return
     except MISTAKES as error:
-        end(f"error: {error}", error, 1)
+        lines, status = [f"error: {error}", *getattr(error, "__notes__", ())], 1
     except KeyboardInterrupt as error:
-        end("interrupted", error, 130)
+        lines, status = ["interrupted", *getattr(error, "__notes__", ())], 130
+    logging.disable()
+    sys.unraisablehook = lambda _: None
+    gc.collect()
+    print("; ".join(lines), file=sys.stderr)
+    raise SystemExit(status)
 
 
-def end(message: str, error: BaseException, status: int) -> None:
-    print("; ".join([message, *getattr(error, "__notes__", ())]), file=sys.stderr)
-    raise SystemExit(status) from error
+def _unraisable(raised) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)

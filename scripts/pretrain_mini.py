@@ -18,7 +18,8 @@ from dms_jax.models.transformer import Decoder, arange_positions, causal, init
 from dms_jax.training.data import Batch, PoolStream
 from dms_jax.training.loop import Loop
 from dms_jax.training.step import TrainState
-from dms_jax.weights.load import LM, save
+from dms_jax.weights.lm import LM
+from dms_jax.weights.save import save
 from experiments.tasks import mini
 from scripts import command
 

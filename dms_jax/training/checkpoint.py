@@ -169,14 +169,15 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.sealing: threading.Thread | None = None
         self.error: CheckpointError | None = None
+        self.failed = False
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, KeyboardInterrupt | OSError):
-            error.add_note(f"the newest whole checkpoint in {self.folder} is that of step {self.good}")
         self.close()
+        if isinstance(error, KeyboardInterrupt | OSError):
+            error.add_note(self._newest())
 
     def save(self, step: int, state: State, cursor: Any) -> None:
         """Starts to save a state and the data cursor; returns once the state's buffers may be used again."""
@@ -201,9 +202,16 @@ class Checkpoints:
             self.error.__cause__ = error
 
     def _unsaved(self, step: int, error: Exception) -> CheckpointError:
+        self.failed = True
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        newest = f"the newest whole checkpoint is that of step {self.good}"
-        return CheckpointError(f"{self.folder / str(step)} cannot be saved ({reason}); {newest}")
+        if "No space left on device" in reason:  # TensorStore names every file that it was at
+            reason = "no space left on the device"
+        return CheckpointError(f"{self.folder / str(step)} cannot be saved ({reason}); {self._newest()}")
+
+    def _newest(self) -> str:
+        if self.good is None:
+            return f"there is no whole checkpoint in {self.folder}"
+        return f"the newest whole checkpoint in {self.folder} is that of step {self.good}"
 
     def wait(self) -> None:
         """Until the last save is on disk; raises what went wrong with it."""
@@ -229,7 +237,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self.manager.close()
+            try:
+                self.manager.close()
+            except Exception:
+                if not self.failed:  # or else it is what was raised before
+                    raise
 
 
 def read(folder: Path, step: int, state: State) -> State:
