@@ -132,12 +132,18 @@ def _check_full_rotation(raw: Mapping[str, Any]) -> None:
 
 
 def _rope_from_hf(raw: Mapping[str, Any]) -> RopeConfig:
-    """`rope_scaling` with `rope_theta` beside it (old), or `rope_parameters` with everything inside (new)."""
-    rope = take(raw, "rope_scaling", dict, {}) or take(raw, "rope_parameters", dict, {})
+    """`rope_scaling` with `rope_theta` beside it (old), or `rope_parameters` with everything inside (new), or both."""
+    maps = [take(raw, key, dict, {}) for key in ("rope_scaling", "rope_parameters")]
+    old, *new = [_rope_from_map(raw, rope) for rope in maps if rope] or [_rope_from_map(raw, {})]
+    require(new in ([], [old]), "rope_parameters", maps[1], "say something else than rope_scaling and rope_theta")
+    return old
+
+
+def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig:
     rope = take(rope, "full_attention", dict, rope)  # spelled once for each kind of layer
     place = rope if "rope_theta" in rope else raw
     theta = take(place, "rope_theta", float) if "rope_theta" in place else 10000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     one_of("rope_type", kind, ("default", "linear", "llama3", "yarn"))
     _check_full_rotation(rope)
     if kind == "default":
