@@ -16,7 +16,7 @@ setup: $(VENV)/.setup
 aime: $(VENV)/.setup
 	$(run) -m experiments.aime $(ARGS)
 test: $(VENV)/.test
-	$(run) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(run) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 lint: $(VENV)/.test
 	$(run) -m ruff check .
 	$(run) -m ruff format --check .

@@ -24,6 +24,9 @@ def compiled(*arguments: str) -> list[dict]:
     return json.loads(run.stdout)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """All for an H100; for an A100 without the backward pass."""
