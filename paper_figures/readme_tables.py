@@ -47,6 +47,69 @@ def mini() -> str:
     return f"{markdown(header, rows)}\n\n{note}"
 
 
+def gsm8k() -> str:
+    """A real model on GSM8K, as far as it was run."""
+    results = json.loads((RESULTS / "h100" / "gsm8k_qwen2.5_coder_0.5b.json").read_text())
+    rows = [
+        [
+            "vanilla"
+            if row["policy"] == "full"
+            else row["policy"].upper() + (f" CR{row['cr']:g}" if row["cr"] else ""),
+            str(row["chains"]),
+            percent(row["accuracy"]),
+            percent(row["gain"], "+"),
+            f"{row['kv_reads']:,.0f}",
+            f"{row['peak_tokens']:,.0f}",
+            f"{row['achieved_cr']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    about = results["environment"]
+    note = (
+        f"{results['model']} (GGUF, SHA-256 {results['gguf_sha256'][:12]}), {results['problems']} problems drawn with "
+        f"seed {results['seed']} (the run stopped {results['stopped']}), at most {results['rows'][0]['max_length']} new "
+        f"tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals by "
+        f"{results['interval']}, gains paired with the first row. {about['device']}, jax {about['jax']}."
+    )
+    header = ["model", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def job() -> str:
+    """Tokens per second of a whole generate and of its decode steps."""
+    runs = json.loads((RESULTS / "h100" / "job_qwen2.5_0.5b.json").read_text())["runs"]
+    rows = [
+        [
+            f"{run['settings']['top_p']:g}",
+            str(run["settings"]["steps"]),
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['step_tokens_per_second']:,.0f}",
+            f"{run['job_over_step']:.2f}",
+            f"{1e3 * run['step_seconds']:.2f}",
+            f"{1e3 * run['prefill_seconds']:.0f}",
+            f"{run['phases']['first call']:.0f}",
+        ]
+        for run in runs
+    ]
+    s, about = runs[0]["settings"], runs[0]["environment"]
+    note = (
+        f"Qwen2.5-0.5B's shape, random weights, {s['dtype']}, {s['prompts']} prompts of {s['prompt_length']} tokens, "
+        f"{s['max_new_tokens']} new tokens, {s['max_num_seqs']} sequences, temperature {s['temperature']:g}; medians of "
+        f"{s['rounds']} calls. {about['device']}, jax {about['jax']}; `{about['command']}`."
+    )
+    header = [
+        "top-p",
+        "steps a chunk",
+        "job, tokens/s",
+        "steps alone",
+        "ratio",
+        "ms a step",
+        "ms prefill",
+        "s first call",
+    ]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
 def speed() -> str:
     """Tokens per second beside transformers."""
     results = json.loads((RESULTS / "bench_generate.json").read_text())
@@ -260,6 +323,8 @@ def ruler() -> str:
 
 
 TABLES = {
+    "gsm8k": gsm8k,
+    "job": job,
     "fidelity": fidelity,
     "mini": mini,
     "real": real,
