@@ -67,8 +67,8 @@ def gsm8k() -> str:
     about = results["environment"]
     note = (
         f"{results['model']} (GGUF, SHA-256 {results['gguf_sha256'][:12]}), {results['problems']} problems drawn with "
-        f"seed {results['seed']} (the run stopped {results['stopped']}), at most {results['rows'][0]['max_length']} new "
-        f"tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals by "
+        f"seed {results['seed']} (the run stopped {results['stopped']}), at most {results['rows'][0]['max_length']} "
+        f"new tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals by "
         f"{results['interval']}, gains paired with the first row. {about['device']}, jax {about['jax']}."
     )
     header = ["model", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
@@ -94,8 +94,8 @@ def job() -> str:
     s, about = runs[0]["settings"], runs[0]["environment"]
     note = (
         f"Qwen2.5-0.5B's shape, random weights, {s['dtype']}, {s['prompts']} prompts of {s['prompt_length']} tokens, "
-        f"{s['max_new_tokens']} new tokens, {s['max_num_seqs']} sequences, temperature {s['temperature']:g}; medians of "
-        f"{s['rounds']} calls. {about['device']}, jax {about['jax']}; `{about['command']}`."
+        f"{s['max_new_tokens']} new tokens, {s['max_num_seqs']} sequences, temperature {s['temperature']:g}; medians "
+        f"of {s['rounds']} calls. {about['device']}, jax {about['jax']}; `{about['command']}`."
     )
     header = [
         "top-p",
