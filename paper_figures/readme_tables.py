@@ -68,8 +68,8 @@ def gsm8k() -> str:
     note = (
         f"{results['model']} (GGUF, SHA-256 {results['gguf_sha256'][:12]}), {results['problems']} problems drawn with "
         f"seed {results['seed']} (the run stopped {results['stopped']}), at most {results['rows'][0]['max_length']} "
-        f"new tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals by "
-        f"{results['interval']}, gains paired with the first row. {about['device']}, jax {about['jax']}."
+        f"new tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals "
+        f"by {results['interval']}, gains paired with the first row. {about['device']}, jax {about['jax']}."
     )
     header = ["model", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
     return f"{markdown(header, rows)}\n\n{note}"
