@@ -119,6 +119,9 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+GATE_NAMES = ["query", "adapter"]  # `models.gates.add` appends to it
+
+
 @dataclass(frozen=True)
 class DMSConfig:
     """How tokens are chosen for eviction. Defaults: the paper's gate and window (section 3, appendix B).
@@ -136,7 +139,7 @@ class DMSConfig:
     """
 
     window: int = 256
-    gate: Literal["query", "adapter"] = "query"
+    gate: str = "query"
     decision_offset: int = 0
     scale: float = 100.0
     logit_bias: float = 5.0
@@ -146,7 +149,7 @@ class DMSConfig:
     sinks: int = 0
 
     def __post_init__(self):
-        one_of("gate", self.gate, ("query", "adapter"))
+        one_of("gate", self.gate, tuple(GATE_NAMES))
         one_of("per", self.per, ("head", "layer"))
         require(self.window >= 0, "window", self.window, "must not be negative")
         o = self.decision_offset

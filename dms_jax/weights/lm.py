@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import ArrayLike, Int
 
 from dms_jax.config import DMSConfig, ModelConfig, require
 from dms_jax.models.gates import gate_of
@@ -33,7 +33,7 @@ class LM:
     def __post_init__(self):
         require(self.cr is None or self.cr >= 1, "cr", self.cr, "must be at least 1")
 
-    def logits(self, tokens: Int[Array, "B T"], dms: DMSConfig | None = None) -> Logits:
+    def logits(self, tokens: Int[ArrayLike, "B T"], dms: DMSConfig | None = None) -> Logits:
         """`[B, T]` token ids -> `[B, T, V]` float32; with `dms` the hard delayed-eviction mask is on.
 
         Raises:
