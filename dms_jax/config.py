@@ -269,6 +269,9 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+GATE_NAMES = ["query", "adapter"]  # `models.gates.add` appends to it
+
+
 @dataclass(frozen=True)
 class DMSConfig:
     """How tokens are chosen for eviction. Defaults: the paper's gate and window (section 3, appendix B).
@@ -286,7 +289,7 @@ class DMSConfig:
     """
 
     window: Count = 256
-    gate: Literal["query", "adapter"] = "query"
+    gate: str = "query"
     decision_offset: Count = 0
     scale: Real = 100.0
     logit_bias: Real = 5.0
@@ -297,6 +300,7 @@ class DMSConfig:
 
     def __post_init__(self):
         check(self)
+        one_of("gate", self.gate, tuple(GATE_NAMES))
         o = self.decision_offset
         require(o <= self.window + 1, "decision_offset", o, f"must lie in 0..window+1={self.window + 1}")
 

@@ -13,8 +13,8 @@ from flax import linen as nn
 import dms_jax
 from dms_jax import dms
 from dms_jax.config import DMSConfig, ModelConfig
-from dms_jax.models import layers, transformer
-from dms_jax.models.gates import GATES, Gate, GateTensor
+from dms_jax.models import gates, layers, transformer
+from dms_jax.models.gates import Gate, GateTensor
 
 
 class Linear(nn.Module):
@@ -40,8 +40,10 @@ class LinearGate(Gate):
         return dms.affine(Linear(model.num_kv_heads, name="gate")(residual), self.dms)
 
 
+gates.add("linear", LinearGate)
+
+
 def main() -> tuple[float, float]:
-    GATES["linear"] = LinearGate
     config = DMSConfig(gate="linear", window=4)
     model = ModelConfig("llama", 64, 2, 32, 4, 2, 8, 64)
     params = transformer.init(jax.random.key(0), model, config)

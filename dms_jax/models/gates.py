@@ -1,7 +1,7 @@
 """Gates: where eviction logits come from, and everything else in which one kind of gate differs from another.
 
-A kind of gate is a subclass of `Gate` in GATES, under the name that DMSConfig.gate gives it. Decoder, training, weights
-and decoding call its methods and never ask which kind they have.
+A kind of gate is a subclass of `Gate` in GATES, under the name that DMSConfig.gate gives it (see `add`). Decoder,
+training, weights and decoding call its methods and never ask which kind they have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dms_jax import dms
-from dms_jax.config import DMSConfig, ModelConfig, require
+from dms_jax.config import GATE_NAMES, DMSConfig, ModelConfig, require
 from dms_jax.models import layers
 from dms_jax.types import GateLogits, Params, Queries, Residual
 
@@ -170,6 +170,13 @@ class AdapterGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {"query": QueryGate, "adapter": AdapterGate}
+
+
+def add(name: str, kind: type[Gate]) -> None:
+    """Makes a kind of gate known, under the name by which a DMSConfig asks for it."""
+    require(name not in GATES, "gate", name, "there is one of that name")
+    GATES[name] = kind
+    GATE_NAMES.append(name)
 
 
 @overload

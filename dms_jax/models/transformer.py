@@ -172,7 +172,7 @@ def self_attention(
     v: NewKV,
     positions: Positions,
     log_keep_prob: LogKeepProb,
-    window: int,
+    window: int | Array,
     segments: Segments | None = None,
     hard: bool = False,
 ) -> Queries:

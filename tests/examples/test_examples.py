@@ -19,7 +19,7 @@ def load(name: str):
 
 def test_new_policy():
     example = load("new_policy")
-    made = example.main(budget=80, new=24)
+    made = example.main(budget=80, new=64)
     assert made["full"].peak_tokens > 80
     for name in ("tova", "value_norm"):
         assert made[name].peak_tokens <= 80 < made[name].achieved_cr * 80

@@ -111,10 +111,10 @@ def test_frequencies_are_those_of_the_softmax(config):
 def test_keys_depend_on_seed_prompt_and_chain_only():
     many = sampling.sequence_keys(3, 4, 5)
     assert len({tuple(key) for key in np.asarray(many).tolist()}) == 20
-    for prompt, chain in ((0, 0), (2, 3), (3, 4)):
-        np.testing.assert_array_equal(sampling.chain_keys(3, [prompt], [chain])[0], many[prompt * 5 + chain])
+    for prompt, chain in np.array([[[0], [0]], [[2], [3]], [[3], [4]]]):
+        np.testing.assert_array_equal(sampling.chain_keys(3, prompt, chain), many[prompt * 5 + chain])
     np.testing.assert_array_equal(sampling.sequence_keys(3, 2, 5), many[:10])
-    assert not np.array_equal(sampling.chain_keys(4, [2], [3])[0], many[13])
+    assert not np.array_equal(sampling.chain_keys(4, np.array([2]), np.array([3]))[0], many[13])
 
 
 def test_a_draw_does_not_depend_on_the_batch():
