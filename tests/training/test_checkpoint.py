@@ -1,27 +1,32 @@
-"""Checkpoints that survive what happens to them: kill -9, SIGTERM, truncation, flipped bits."""
+"""Checkpoints that survive what happens to them: kill -9, SIGTERM, Ctrl-C, a full disk, truncation, flipped bits."""
 
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dms_jax.training import checkpoint
 from dms_jax.training.checkpoint import CheckpointError, Checkpoints
+from dms_jax.training.step import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, str(ROOT / "tests" / "helpers" / "killed.py")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def state(number: float):
-    return {"w": jnp.full((4, 3), number), "step": jnp.int32(number)}
+def state(number: float, step: int | None = None) -> TrainState:
+    return TrainState({"w": jnp.full((4, 3), number)}, (), jnp.int32(number if step is None else step))
 
 
 def three(folder: Path) -> Path:
@@ -45,10 +50,11 @@ def biggest(folder: Path) -> Path:
 
 def test_saved_and_restored(tmp_path):
     step, got, cursor = newest(three(tmp_path))
-    assert step == got["step"] == 3 and cursor == [3, 6]
-    np.testing.assert_array_equal(got["w"], np.full((4, 3), 3))
+    assert step == got.step == 3 and cursor == [3, 6]
+    np.testing.assert_array_equal(got.params["w"], np.full((4, 3), 3))
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(state(0), step=1)[1]["step"] == 1
+        assert checkpoints.restore(state(0), step=1)[1].step == 1
+    assert checkpoint.read(tmp_path, 2, state(0)).step == 2
 
 
 def test_nothing_to_restore(tmp_path):
@@ -79,12 +85,31 @@ def lose(folder: Path) -> None:
     biggest(folder).unlink()
 
 
+def add(folder: Path) -> None:
+    (folder / "state" / "another").write_text("")
+
+
 def unseal(folder: Path) -> None:
     (folder / checkpoint.SEAL).unlink()
 
 
-def garble(folder: Path) -> None:
-    (folder / checkpoint.SEAL).write_text('{"a')
+def written(text: str):
+    def write(folder: Path) -> None:
+        (folder / checkpoint.SEAL).write_text(text)
+
+    return write
+
+
+def rename(folder: Path) -> None:
+    """Step 1 takes the name of step 3."""
+    shutil.rmtree(folder)
+    (folder.parent / "1").rename(folder)
+
+
+def half_sealed(folder: Path) -> None:
+    """Two processes wrote it, of which one was killed before its seal."""
+    seal = json.loads((folder / checkpoint.SEAL).read_text())
+    (folder / checkpoint.SEAL).write_text(json.dumps(seal | {"processes": 2}))
 
 
 @pytest.mark.parametrize(
@@ -93,21 +118,73 @@ def garble(folder: Path) -> None:
         (truncate, "bytes, not"),
         (flip, "checksum of .* is wrong"),
         (lose, "is missing"),
+        (add, "state/another is in no seal"),
         (unseal, "interrupted"),
-        (garble, "cannot be read"),
+        (half_sealed, "interrupted"),
+        (rename, "it is that of step 1"),
+        (written('{"a'), "sums.json cannot be read"),
+        (written("[]"), "sums.json cannot be read"),
+        (written('{"step": 3, "processes": 1, "files": {"a": 3}}'), "sums.json cannot be read"),
+        (written('{"step": 3, "processes": 1, "files": {}}'), "is in no seal"),
+        (written("{}"), "is in no seal"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, harm, reason, capsys):
     folder = three(tmp_path / "checkpoints")
     harm(folder / "3")
     step, got, cursor = newest(folder)
-    assert step == got["step"] == 2 and cursor == [2, 4]
+    assert step == got.step == 2 and cursor == [2, 4]
     message = capsys.readouterr().err
-    assert f"{folder / '3'} was" in message and "back to step 2" in message
+    assert re.search(f"{folder / '3'} was .*{reason}", message) and "back to step 2" in message
     with Checkpoints(folder, keep=3) as checkpoints:  # the step is saved again, over nothing
-        checkpoints.save(3, state(30), None)
-    assert newest(folder)[1]["w"][0, 0] == 30
+        checkpoints.save(3, state(30, 3), None)
+    assert newest(folder)[1].params["w"][0, 0] == 30
     assert [path.name for path in (tmp_path / "rejected").iterdir()] == ["0-step3"]
+
+
+def test_a_seal_of_an_older_version(tmp_path, capsys):
+    """It held the files alone: they are checked as ever, and the step is the state's own."""
+    folder = three(tmp_path / "checkpoints")
+    for step in "123":
+        files = json.loads((folder / step / checkpoint.SEAL).read_text())["files"]
+        (folder / step / checkpoint.SEAL).write_text(json.dumps(files))
+    assert newest(folder)[0] == 3
+    flip(folder / "3")
+    assert newest(folder)[0] == 2
+    (folder / "1").rename(folder / "7")
+    with pytest.raises(CheckpointError, match="checkpoints/7 holds the state of step 1"):
+        newest(folder)
+
+
+def test_every_process_seals_its_own_files(tmp_path, monkeypatch):
+    """Files as two processes leave them; neither reads what the other wrote."""
+    folder = tmp_path / "5"
+    names = {"state/d/a": 0, "state/ocdbt.process_0/d/b": 0, "state/ocdbt.process_1/d/c": 1, "state/process_1": 1}
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    read, whole = [], checkpoint._sum
+    monkeypatch.setattr(checkpoint, "_sum", lambda file: (read.append(str(file.relative_to(folder))), whole(file))[1])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert checkpoint.fault(folder) == checkpoint.INTERRUPTED
+        read.clear()
+        checkpoint.seal(folder, 5)
+        assert sorted(read) == sorted(name for name in names if names[name] == process)
+    assert checkpoint.fault(folder) is None
+    (folder / "state/process_1").write_text("else")
+    assert "state/process_1 has 4 bytes" in checkpoint.fault(folder)
+
+
+def test_a_copy_goes_on_where_its_original_is(tmp_path):
+    folder = three(tmp_path / "one" / "checkpoints")
+    checkpoint.copy(2, folder, tmp_path / "other" / "checkpoints")
+    assert newest(tmp_path / "other" / "checkpoints")[0] == 2 and newest(folder)[0] == 3
+    flip(folder / "1")
+    for step, reason in ((1, "damaged"), (4, "not there")):
+        with pytest.raises(CheckpointError, match=f"checkpoints/{step} is {reason}"):
+            checkpoint.copy(step, folder, tmp_path / "other" / "checkpoints")
 
 
 def test_two_damaged_ones(tmp_path):
@@ -127,13 +204,13 @@ def test_no_whole_one_left_is_an_error(tmp_path):
 
 
 def test_a_save_that_fails_is_told(tmp_path, monkeypatch):
-    def full(folder):
-        raise OSError("no space left")
+    def full(folder, step):
+        raise OSError("[Errno 28] No space left on device")
 
     monkeypatch.setattr(checkpoint, "seal", full)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(1), None)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match="1 cannot be saved .no space left on the device.; there is no whole"):
         checkpoints.close()
     assert checkpoints.good is None
 
@@ -141,8 +218,13 @@ def test_a_save_that_fails_is_told(tmp_path, monkeypatch):
 # Processes that are ended
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen([*RUN, str(folder)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([*RUN, str(folder), *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def without_bar(errors: str) -> list[str]:
+    """The lines that are not the progress bar's."""
+    return [line for line in errors.splitlines() if line and "step/s" not in line and "s/step" not in line]
 
 
 def lines(folder: Path) -> int:
@@ -208,3 +290,25 @@ def test_sigterm_saves_and_ends_cleanly(whole, tmp_path):
     _, errors = (process := start(tmp_path)).communicate(timeout=120)
     assert process.returncode == 0, errors
     assert (tmp_path / "log.jsonl").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_one_line_and_loses_nothing(whole, tmp_path):
+    process = start(tmp_path)
+    when(process, lambda: lines(tmp_path) > 7)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    step = checkpoint.steps_in(tmp_path / "checkpoints")[0]
+    newest = f"interrupted; the newest whole checkpoint in {tmp_path / 'checkpoints'} is that of step {step}"
+    assert process.returncode == 130 and without_bar(errors) == [newest]
+    _, errors = (process := start(tmp_path)).communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "log.jsonl").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_one_line(tmp_path):
+    _, errors = (process := start(tmp_path, "100000")).communicate(timeout=60)
+    (line,) = without_bar(errors)
+    assert process.returncode == 1
+    assert line.startswith(f"error: {tmp_path / 'checkpoints' / '3'} cannot be saved (") and "File too large" in line

@@ -9,8 +9,8 @@ import pytest
 
 from dms_jax.config import ConfigError
 from dms_jax.training.config import SourceConfig
-from dms_jax.training.data import Batch, batch_at, blend, one_document, packed_stream, prefetch
-from dms_jax.training.documents import Documents, open_documents
+from dms_jax.training.data import Batch, PackedStream, PoolStream, batch_at, blend, one_document, prefetch
+from dms_jax.training.documents import open_documents, open_rows
 
 
 def pool(n: int) -> Batch:
@@ -55,6 +55,17 @@ def test_a_batch_is_a_function_of_its_step():
         assert rows_of(batch_at(pool(9), step, 2, 5)) == whole[step]
 
 
+def test_a_pool_as_a_stream():
+    """From any cursor; packed, every sequence is a row of one document."""
+    stream = PoolStream(Batch(np.zeros((6, 4), int), np.ones(6, int), np.arange(1, 7) % 5), 3, 7)
+    for (batch, after), step in zip(stream(2), range(2, 6), strict=False):
+        assert after == step + 1
+        for got, want in zip(batch, batch_at(stream.pool, step, 3, 7), strict=True):
+            np.testing.assert_array_equal(got, want)
+    (packed, after), (batch, _) = next(stream.packed(None)), next(stream(None))
+    assert after == 1 and packed.segments.sum(1).tolist() == batch.lengths.tolist()
+
+
 def test_too_small_a_pool():
     with pytest.raises(ValueError, match=r"batch_size=5: the pool holds only 4 sequences"):
         batch_at(pool(4), 0, 5, 0)
@@ -77,6 +88,16 @@ class Words:
     def apply_chat_template(self, chat, tokenize):
         assert not tokenize
         return "".join({"user": "u", "assistant": "a", "system": "s"}[turn["role"]] + turn["content"] for turn in chat)
+
+
+class Characters(Words):
+    """Any character, and any role."""
+
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    def apply_chat_template(self, chat, tokenize):
+        return "".join(turn["role"] + turn["content"] for turn in chat)
 
 
 def written(path, rows):
@@ -138,7 +159,16 @@ def test_parquet_and_jsonl_read_alike(tmp_path):
         ("", {}, "holds no documents"),
         ("[1]", {}, "row 0.*list"),
         ("{", {}, "row 0.*JSON"),
-        ('{"messages": [{"role": "user"}]}', {}, "row 0: cannot be rendered .*content"),
+        ("[" * 10_000, {}, "row 0: cannot be read as JSON"),
+        ('{"text": "\\ud800"}', {}, "row 0: is not Unicode text"),
+        ('{"text": 7}', {"text": "text"}, "row 0, text=7: expected text"),
+        ('{"messages": [{"role": "user"}]}', {}, r"row 0, messages\[0\]: has no field content"),
+        ('{"messages": [{"role": "user", "content": null}]}', {}, r"row 0, messages\[0\].content=None: expected text"),
+        ('{"messages": "hello"}', {}, "row 0, messages='hello': expected a list of turns"),
+        ('{"chat": "hello"}', {"messages": "chat"}, "row 0, chat='hello': expected a list of turns"),
+        ('{"messages": ["hello"]}', {}, r"row 0, messages\[0\]='hello': expected a turn"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', {}, "row 0: the chat template refuses it .*tool"),
+        ('{"question": "a", "answer": ["b"]}', {}, r"row 0, answer=\['b'\]: expected text"),
         ('{"text": "", "messages": []}', {"text": "text"}, "row 0: is empty"),
     ],
 )
@@ -149,7 +179,43 @@ def test_bad_data_names_the_file(tmp_path, text, fields, message):
     tokenizer.eos_token = ""
     with pytest.raises(ConfigError, match=message) as error:
         open_documents(SourceConfig(str(file), **fields), tokenizer).encode([0])
-    assert str(file) in str(error.value)
+    assert str(file) in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_bad_rows_are_named_by_their_number(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "a"}\n\n{"text": "b"}\n{"txt": "c"}\n\xff\n')
+    documents = open_documents(SourceConfig(str(file)), Words())
+    assert [x.tolist() for x in documents.encode([1, 0])] == [ids("b!"), ids("a!")]
+    with pytest.raises(ConfigError, match=r"rows.jsonl, row 2: has no field text .but txt"):
+        documents.encode([0, 2])
+    with pytest.raises(ConfigError, match=r"rows.jsonl, row 3: cannot be read as JSON"):
+        documents.encode([3])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mutated_files_are_read_or_named(tmp_path, seed):
+    """Bytes of a good file replaced, removed and doubled: its rows are read, or the error names the file."""
+    rng = np.random.default_rng(seed)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [{"messages": chat}, {"question": "q", "answer": "r"}, {"text": "t"}]
+    good = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = tmp_path / "rows.jsonl"
+    for _ in range(25):
+        bad = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(len(bad)))
+            bad[at : at + int(rng.integers(0, 3))] = (
+                rng.integers(0, 256, int(rng.integers(0, 3))).astype(np.uint8).tobytes()
+            )
+        file.write_bytes(bad)
+        for row in range(3):
+            try:
+                open_documents(SourceConfig(str(file)), Characters()).encode(
+                    [min(row, len(open_rows(SourceConfig(str(file)))) - 1)]
+                )
+            except ConfigError as error:
+                assert str(file) in str(error)
 
 
 @pytest.mark.parametrize("path", ("nothing.jsonl", "nothing", "/nowhere/at/all"))
@@ -167,18 +233,22 @@ def test_a_source_is_checked(fields, key):
         SourceConfig("a/b", **fields)
 
 
-def numbered(first: int, lengths) -> Documents:
-    """Document n is its own number, repeated."""
+class Numbered:
+    """Documents of these lengths: each is its own number, repeated."""
 
-    def encode(rows):
-        return [np.full(lengths[row], first + row, np.int32) for row in rows]
+    def __init__(self, first: int, lengths):
+        self.first, self.lengths = first, lengths
 
-    return Documents("numbered", len(lengths), encode)
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def encode(self, rows):
+        return [np.full(self.lengths[row], self.first + row, np.int32) for row in rows]
 
 
 def two_sources():
     rng = np.random.default_rng(0)
-    return [numbered(1000, rng.integers(1, 12, 40)), numbered(2000, rng.integers(1, 40, 25))]
+    return [Numbered(1000, rng.integers(1, 12, 40)), Numbered(2000, rng.integers(1, 40, 25))]
 
 
 def taken(stream, cursor, count):
@@ -187,7 +257,7 @@ def taken(stream, cursor, count):
 
 def test_packing():
     """Whole documents in rows, none split but those longer than a row, positions and segments in step."""
-    stream = packed_stream(two_sources(), (3, 1), 24, 4, seed=7)
+    stream = PackedStream(two_sources(), (3, 1), 24, 4, seed=7)
     for batch, _ in taken(stream, None, 20):
         assert batch.tokens.shape == (4, 24) and batch.tokens.dtype == batch.segments.dtype == np.int32
         for tokens, positions, segments in zip(*batch, strict=True):
@@ -201,7 +271,7 @@ def test_packing():
 def test_every_document_comes_once_an_epoch_and_sources_by_weight():
     sources = two_sources()
     lengths = {int(x[0]): min(len(x), 24) for source in sources for x in source.encode(range(len(source)))}
-    stream = packed_stream(sources, (3, 1), 24, 4, seed=7)
+    stream = PackedStream(sources, (3, 1), 24, 4, seed=7)
     order = []
     for batch, _ in taken(stream, None, 30):
         for row, segments in zip(batch.tokens, batch.segments, strict=True):
@@ -213,13 +283,13 @@ def test_every_document_comes_once_an_epoch_and_sources_by_weight():
     assert sorted(first[:40]) == list(range(1000, 1040)) == sorted(first[40:80])
     assert first[:40] != first[40:80]
     assert abs(len(first) / len(order) - 0.75) < 0.01
-    other = packed_stream(sources, (3, 1), 24, 4, seed=8)
+    other = PackedStream(sources, (3, 1), 24, 4, seed=8)
     assert taken(other, None, 1)[0][0].tokens.tolist() != taken(stream, None, 1)[0][0].tokens.tolist()
 
 
 def test_a_stream_goes_on_from_its_cursor():
     """Also through JSON, as a checkpoint keeps it, and at a place where documents are tokenised ahead."""
-    stream = packed_stream(two_sources(), (1, 1), 24, 4, seed=0)
+    stream = PackedStream(two_sources(), (1, 1), 24, 4, seed=0)
     whole = taken(stream, None, 30)
     for start in (1, 13):
         cursor = json.loads(json.dumps(whole[start - 1][1]))

@@ -1,0 +1,154 @@
+"""scripts.retrofit from its options to the models that it writes, and how it ends after a mistake."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import tyro
+
+import dms_jax
+from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.training.data import Batch
+from experiments import aime
+from scripts import command, generate, pretrain_mini, retrofit
+from scripts.benchmarks import bench_generate, bench_retrofit
+from tests.helpers.models import random_params
+from tests.helpers.training import MODEL, POOL
+
+HELP = {
+    "scripts.pretrain_mini": lambda: tyro.cli(pretrain_mini.main, args=["--help"]),
+    "scripts.retrofit": lambda: tyro.cli(retrofit.main, args=["--help"]),
+    "scripts.benchmarks.bench_retrofit": lambda: tyro.cli(bench_retrofit.main, args=["--help"]),
+    "scripts.benchmarks.bench_generate": lambda: tyro.cli(bench_generate.Settings, args=["--help"]),
+    "scripts.generate": lambda: generate.main(["--help"]),
+    "experiments.aime": lambda: aime.main(["--help"]),
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        HELP[name]()
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a one-layer model, and short problems in place of the mini task's."""
+    model = dataclasses.replace(MODEL, num_layers=1, tie_embeddings=True)
+    dms_jax.save(dms_jax.LM(model, random_params(model, None)), tmp_path / "mini")
+    monkeypatch.setattr(
+        pretrain_mini, "training_pool", lambda seed, count, slip_rate: Batch(*(x[:count] for x in POOL))
+    )
+    return tmp_path
+
+
+def config_file(folder, mode="full", gate="query"):
+    text = (
+        f"mode: {mode}\ndms: {{window: 3, gate: {gate}}}\nretire_steps: 2\nsteps_per_cr: 2\nmax_cr: 2.5\nbatch_size: 4"
+    )
+    (folder / "config.yaml").write_text(text)
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize("mode, gate", [("full", "query"), ("lora", "query"), ("adapter", "adapter")])
+def test_script_writes_the_family(mode, gate, folder):
+    """The script as it is, on a one-layer model and short problems: what it writes is loaded, and evicts."""
+    config = config_file(folder, mode, gate)
+    overrides = retrofit.Overrides(model=str(folder / "mini"), learning_rate=0.3)
+    retrofit.main(config, overrides, out=folder / "run", pool=16)
+    ids = np.arange(12)[None]
+    base = dms_jax.load(folder / "mini", dtype="float32").logits(ids)
+    for cr in (2, 2.5):
+        if mode == "adapter":
+            lm = dms_jax.load(folder / "mini", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
+        else:
+            lm = dms_jax.load(folder / "run", cr=cr)
+        assert lm.dms == DMSConfig(window=3, gate=gate, cr=cr)
+        sparse = lm.logits(ids, dms=lm.dms)
+        assert np.isfinite(sparse).all()
+        if mode == "adapter":
+            assert np.abs(lm.logits(ids) - base).max() < 0.1, "the base is as it was"
+    with pytest.raises(ConfigError, match="max_cr=3.0: .* started with 2.5"):
+        retrofit.main(config, dataclasses.replace(overrides, max_cr=3.0), out=folder / "run", pool=16)
+
+
+def test_a_run_goes_on_with_what_may_change(folder):
+    """The settings in the folder are then those of the last start; before, they may be those of an older version."""
+    config = config_file(folder)
+    settings = retrofit.settings_of(config, retrofit.Overrides())
+    retrofit.record_run(folder, settings)
+    saved = json.loads((folder / "run.json").read_text())
+    del saved["crs"]
+    (folder / "run.json").write_text(json.dumps(saved))
+    changed = dataclasses.replace(settings, crs=(1.5,), log_every=3)
+    retrofit.record_run(folder, changed)
+    assert retrofit.read_run(folder) == changed
+    with pytest.raises(ConfigError, match=r"dms=.*window=4.* was started with .*window=3"):
+        retrofit.record_run(folder, dataclasses.replace(settings, dms=DMSConfig(window=4)))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"max_cr": 0}', '{"unknown": 1}', "[" * 5000])
+def test_damaged_settings_are_named(folder, text):
+    (folder / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match="run.json"):
+        retrofit.record_run(folder, retrofit.settings_of(config_file(folder), retrofit.Overrides()))
+
+
+# Mistakes end with one line
+
+
+def ended(capsys, monkeypatch, main, *arguments) -> tuple[int, str]:
+    """Exit status and last line of a script that is run from a shell."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        command.run(main)
+    *_, line = capsys.readouterr().err.splitlines()
+    return stop.value.code, line
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(monkeypatch):
+    """What `command.run` changes in the process that ends, this one gets back."""
+    import logging
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(logging, "disable", lambda: None)
+    level = logging.getLogger("absl").level
+    yield
+    logging.getLogger("absl").setLevel(level)
+
+
+def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
+    (folder / "file").write_text("")
+    (folder / "rows.jsonl").write_text("{")
+    config = config_file(folder)
+    run = ("--config", config, "--model", folder / "mini", "--out")
+    for arguments, message in (
+        ((*run, folder / "file" / "run"), "error: [Errno 20] Not a directory"),
+        ((*run, folder / "run", "--max-cr", "1"), "error: max_cr=1.0: must be above 1"),
+        ((*run, folder / "run", "--data", folder / "nothing.jsonl"), "error: tokenizer=None: "),
+        (("--config", config, "--model", folder / "nothing"), f"error: {folder / 'nothing'}: neither an HF folder"),
+        (("--config", folder / "nothing.yaml"), "error: [Errno 2] No such file or directory"),
+    ):
+        code, line = ended(capsys, monkeypatch, retrofit.main, *arguments)
+        assert code == 1 and line.startswith(message)
+
+
+def test_ctrl_c(folder, capsys, monkeypatch):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    assert ended(capsys, monkeypatch, main) == (130, "interrupted")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def main() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(ZeroDivisionError):
+        command.run(main)
