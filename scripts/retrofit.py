@@ -147,7 +147,6 @@ def write_member(cr: float, params: Params, lm: dms_jax.LM, settings: RetrofitCo
 def main(
     config: Path = Path("configs/mini_retrofit.yaml"),
     overrides: Annotated[Overrides, tyro.conf.arg(name="")] = Overrides(),  # noqa: B008 (frozen)
-    crs: tuple[float, ...] | None = None,
     out: Path | None = None,
     watch_with: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(name="watch")] = (),
     several: Annotated[Processes, tyro.conf.arg(name="")] = Processes(),  # noqa: B008 (frozen)

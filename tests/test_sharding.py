@@ -1,4 +1,4 @@
-"""Meshes: who lies where, and that none changes what is learnt. Devices are virtual, each run has its own process."""
+"""Meshes: how tensors are split, and that no mesh changes what is learnt. Devices are virtual."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from dms_jax import sharding
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
-from dms_jax.training import parameters as trainable
 from dms_jax.training.config import RetrofitConfig
+from dms_jax.training.parameters import param_letters
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -56,7 +56,7 @@ def test_a_mesh_that_does_not_fit(shape):
 def test_every_parameter_has_letters():
     model = ModelConfig("qwen2", 31, 1, 12, 4, 2, 6, 16, qkv_bias=True)
     config = RetrofitConfig(mode="lora", dms=DMSConfig(gate="adapter"))
-    letters = trainable.letters(model, config)
+    letters = param_letters(model, config)
     assert letters["layers_0", "attn", "o", "kernel"] == "H D E" and letters["layers_0", "attn", "q", "bias"] == "H D"
     assert letters["layers_0", "attn", "q", "lora", "a"] == "E R"
     assert letters["layers_0", "attn", "o", "lora", "b"] == "R E"
@@ -69,9 +69,8 @@ def test_constrain_without_a_mesh_is_nothing():
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "multidevice.py"), str(out), *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*processes: subprocess.Popen) -> None:
@@ -83,7 +82,7 @@ def finish(*processes: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
     out = tmp_path_factory.mktemp("meshes") / "curves.json"
-    finish(start(out, "1x1x1", "8x1x1", "2x4x1", "2x2x2", "1x1x8"))
+    finish(start(out))
     return json.loads(out.read_text())
 
 
@@ -108,11 +107,16 @@ def test_the_state_is_split(curves):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_curve(curves, tmp_path):
+def test_two_processes_give_the_same_curve_and_seal_their_own_files(curves, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     out = tmp_path / "curves.json"
-    finish(*(start(out, "2x2x2", "--process", str(n), "2", port) for n in range(2)))
-    np.testing.assert_allclose(json.loads(out.read_text())["2x2x2"], curves["1x1x1"], atol=1e-5, rtol=0)
-    assert jax.process_count() == 1
+    finish(*(start(out, str(n), "2", port) for n in range(2)))
+    found = json.loads(out.read_text())
+    np.testing.assert_allclose(found["curve"], curves["1x1x1"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(found["resumed"], curves["1x1x1"][HALF:], atol=1e-5, rtol=0)
+    assert found["fault"] is None
+    first, second = found["written"]["sums.json"], found["written"]["sums.1.json"]
+    assert {"state/_METADATA", "cursor/metadata"} < {*first} and not {*first} & {*second}
+    assert any("process_0/d/" in name for name in first) and any("process_1/d/" in name for name in second)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Shaped
 
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
         return self.unembed(hidden), state
 
 
-def arange_positions(tokens: Shaped[Array, "B T"]) -> Positions:
+def arange_positions(tokens: Shaped[Array, "B T"] | Shaped[np.ndarray, "B T"]) -> Positions:
     """0 .. T-1 for each sequence."""
     B, T = tokens.shape
     return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))

@@ -1,32 +1,33 @@
-"""Run in processes of its own by test_sharding.py: the loss curve of a tiny retrofit on meshes of virtual CPU devices.
+"""Run in processes of its own by test_sharding.py: loss curves of a tiny retrofit on meshes of virtual CPU devices.
 
-usage: python multidevice.py OUT MESH...              meshes as 2x4x1, on 8 devices
-       python multidevice.py OUT MESH --process I N PORT   process I of N, with 8 / N devices each
+usage: python multidevice.py OUT                       one process with 8 devices, every mesh
+       python multidevice.py OUT NUMBER COUNT PORT     process NUMBER of COUNT with a device each, a mesh along fsdp
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
-PROCESS = sys.argv[sys.argv.index("--process") + 1 :] if "--process" in sys.argv else ["0", "1", ""]
-NUMBER, COUNT = int(PROCESS[0]), int(PROCESS[1])
+OUT, (NUMBER, COUNT, PORT) = Path(sys.argv[1]), map(int, sys.argv[2:] or ("0", "1", "0"))
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
+DEVICES = f"--xla_force_host_platform_device_count={8 if COUNT == 1 else 1}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
 
 import jax  # noqa: E402
 
 if COUNT > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{PROCESS[2]}", COUNT, NUMBER)
+    jax.distributed.initialize(f"localhost:{PORT}", COUNT, NUMBER)
 
 import numpy as np  # noqa: E402
 
 from dms_jax import sharding  # noqa: E402
 from dms_jax.config import DMSConfig, ModelConfig  # noqa: E402
-from dms_jax.models import transformer  # noqa: E402
-from dms_jax.training import checkpoint, data  # noqa: E402
-from dms_jax.training import step as retrofit  # noqa: E402
+from dms_jax.training import checkpoint  # noqa: E402
 from dms_jax.training.config import RetrofitConfig  # noqa: E402
+from dms_jax.training.data import Packed  # noqa: E402
+from dms_jax.training.step import abstract_state, compiled_step, initial_state, layout  # noqa: E402
 
 MODEL = ModelConfig("qwen3", 40, 1, 16, 8, 8, 4, 24, qk_norm=True)
 CONFIG = RetrofitConfig(
@@ -42,12 +43,10 @@ CONFIG = RetrofitConfig(
     remat="block",
 )
 STEPS, HALF = 20, 10
-# Compiled for a few runs only: LLVM's optimisation costs more than it saves here.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def params():
-    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), MODEL))
+    _, shapes = abstract_state(MODEL, CONFIG)
     rng = np.random.default_rng(0)
 
     def weight(path, x):
@@ -56,64 +55,65 @@ def params():
     return jax.tree_util.tree_map_with_path(weight, shapes)
 
 
-def batch(step: int) -> data.Packed:
+def batch(step: int) -> Packed:
     """Rows of two documents and padding."""
     rng = np.random.default_rng(step)
     edge = rng.integers(3, 9, (16, 1))
     place = np.arange(16)[None]
     segments = np.where(place < edge, 1, np.where(place < 14, 2, 0))
     tokens = rng.integers(0, MODEL.vocab_size, (16, 16))
-    return data.Packed(tokens, np.where(place < edge, place, place - edge), segments)
+    return Packed(tokens, np.where(place < edge, place, place - edge), segments)
 
 
-def curve(shape, folder=None, first=0, last=STEPS) -> list[float]:
-    """Losses of the steps; the state is restored from `folder`, if there is one, and saved there at the end."""
+def curve(shape, folder: Path | None = None, resume: bool = False) -> list[float]:
+    """Losses of the steps; the state at HALF is saved in `folder`, or the rest is run from the one found there."""
     mesh = sharding.make_mesh(shape)
     with jax.set_mesh(mesh):
-        state, base, places = retrofit.start(params(), MODEL, CONFIG, mesh)
-        step_fn = retrofit.compiled_step(MODEL, CONFIG, False, places, QUICK)
+        state, base = initial_state(params(), MODEL, CONFIG, mesh)
+        places, step_fn = layout(MODEL, CONFIG, mesh), compiled_step(MODEL, CONFIG, False, mesh)
         losses, layouts = [], [x.sharding for x in jax.tree.leaves(state)]
-        with checkpoint.Checkpoints(folder) if folder else _nothing() as checkpoints:
-            if first:
-                step, state, _ = checkpoints.restore(state)
-                assert step == first == int(state.step)
-            for step in range(first, last):
-                state, metrics = step_fn(state, base, sharding.place(batch(step), places.batch))
-                losses.append(float(metrics["loss"]))
-            assert [x.sharding for x in jax.tree.leaves(state)] == layouts, "the state stays where it was put"
-            if folder and not first:
-                checkpoints.save(last, state, None)
+        checkpoints = checkpoint.Checkpoints(folder) if folder else None
+        if resume:
+            step, state, _ = checkpoints.restore(state)
+            assert step == HALF == int(state.step)
+        for step in range(HALF if resume else 0, STEPS):
+            state, metrics = step_fn(state, base, sharding.place(batch(step), places.batch))
+            losses.append(float(metrics["loss"]))
+            if folder and step + 1 == HALF and not resume:
+                checkpoints.save(HALF, state, None)
+        assert [x.sharding for x in jax.tree.leaves(state)] == layouts, "the state stays where it was put"
+        if checkpoints:
+            checkpoints.close()
         return losses
-
-
-class _nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        pass
 
 
 def split(shape) -> float:
     """Bytes of the state on the first device as a share of the whole."""
-    mesh = sharding.make_mesh(shape)
-    state, _, _ = retrofit.start(params(), MODEL, CONFIG, mesh)
+    state, _ = initial_state(params(), MODEL, CONFIG, sharding.make_mesh(shape))
     leaves = jax.tree.leaves(state)
     return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
 
 
+def one_process() -> dict:
+    shapes = {name: tuple(map(int, name.split("x"))) for name in ("1x1x1", "8x1x1", "2x4x1", "1x1x8")}
+    found = {name: curve(shape) for name, shape in shapes.items()}
+    folder = OUT.with_suffix(".checkpoints")
+    found["2x2x2"] = curve((2, 2, 2), folder)
+    return found | {"resumed": curve((1, 4, 2), folder, resume=True), "share": [split((1, 8, 1)), split((2, 2, 2))]}
+
+
+def several_processes() -> dict:
+    folder = OUT.with_suffix(".checkpoints")
+    found = {"curve": curve((1, COUNT, 1), folder), "resumed": curve((1, COUNT, 1), folder, resume=True)}
+    whole = checkpoint.fault(folder / str(HALF))
+    written = {path.name: sorted(json.loads(path.read_text())["files"]) for path in folder.rglob("sums*.json")}
+    return found | {"fault": whole, "written": written}
+
+
 def main() -> None:
-    out, meshes = sys.argv[1], [arg for arg in sys.argv[2:] if arg.count("x") == 2]
-    shapes = {name: tuple(map(int, name.split("x"))) for name in meshes}
-    result = {name: curve(shape) for name, shape in shapes.items()}
-    if COUNT == 1:
-        # Half the run on one mesh, the rest on another.
-        curve((2, 2, 2), out + ".ckpt", 0, HALF)
-        result["resumed"] = curve((1, 4, 2), out + ".ckpt", HALF)
-        result["share"] = split((1, 8, 1)), split((2, 2, 2))
+    found = one_process() if COUNT == 1 else several_processes()
     if NUMBER == 0:
-        with open(out, "w") as file:
-            json.dump(result, file)
+        OUT.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

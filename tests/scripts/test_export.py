@@ -33,7 +33,11 @@ def run(request, tmp_path_factory):
     """The folder of a run with CR 2 and 3, and its mode."""
     mode, gate = request.param
     folder = tmp_path_factory.mktemp(mode)
+<<<<<<< HEAD
     dms_jax.save(dms_jax.LM(MODEL, random_params(MODEL, None)), folder / "base")
+=======
+    dms_jax.save(dms_jax.LM(MODEL, random_params(MODEL)), folder / "base")
+>>>>>>> w-training
     (folder / "config.yaml").write_text(CONFIG.format(mode=mode, gate=gate))
     rng = np.random.default_rng(0)
     pool = Batch(rng.integers(0, 31, (8, 16)), np.ones(8, int), rng.integers(4, 17, 8))
@@ -65,6 +69,11 @@ def test_the_card_tells_what_was_done(run):
     card = (folder / "card" / "README.md").read_text()
     figures = export.measured(folder / "run", export.step_of(2.0, export.settings_of_run(folder / "run")))
     assert f"{figures['kl']:.4g} nats" in card and f"{figures['achieved_cr']:.2f}" in card
+    log = folder / "run" / "log.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-7] + b"\nno line")  # cut off: what is left is read
+    assert export.measured(folder / "run", 10**6)["kl"] > 0
+    log.write_bytes(whole)
     assert "the mini task" in card and f"base_model: {folder / 'base'}" in card
     assert ("the gate, over frozen weights" if mode == "adapter" else "low-rank updates of q, k, v, o, rank 16") in card
 
@@ -96,6 +105,12 @@ def test_what_cannot_be_exported(run, tmp_path):
             export.main(folder / "run", 2.0, tmp_path)
     finally:
         seal.write_text(sums)
+    (folder / "run" / "checkpoints" / str(step)).rename(folder / "run" / "checkpoints" / "aside")
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match=f"{step} is not there"):
+            export.main(folder / "run", 2.0, tmp_path)
+    finally:
+        (folder / "run" / "checkpoints" / "aside").rename(folder / "run" / "checkpoints" / str(step))
 
 
 def test_curves_of_a_run(run, tmp_path):
@@ -208,6 +223,9 @@ def test_a_watcher_that_is_not_installed(tmp_path, monkeypatch):
 def test_benchmark_of_a_tiny_shape(tmp_path):
     fields = {key: value for key, value in dataclasses.asdict(MODEL).items() if key not in ("rope", "eos_ids")}
     (tmp_path / "tiny.yaml").write_text(json.dumps(fields))
-    got = bench_retrofit.main(tmp_path / "tiny.yaml", context=16, rows=2, window=2, steps=3, out=tmp_path / "out.json")
+    options = bench_retrofit.Options(
+        tmp_path / "tiny.yaml", context=16, rows=2, accumulate=2, window=2, steps=3, out=tmp_path / "out.json"
+    )
+    got = bench_retrofit.main(options)
     assert got["tokens_per_second"] == 32 / got["seconds_per_step"] and got["mfu"] is None
     assert json.loads((tmp_path / "out.json").read_text()) == got and np.isfinite(got["loss"])
