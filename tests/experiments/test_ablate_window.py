@@ -9,13 +9,8 @@ import pytest
 import dms_jax
 from dms_jax import sharding
 from dms_jax.config import ConfigError
-from dms_jax.models.gates import gate_of
 from dms_jax.training import checkpoint
-<<<<<<< HEAD
-from dms_jax.training import step as retrofit
-=======
 from dms_jax.training.step import initial_state
->>>>>>> w-training
 from experiments import ablate_window, run
 from experiments.ablate_window import Ablation, Cell
 
@@ -116,13 +111,7 @@ def test_every_cell_begins_with_the_shared_start(job, tiny_family, tmp_path, mon
 
     shared, own = newest("start"), newest("cell")
     assert shared[0] == own[0] == 2 == int(own[1].step)
-<<<<<<< HEAD
-    jax.tree.map(np.testing.assert_array_equal, shared[1].opt_state, own[1].opt_state)
-    want = gate_of(cell.dms).reset_neuron(shared[1].params, lm.config)
-    jax.tree.map(np.testing.assert_array_equal, own[1].params, want)
-=======
     jax.tree.map(np.testing.assert_array_equal, shared[1], own[1])
->>>>>>> w-training
     moved = [bool(np.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (shared[1].params, lm.params)), strict=True)]
     assert any(moved), "the shared steps train"
 

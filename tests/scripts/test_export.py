@@ -33,11 +33,7 @@ def run(request, tmp_path_factory):
     """The folder of a run with CR 2 and 3, and its mode."""
     mode, gate = request.param
     folder = tmp_path_factory.mktemp(mode)
-<<<<<<< HEAD
-    dms_jax.save(dms_jax.LM(MODEL, random_params(MODEL, None)), folder / "base")
-=======
     dms_jax.save(dms_jax.LM(MODEL, random_params(MODEL)), folder / "base")
->>>>>>> w-training
     (folder / "config.yaml").write_text(CONFIG.format(mode=mode, gate=gate))
     rng = np.random.default_rng(0)
     pool = Batch(rng.integers(0, 31, (8, 16)), np.ones(8, int), rng.integers(4, 17, 8))

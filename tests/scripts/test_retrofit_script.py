@@ -124,10 +124,6 @@ def undisturbed(monkeypatch):
 
 def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
     (folder / "file").write_text("")
-<<<<<<< HEAD
-    (folder / "rows.jsonl").write_text("{")
-=======
->>>>>>> w-training
     config = config_file(folder)
     run = ("--config", config, "--model", folder / "mini", "--out")
     for arguments, message in (
