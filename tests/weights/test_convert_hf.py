@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -37,7 +38,7 @@ def pair(request, tmp_path):
 
 def hidden_states(lm, ids):
     """Embeddings, each block's output (the last after the final norm), logits."""
-    model = Decoder(lm.config)
+    model, ids = Decoder(lm.config), jnp.asarray(ids)
 
     @jax.jit
     def run(params):
