@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dms_jax.config import require
 
@@ -77,7 +77,7 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["B"]))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch is split in: every micro-batch must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["B"])
 

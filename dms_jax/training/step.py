@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dms_jax import dms, sharding
@@ -231,7 +231,7 @@ class Layout(NamedTuple):
     batch: Packed
 
 
-def layout(model: ModelConfig, config: RetrofitConfig, mesh: Mesh) -> Layout:
+def layout(model: ModelConfig, config: RetrofitConfig, mesh: Mesh | AbstractMesh) -> Layout:
     """The Layout on a mesh.
 
     Raises:

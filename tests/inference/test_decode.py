@@ -1,7 +1,5 @@
 """Decoding step by step equals the teacher-forced forward, and the counts equal a brute-force count."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,15 +121,24 @@ def test_generate_counts_and_stops_as_by_hand():
 
 
 def test_products_are_joined_for_few_rows_only(monkeypatch):
-    made = {}
+    made, asked = {}, []
+    lm = random_lm(tiny(), None)
+    spec = spec_for(lm, "full", PAGED)
+    state = decode.init(spec, 65, jnp.float32, pages=1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "jit", lambda f, **options: options["compiler_options"])
     for few in (True, False):
         made[few] = decode.compiled_chunk.__wrapped__(few)["xla_gpu_dot_merger_threshold_mb"]
     assert made == {True: 256, False: 0}
-    monkeypatch.setattr(decode, "compiled_chunk", lambda few: lambda *given: few)
-    state = types.SimpleNamespace(done=np.zeros(65, bool))
-    assert [decode.decode_chunk(None, None, state, 1, batch) for batch in (None, 64, 65)] == [False, True, False]
+
+    def program(few):
+        asked.append(few)
+        return lambda *given: (state, decode.Chunk(*[None] * 7))
+
+    monkeypatch.setattr(decode, "compiled_chunk", program)
+    for batch in (None, 64, 65):
+        decode.decode_chunk(spec, lm.params, state, 1, batch)
+    assert asked == [False, True, False]
 
 
 def test_a_chunk_inside_another_jit():
@@ -168,7 +175,8 @@ def test_adapter_gates_of_all_layers_at_once(per):
 def test_chain_does_not_depend_on_its_company():
     lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3))
     together = generation.generate(lm, PROMPTS, seed=9, **SAMPLED)
-    alone = generation.generate(lm, PROMPTS[2:], seed=9, keys=sampling.chain_keys(9, [2, 2], [0, 1]), **SAMPLED)
+    keys = sampling.chain_keys(9, np.array([2, 2]), np.array([0, 1]))
+    alone = generation.generate(lm, PROMPTS[2:], seed=9, keys=keys, **SAMPLED)
     assert together.tokens[2] == alone.tokens[0]
     first = generation.generate(lm, PROMPTS[:1], seed=9, **SAMPLED)
     assert together.tokens[0] == first.tokens[0]

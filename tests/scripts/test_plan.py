@@ -172,16 +172,12 @@ def test_every_config_is_read():
         assert Path("configs", name).read_text().startswith("# "), "a lab note"
 
 
-def test_a_mesh_that_the_batch_does_not_fit(tmp_path):
-    config = dataclasses.replace(CONFIG, mesh=(1, 1, 1), batch_size=3)
+def test_a_mesh_that_the_batch_does_not_fit():
     from dms_jax import sharding
-    from dms_jax.training import step as retrofit
+    from dms_jax.training.step import layout
 
-    class Mesh:
-        shape = {"data": 2, "fsdp": 2, "tensor": 1}
-
-    assert sharding.batch_ways(Mesh) == 4
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "batch_ways", lambda mesh: 4)
-        with pytest.raises(ConfigError, match="batch_size=3: its micro-batches of 3 rows go over 4 devices"):
-            retrofit.layout(None, None, TINY, config, None)
+    config = dataclasses.replace(CONFIG, mesh=(2, 2, 1), batch_size=3)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.AXES)
+    assert sharding.batch_ways(mesh) == 4
+    with pytest.raises(ConfigError, match="batch_size=3: its micro-batches of 3 rows go over 4 devices"):
+        layout(TINY, config, mesh)

@@ -67,7 +67,7 @@ def test_script_writes_the_family(mode, gate, folder):
             lm = dms_jax.load(folder / "mini", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
         else:
             lm = dms_jax.load(folder / "run", cr=cr)
-        assert lm.dms == DMSConfig(window=3, gate=gate, cr=cr)
+        assert lm.dms == DMSConfig(window=3, gate=gate) and lm.cr == cr
         sparse = lm.logits(ids, dms=lm.dms)
         assert np.isfinite(sparse).all()
         if mode == "adapter":

@@ -91,10 +91,11 @@ def apply(params, config, attend, neuron_scale=0.0):
 @pytest.mark.parametrize("gate, offset, sinks", [("query", 0, 0), ("adapter", 1, 2), ("query", 3, 0)])
 def test_saturated_soft_mask_is_the_hard_mask(gate, offset, sinks):
     """Logits far beyond the noise: training sees what inference does, and counts what it evicts."""
-    config = DMSConfig(window=2, gate=gate, decision_offset=offset, scale=1e6, logit_bias=1e5)
+    config = DMSConfig(window=2, gate=gate, decision_offset=offset, scale=1e6, logit_bias=1e5, sinks=sinks)
     params = random_params(MODEL, config)
     lengths = jnp.array([14, 1, 6])
     batch = one_document(Batch(np.zeros((3, 14), int), np.ones(3, int), np.asarray(lengths)))
+    batch = jax.tree.map(jnp.asarray, batch)
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
 
     @jax.jit
