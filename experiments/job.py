@@ -269,7 +269,7 @@ def sample(options: Any, run: Run, task: Task, problems: list[int], models: list
     duration = 0.0
     bar.describe("sampling")
     with Sampler(run, task, Sampling(**fields), bar.on_progress, bar.on_saved) as sampler:
-        if options.sweep:  # no time budget, so no blocks: an engine's rows stay full to the end
+        if not options.minutes:  # no blocks, at whose ends an engine's rows would stand empty
             sampler.sample_block(models, problems)
             bar.on_block(len(problems), len(run.samples))
             return

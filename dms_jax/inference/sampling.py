@@ -4,6 +4,8 @@ Neither filter sorts the vocabulary. Both keep the logits from some threshold up
 above t weigh less than a limit (their number for top-k, their probability for top-p). It is found bit by bit.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, UInt32
@@ -26,7 +28,9 @@ def root_key(seed: int) -> Array:
     return jax.random.fold_in(key, high) if high else key
 
 
-def chain_keys(seed: int, prompts: Int[ArrayLike, "B"], chains: Int[ArrayLike, "B"]) -> Keys:
+def chain_keys(
+    seed: int, prompts: Int[ArrayLike, "B"] | Sequence[int], chains: Int[ArrayLike, "B"] | Sequence[int]
+) -> Keys:
     """A raw random key for each pair of prompt and chain numbers, `[B, 2]`.
 
     Each depends on (seed, prompt, chain) alone, so a chain's tokens do not depend on the batch around it.
