@@ -54,8 +54,11 @@ class Settings:
     dtype: str = "bfloat16"
 
     def generation(self) -> GenerationConfig:
-        names = ("max_new_tokens", "temperature", "top_p", "max_num_seqs", "chains")
-        return GenerationConfig(**{name: getattr(self, name) for name in names}, policy="full")
+        return GenerationConfig(
+            *(self.max_new_tokens, self.temperature, self.chains, self.seed, "full"),
+            top_p=self.top_p,
+            max_num_seqs=self.max_num_seqs,
+        )
 
 
 def encoded(tokenizer: Any, prompt: str) -> list[int]:
@@ -78,11 +81,11 @@ def resume(out: Path) -> set[tuple[int, int]]:
     return {(line["row"], line["chain"]) for line in map(json.loads, lines)}
 
 
-def results(lm: dms_jax.LM, prompts: dict[int, list[int]], seed: int, config: GenerationConfig):
+def results(lm: dms_jax.LM, prompts: dict[int, list[int]], config: GenerationConfig):
     """Finished chains as they come; `name` is the row."""
     chains = config.chains
     rows = np.repeat(list(prompts), chains)
-    keys = np.asarray(sampling.chain_keys(seed, rows, np.tile(np.arange(chains), len(prompts))))
+    keys = np.asarray(sampling.chain_keys(config.seed, rows, np.tile(np.arange(chains), len(prompts))))
     keys = keys.reshape(len(prompts), chains, 2)
     jobs = [Job(ids, keys[n], config.max_new_tokens, row) for n, (row, ids) in enumerate(prompts.items())]
     jobs.sort(key=lambda job: len(job.prompt))
@@ -105,7 +108,7 @@ def main(settings: Settings) -> None:
     prompts = {row: encoded(lm.tokenizer, text) for row, text in texts.items()}
     total = count * chains
     with settings.out.open("a") as file, tqdm(total=total, initial=total - len(rows) * chains, unit="chain") as bar:
-        for result in results(lm, prompts, settings.seed, config):
+        for result in results(lm, prompts, config):
             finished = result.tokens[-1] in lm.config.eos_ids
             if (finished or not settings.finished_only) and (result.name, result.chain) not in done:
                 answer = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
