@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from dms_jax import policies, sharding
+from dms_jax import policies, programs, sharding
 from dms_jax.cache import kv_cache
 from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
 from dms_jax.inference import sampling, use_counts
@@ -146,6 +146,7 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
     Raises:
       ConfigError: an impossible config; see `resolve_policy` and CacheConfig.
     """
+    programs.release()
     dms = resolve_dms(lm, config.dms)
     policy = resolve_policy(config, dms, length)
     cache_config = CacheConfig(config.cache, round_up(length), config.page_size, config.quant)

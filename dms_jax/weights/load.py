@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import traverse_util
 
+from dms_jax import programs
 from dms_jax.config import ConfigError, Ratio, described, fits, in_file, one_of, require
 from dms_jax.models.gates import gate_of
 from dms_jax.weights.gguf import read_gguf
@@ -41,6 +42,8 @@ def load(
 ) -> LM:
     """Loads a model. Nothing but data is read: no torch, no pickle, no code from the source.
 
+    From then on compiled programs are kept on disk for the next process (`programs.keep`).
+
     Args:
       source: a hub name "org/name", an HF folder, a .gguf file, or "mini", the bundled family.
       dtype: of the parameters: "bfloat16", "float16" or "float32".
@@ -55,6 +58,7 @@ def load(
       WeightError: weights that are damaged or do not fit the configuration.
       FileNotFoundError: no such source.
     """
+    programs.keep()
     one_of("dtype", dtype, DTYPES)
     require(fits(cr, Ratio | None), "cr", cr, f"expected {described(Ratio)}")
     for key, value in (("source", source), ("gate", "none" if gate is None else gate)):
