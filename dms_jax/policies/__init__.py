@@ -25,6 +25,7 @@ __all__ = [
     "H2O",
     "NAMES",
     "RKV",
+    "SCORED",
     "TOVA",
     "DecodeStep",
     "DelayedEviction",
@@ -87,7 +88,7 @@ def named(
     given = {"protect_prompt": protect_prompt, "evict_every": evict_every}
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
-        require(name in BUDGETED and name != "quest", key, value, f"policy {name!r} has no such option")
+        require(name in BUDGETED and BUDGETED[name] in SCORED, key, value, f"policy {name!r} has no such option")
     if name in ("full", "dms"):
         require(budget is None, "budget", budget, f"policy {name!r} takes none")
     if name == "full":

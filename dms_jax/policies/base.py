@@ -123,6 +123,10 @@ class Policy:
         """The most tokens that a head holds while decoding; None where nothing is pruned to a number."""
         return None
 
+    def overhead(self, tokens: float) -> float:
+        """Memory that a head takes beside so many live tokens, in tokens' worth of keys and values."""
+        return 0.0
+
     def init_state(self, batch: int, num_kv_heads: int, slots: int, head_dim: int) -> State:
         """The state of one layer for `batch` empty sequences of up to `slots` slots a head."""
         return ()
