@@ -159,7 +159,18 @@ def resolve_sweep(options: Any) -> Any:
         for key in ("plan", "policies", "merge"):
             require(not getattr(options, key), key, getattr(options, key), "is an option of --sweep")
         return options
-    for key in ("chains", "cr", "max_length", "policy", "budget", "protect_prompt", "evict_every", "window", "minutes", "page_size"):
+    for key in (
+        "chains",
+        "cr",
+        "max_length",
+        "policy",
+        "budget",
+        "protect_prompt",
+        "evict_every",
+        "window",
+        "minutes",
+        "page_size",
+    ):
         value = getattr(options, key)
         require(value in (None, ()), key, value, "a sweep takes it from --plan")
     path = options.plan or sweep.PLAN

@@ -43,8 +43,9 @@ class Settings:
 
     model, gate, cr, dtype: as in `dms_jax.load`. policy: None for the model's own. budget: tokens a head, or their
     share: of a request's length, rounded up to 64, in scoring, of the longest prompt and answer in generation.
-    protect_prompt, evict_every: see `dms_jax.policies.ScoredPolicy`. window: overrides the model's. max_length: tokens of a request, None for the model's context. device and max_batch_size
-    belong to the harness's interface and change nothing.
+    protect_prompt, evict_every: see `dms_jax.policies.ScoredPolicy`. window: overrides the model's. max_length: tokens
+    of a request, None for the model's context. device and max_batch_size belong to the harness's interface and change
+    nothing.
     """
 
     model: str
