@@ -1,9 +1,9 @@
-"""Tables of today's training-free rivals, and of a gate that was regressed instead of distilled."""
+"""Tables of today's training-free rivals."""
 
 import json
 
 from paper_figures import style
-from paper_figures.rows import device, interval, markdown, percent
+from paper_figures.rows import device, markdown, percent
 
 
 def read(name: str) -> dict:
@@ -33,44 +33,3 @@ def baselines() -> str:
         f"eviction reads again. {device(results)}"
     )
     return f"{markdown(['policy', 'CR', 'accuracy %', 'KV reads', 'peak tokens', 'achieved CR'], rows)}\n\n{note}"
-
-
-def regressed() -> str:
-    """SmolLM2 under two gates of one architecture: distilled, and regressed on what a second reading attends to."""
-    distilled, fitted = read("smollm2/fidelity_distilled"), read("smollm2/fidelity_regressed")
-    rows = [
-        [name, f"{row['cr']:g}", f"{row['achieved_cr']:.2f}", interval(row["kl"]), interval(row["agreement"], 100)]
-        for name, results in (("distilled (DMS)", distilled), ("regressed (as KVzap)", fitted))
-        for row in results["rows"]
-    ]
-    config, first = fitted["config"], fitted["rows"][0]
-    note = (
-        f"SmolLM2-135M-Instruct, adapter gates over the same weights, window {config['window']}; {first['windows']} "
-        f'windows of {config["length"]} tokens of held-out WikiText-2 as the answer to "{config["chat"]}", the last '
-        f"{config['length'] - config['prompt']} decoded through the cache; KL in nats a token and agreement with the "
-        f"original's greedy choice, 95% intervals by bootstrap over windows. {device(fitted)}"
-    )
-    return f"{markdown(['supervision', 'target CR', 'achieved CR', 'KL', 'agreement %'], rows)}\n\n{note}"
-
-
-def ruler_baselines() -> str:
-    """Needles in a haystack by policy."""
-    results = read("smollm2/niah_baselines")
-    tasks = sorted({row["task"] for row in results["rows"]})
-    cells = {(row["policy"], row["task"]): row for row in results["rows"]}
-    rows = [
-        [
-            style.LABELS[policy],
-            *(percent(cells[policy, task]["score"]) for task in tasks),
-            f"{cells[policy, tasks[0]]['achieved_cr']:.2f}",
-        ]
-        for policy in style.by_policy(results["rows"])
-    ]
-    first, config = results["rows"][0], results["config"]
-    note = (
-        f"Score %, {first['samples']} questions a cell of {first['length']:,} tokens, greedy, 95% intervals by "
-        f"bootstrap over questions. Training-free policies hold {config['budget'][0]:g} of the length, the prompt not "
-        f"protected (it is nearly all of the length), and evict every {config['evict_every']} steps; Quest stores everything and "
-        f"reads as much. {device(results)}"
-    )
-    return f"{markdown(['policy', *tasks, 'achieved CR'], rows)}\n\n{note}"

@@ -321,8 +321,6 @@ TABLES = {
     "gpu_kernels": gpu_kernels,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
-    "regressed": baseline_tables.regressed,
-    "ruler_baselines": baseline_tables.ruler_baselines,
 }
 
 

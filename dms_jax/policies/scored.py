@@ -45,7 +45,7 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredPolicy(Policy):
-    """Keeps the tokens with the highest scores; a method overrides some of the five methods that come first.
+    """Keeps the tokens with the highest scores; a method overrides some of the four methods that come first.
 
     budget: live tokens a head, or a tuple of tuples: one number for each layer and KV head.
     protect_prompt: never evict a token of a prompt. A prompt that fills the budget is kept all the same, and beside
