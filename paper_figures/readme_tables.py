@@ -321,6 +321,7 @@ TABLES = {
     "gpu_kernels": gpu_kernels,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
+    "regressed": baseline_tables.regressed,
 }
 
 
