@@ -40,6 +40,12 @@ class Config:
     """adapter gate (safetensors) to lay over the model's weights"""
     policy: Annotated[str | None, _metavar("NAME")] = None
     """eviction policy; default: dms where the model was retrofitted, full otherwise"""
+    budget: Annotated[int | float | None, _metavar("TOKENS|SHARE")] = None
+    """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
+    protect_prompt: Annotated[bool | None, _metavar("True|False")] = None
+    """whether such a policy never evicts a token of the prompt; default: as the method has it"""
+    evict_every: Annotated[int | None, _metavar("STEPS")] = None
+    """steps from one eviction to the next; default: as the method has it"""
     window: Annotated[int | None, _metavar("TOKENS")] = None
     """overrides the window that the model was retrofitted with"""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
@@ -177,6 +183,9 @@ def stream(config: Config, lm, dms, text: str, policy: str | None, phases: Phase
         seed=config.seed,
         policy=policy,
         dms=dms,
+        budget=config.budget,
+        protect_prompt=config.protect_prompt,
+        evict_every=config.evict_every,
         on_tokens=on_tokens,
     )
     shown.push([], last=True)
