@@ -47,7 +47,7 @@ def test_exported_is_what_the_run_wrote(run):
     """From the checkpoint at a whole CR comes what the run wrote when it passed there, bit for bit."""
     folder, mode = run
     for cr in (2.0, 3.0):
-        export.main(folder / "run", cr, folder / f"out{cr:g}")
+        export.main(folder / f"out{cr:g}", folder / "run", cr)
         lm = dms_jax.load(folder / f"out{cr:g}")
         if mode == "adapter":
             want = dms_jax.load(folder / "base", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
@@ -61,7 +61,7 @@ def test_exported_is_what_the_run_wrote(run):
 
 def test_the_card_tells_what_was_done(run):
     folder, mode = run
-    export.main(folder / "run", 2.0, folder / "card")
+    export.main(folder / "card", folder / "run", 2.0)
     card = (folder / "card" / "README.md").read_text()
     figures = export.measured(folder / "run", export.step_of(2.0, export.settings_of_run(folder / "run")))
     assert f"{figures['kl']:.4g} nats" in card and f"{figures['achieved_cr']:.2f}" in card
@@ -77,10 +77,10 @@ def test_the_card_tells_what_was_done(run):
 def test_the_adapter_alone(run):
     folder, mode = run
     if mode != "adapter":
-        with pytest.raises(ConfigError, match="form='adapter': the run trained in mode lora"):
-            export.main(folder / "run", 2.0, folder / "alone", form="adapter")
+        with pytest.raises(ConfigError, match="format='adapter': the run trained in mode lora"):
+            export.main(folder / "alone", folder / "run", 2.0, format="adapter")
         return
-    export.main(folder / "run", 2.0, folder / "alone", form="adapter")
+    export.main(folder / "alone", folder / "run", 2.0, format="adapter")
     lm = dms_jax.load(folder / "base", gate=folder / "alone" / "gate.safetensors")
     assert (lm.dms, lm.cr) == (DMSConfig(window=3, gate="adapter"), 2.0)
     assert 'gate="gate.safetensors"' in (folder / "alone" / "README.md").read_text()
@@ -89,22 +89,22 @@ def test_the_adapter_alone(run):
 def test_what_cannot_be_exported(run, tmp_path):
     folder, _ = run
     with pytest.raises(ConfigError, match="cr=5.0: the family has 2, 3"):
-        export.main(folder / "run", 5.0, tmp_path)
+        export.main(tmp_path, folder / "run", 5.0)
     with pytest.raises(ConfigError, match="run.json"):
-        export.main(folder / "base", 2.0, tmp_path)
+        export.main(tmp_path, folder / "base", 2.0)
     step = export.step_of(2.0, export.settings_of_run(folder / "run"))
     seal = folder / "run" / "checkpoints" / str(step) / checkpoint.SEAL
     sums = seal.read_text()
     try:
         seal.write_text(sums.replace('": [', '": [1'))
         with pytest.raises(checkpoint.CheckpointError, match=f"{step} is damaged"):
-            export.main(folder / "run", 2.0, tmp_path)
+            export.main(tmp_path, folder / "run", 2.0)
     finally:
         seal.write_text(sums)
     (folder / "run" / "checkpoints" / str(step)).rename(folder / "run" / "checkpoints" / "aside")
     try:
         with pytest.raises(checkpoint.CheckpointError, match=f"{step} is not there"):
-            export.main(folder / "run", 2.0, tmp_path)
+            export.main(tmp_path, folder / "run", 2.0)
     finally:
         (folder / "run" / "checkpoints" / "aside").rename(folder / "run" / "checkpoints" / str(step))
 
