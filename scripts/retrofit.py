@@ -15,13 +15,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import dacite
 import jax
 import tyro
 
 import dms_jax
 from dms_jax import sharding
-from dms_jax.config import ConfigError, load_yaml, require
+from dms_jax.config import ConfigError, from_saved, load_yaml, require
 from dms_jax.files import write_atomically
 from dms_jax.training.config import RetrofitConfig, SourceConfig
 from dms_jax.training.data import PackedStream, PoolStream, Stream
@@ -113,10 +112,10 @@ def read_run(out: Path) -> RetrofitConfig:
     """
     file = out / RUN
     try:
-        values = json.loads(file.read_text())
-        return dacite.from_dict(RetrofitConfig, values, dacite.Config(strict=True, cast=[tuple]))
-    except (ValueError, TypeError, AttributeError, RecursionError, dacite.DaciteError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read as the settings of a run ({error})") from error
+    return from_saved(RetrofitConfig, values, file)
 
 
 def record_run(out: Path, settings: RetrofitConfig) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -166,7 +166,7 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
 def place(lm, mesh: Mesh):
     """The model's parameters laid out over a mesh."""
     letters = {spec.path: spec.letters for spec in table.specs(lm.config, lm.dms)}
-    flat = traverse_util.flatten_dict(lm.params, sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(lm.params, sep="/")
     places = {path: sharding.parameter(mesh, letters[path], x.shape) for path, x in flat.items()}
     return traverse_util.unflatten_dict(jax.device_put(flat, places), sep="/")
 
@@ -198,11 +198,10 @@ def generate(
     ids = encode(lm, prompts)
     if not ids:
         raise ValueError("prompts is empty")
-    if keys is None:
-        keys = sampling.sequence_keys(config.seed, len(ids), config.chains)
-    keys = np.asarray(keys).reshape(len(ids), config.chains, 2)
+    drawn = sampling.sequence_keys(config.seed, len(ids), config.chains) if keys is None else keys
+    drawn = np.asarray(drawn).reshape(len(ids), config.chains, 2)
     length = max(map(len, ids)) + config.max_new_tokens
-    jobs = [Job(prompt, keys[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
+    jobs = [Job(prompt, drawn[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
     meshes = [None] if config.devices is None else sharding.tensor_meshes(*config.devices)
     engines = [build(lm, length, config, mesh, on_tokens=on_tokens) for mesh in meshes]
     work = [(engine, jobs[n :: len(meshes)]) for n, engine in enumerate(engines)]
