@@ -126,9 +126,8 @@ def from_model(model: str | None, cr: float | None, gate: str | None, dtype: str
     require(model is not None, "model", model, "expected a --run or a --model")
     lm = dms_jax.load(model, dtype=dtype, gate=gate, cr=cr)
     require(lm.dms is not None, "model", model, "was never retrofitted (no DMSConfig)")
-    return Found(
-        lm, model, {}, f"Made from {model}{'' if gate is None else f' and the gate {gate}'}, which see for more."
-    )
+    source = model if gate is None else f"{model} and the gate {gate}"
+    return Found(lm, model, {}, f"Made from {source}.")
 
 
 def main(

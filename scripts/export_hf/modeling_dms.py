@@ -21,16 +21,17 @@ and plain rather than fast: dms_jax has the kernels.
 Shapes: B batch, T new tokens, S tokens to read, H query heads, K KV heads, G = H / K, D head dim, E model dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"  # of an output
 QUERIES = 256  # that attend at a time: bounds the mask of a long prompt
 
 
@@ -252,14 +253,6 @@ class DMSDecoder(nn.Module):
         return self.norm(x)
 
 
-@dataclass
-class DMSOutput(ModelOutput):
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    cache: Cache | None = None  # its name from transformers 5 on
-
-
 class DMSForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _no_split_modules = ["DMSBlock"]
@@ -305,5 +298,5 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        kept = cache if use_cache is None or use_cache else None
-        return DMSOutput(loss, logits, kept, kept)
+        kept = {CACHE: cache} if use_cache is None or use_cache else {}
+        return CausalLMOutputWithPast(loss, logits, **kept)
