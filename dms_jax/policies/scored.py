@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dms_jax.config import require
+from dms_jax.config import Size, check, require
 from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk
 from dms_jax.types import Counts, Keys, NewKV, PerHead, SlotFlags, Slots
 
-Budget = int | tuple[tuple[int, ...], ...]
+Budget = Size | tuple[tuple[Size, ...], ...]
 
 
 class Scores(NamedTuple):
@@ -40,6 +40,7 @@ class ScoredPolicy(Policy):
     max_protected: ClassVar[int] = 0
 
     def __post_init__(self):
+        check(self)
         smallest = int(np.min(self.budget))
         held = f"policy {self.name!r} needs more than the {self.num_protected} it never evicts"
         require(smallest > self.num_protected, "budget", self.budget, held)
