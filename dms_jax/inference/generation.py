@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dms_jax import policies, sharding
 from dms_jax.cache import kv_cache
-from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
+from dms_jax.config import CacheConfig, Count, DMSConfig, SamplingConfig, Size, check, require
 from dms_jax.inference import sampling, use_counts
 from dms_jax.inference.decode import DecodeSpec
 from dms_jax.inference.engine import Engine
@@ -22,6 +22,7 @@ from dms_jax.models.transformer import Decoder
 from dms_jax.policies import Policy
 from dms_jax.types import Keys
 from dms_jax.weights import table
+from dms_jax.weights import text as texts
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class GenerationConfig:
     engine: other settings of the engine; its max_num_seqs counts.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     temperature: float = 0.0
-    chains: int = 1
+    chains: Size = 1
     seed: int = 0
     policy: str | Policy | None = None
     cache: str = "paged"
@@ -52,16 +53,15 @@ class GenerationConfig:
     protect_prompt: bool = False
     top_k: int = 0
     top_p: float = 1.0
-    stop: Sequence[int] | None = None
-    page_size: int = 64
+    stop: tuple[Count, ...] | list[Count] | None = None
+    page_size: Size = 64
     quant: str = "none"
-    max_num_seqs: int = 64
-    devices: tuple[int, int] | None = None
+    max_num_seqs: Size = 64
+    devices: tuple[Size, Size] | None = None
     engine: EngineConfig | None = None
 
     def __post_init__(self):
-        for key in ("max_new_tokens", "chains", "max_num_seqs"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        check(self)
         named = not isinstance(self.policy, Policy)
         require(named or self.budget is None, "budget", self.budget, "a policy object has its own")
         require(named or not self.protect_prompt, "protect_prompt", self.protect_prompt, "a policy object has its own")
@@ -106,7 +106,7 @@ def resolve_policy(config: GenerationConfig, dms: DMSConfig | None, length: int)
     """
     policy = config.policy
     if not isinstance(policy, Policy):
-        name = policy or ("dms" if dms else "full")
+        name = ("dms" if dms else "full") if policy is None else policy
         return policies.named(name, dms, config.budget, length, config.page_size, config.protect_prompt)
     same = getattr(policy, "page_size", config.page_size) == config.page_size
     require(same, "page_size", config.page_size, f"the policy reads pages of {getattr(policy, 'page_size', None)}")
@@ -115,26 +115,17 @@ def resolve_policy(config: GenerationConfig, dms: DMSConfig | None, length: int)
     return policy
 
 
-def encode(lm, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Token ids of each prompt, checked.
+def encode(lm, prompts: str | Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Token ids of each prompt, checked; one string is one prompt.
 
     Raises:
-      ValueError: an empty prompt, ids outside the vocabulary, or text for a model without a tokenizer.
+      ConfigError: no prompt, an empty one, what is neither text nor ids of the vocabulary, or text for a model without
+        a tokenizer.
     """
-    V = lm.config.vocab_size
-    encoded = []
-    for n, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise ValueError(f"prompts[{n}] is text, but this model has no tokenizer: pass token ids")
-            prompt = lm.tokenizer(prompt)["input_ids"]
-        ids = [int(t) for t in prompt]
-        if not ids:
-            raise ValueError(f"prompts[{n}] is empty")
-        if min(ids) < 0 or max(ids) >= V:
-            raise ValueError(f"prompts[{n}] has token ids outside 0..{V - 1}")
-        encoded.append(ids)
-    return encoded
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    require(hasattr(prompts, "__len__") and len(prompts) > 0, "prompts", prompts, "expected texts, or lists of ids")
+    ids = [texts.encode(lm.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [lm.checked_ids(prompt, f"prompts[{n}]", "[T]").tolist() for n, prompt in enumerate(ids)]
 
 
 def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, **callbacks) -> Engine:
@@ -148,13 +139,19 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
     """
     dms = resolve_dms(lm, config.dms)
     policy = resolve_policy(config, dms, length)
+    shape, heads = np.shape(getattr(policy, "budget", 0)), (lm.config.num_layers, lm.config.num_kv_heads)
+    require(shape in ((), heads), "budget", policy, f"expected one number, or one for each layer and KV head, {heads}")
+    stop = tuple(lm.config.eos_ids if config.stop is None else config.stop)
+    if stop:
+        lm.checked_ids(stop, "stop", "[N]")
+    lm.config.check_length(length)
     cache_config = CacheConfig(config.cache, round_up(length), config.page_size, config.quant)
     spec = DecodeSpec(
         model=Decoder(lm.config, dms),
         policy=policy,
         kv_cache=kv_cache(cache_config, 1 if mesh is None else sharding.tensor_ways(mesh)),
         sampling=config.sampling,
-        stop=tuple(lm.config.eos_ids if config.stop is None else config.stop),
+        stop=stop,
     )
     steps = min(EngineConfig.steps, config.max_new_tokens)
     engine = config.engine or EngineConfig(max_num_seqs=config.max_num_seqs, steps=steps)
@@ -173,7 +170,7 @@ def place(lm, mesh: Mesh):
 
 def generate(
     lm,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: str | Sequence[str | Sequence[int]],
     max_new_tokens: int | None = None,
     *,
     config: GenerationConfig | None = None,
@@ -185,21 +182,21 @@ def generate(
 
     Args:
       lm: from `dms_jax.load`.
-      prompts: strings, or lists of token ids.
+      prompts: strings, or lists of token ids; one string is one prompt.
       config, max_new_tokens, options: a GenerationConfig, or its fields by name; both together are the config with
         these fields replaced.
       keys: `[prompts * chains, 2]` raw random keys in place of those made from the seed.
       on_tokens: called with (prompt number, chain number, new tokens) while decoding.
     Raises:
-      ConfigError: an impossible option.  ValueError: bad prompts.
+      ConfigError: an impossible option, or bad prompts.
     """
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     config = dataclasses.replace(config or GenerationConfig(), **options)
     ids = encode(lm, prompts)
-    if not ids:
-        raise ValueError("prompts is empty")
     if keys is None:
         keys = sampling.sequence_keys(config.seed, len(ids), config.chains)
+    fit = np.shape(keys) == (len(ids) * config.chains, 2)
+    require(fit, "keys.shape", np.shape(keys), f"expected {(len(ids) * config.chains, 2)}, raw {sampling.IMPL} keys")
     keys = np.asarray(keys).reshape(len(ids), config.chains, 2)
     length = max(map(len, ids)) + config.max_new_tokens
     jobs = [Job(prompt, keys[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
