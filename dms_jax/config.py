@@ -111,6 +111,7 @@ def load_yaml(cls: type, path: str | Path):
     """An instance of the config dataclass `cls` from a YAML file; an unknown or mistyped key raises ConfigError."""
     import yaml
 
+    require(Path(path).is_file() or not Path(path).exists(), "config", str(path), "is no regular file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

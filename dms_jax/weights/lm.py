@@ -43,6 +43,7 @@ class LM:
           ConfigError: tokens that are no ids of the vocabulary, or a gate in `dms` that the model does not carry.
         """
         ids = self.checked_ids(tokens, "tokens", "[B, T]")
+        self.config.check_length(ids.shape[1])
         if dms is not None:
             self.check_gate(dms)
         return _logits(self.params, jnp.asarray(ids), self.config, self.dms, dms)

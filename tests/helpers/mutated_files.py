@@ -139,6 +139,9 @@ def says_config(file: str, root: Path, got: dict[str, Any]) -> bool:
 
     folder, config = (root / file).parent, got["config"]
     raw = json.loads((root / file).read_bytes())
+    for key in ("rms_norm_eps", "rope_theta"):  # to transformers 1 is no float
+        raw |= {key: float(raw[key])} if key in raw else {}
+    (root / file).write_text(json.dumps(raw))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         want = theirs(torch.tensor(TOKENS % config.vocab_size)).logits.numpy()
