@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dms_jax.config import ConfigError, SamplingConfig, require
 from dms_jax.inference import generation, sampling
-from dms_jax.inference.jobs import EngineConfig, Job
+from dms_jax.inference.scheduler import Job
 from dms_jax.models.transformer import Decoder
 from experiments import variants
 from experiments.command import default_dtype
@@ -225,16 +225,16 @@ class DmsLM(TemplateLM):
         require(room > 0, "max_gen_toks", new_tokens, f"leaves nothing of {self.max_length} tokens for the prompt")
         encoded = [self.tok_encode(prompt)[-room:] for prompt in prompts]
         ends = StopStrings(self.tokenizer, stops)
-        engine = generation.build(
-            lm,
-            max(map(len, encoded)) + new_tokens,
-            sampling=chosen,
+        config = generation.GenerationConfig(
+            max_new_tokens=new_tokens,
             cache=s.cache,
             page_size=s.page_size,
-            engine=EngineConfig(max_num_seqs=s.rows, steps=min(64, new_tokens)),
-            chain_end=ends.chain_end if stops else None,
+            max_num_seqs=s.rows,
+            **dataclasses.asdict(chosen),
             **self.loaded.options,
         )
+        ended = {"chain_end": ends.chain_end} if stops else {}
+        engine = generation.build(lm, max(map(len, encoded)) + new_tokens, config, **ended)
         keys = np.asarray(sampling.chain_keys(s.seed, numbers, [0] * len(numbers)))
         jobs = [Job(ids, keys[n : n + 1], new_tokens, numbers[n]) for n, ids in enumerate(encoded)]
         for result in engine.run(sorted(jobs, key=lambda job: len(job.prompt))):

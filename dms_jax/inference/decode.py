@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from dms_jax import dms, kernels, sharding
@@ -300,14 +301,14 @@ def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[D
     return state, logits, Taken(token, active, live, reads)
 
 
-def _apply(spec: DecodeSpec, params: Params, given, carried: _Carried):
+def _apply(spec: DecodeSpec, params: Params, given, carried: _Carried) -> tuple[Any, ...]:
     """Hidden states, what was carried, and the eviction logits `[L, B, K]` where they are computed for all layers."""
     model, gate = spec.model, spec.model.gate
     if gate is None or not gate.reads_residual or spec.policy.needs_current_logit:
         return *model.apply({"params": params}, *given, carried), None
     ungated = Decoder(model.config)
-    hidden, carried, residuals = ungated.apply({"params": params}, *given, carried, method="with_residuals")
-    return hidden, carried, gate.logits_from_residuals(params, residuals, model.config)[..., 0]
+    *made, residuals = ungated.apply({"params": params}, *given, carried, method="with_residuals")
+    return *made, gate.logits_from_residuals(params, residuals, model.config)[..., 0]
 
 
 def decode_chunk(
@@ -317,7 +318,7 @@ def decode_chunk(
 
     batch: only the first so many rows are decoded; the others keep what they hold (a prompt that waits, say).
     """
-    if isinstance(state.done, jax.core.Tracer):  # inside another jit, whose options hold
+    if isinstance(state.done, Tracer):  # inside another jit, whose options hold
         return _chunk(spec, params, state, steps, batch)
     return compiled_chunk((batch or len(state.done)) <= FEW_ROWS)(spec, params, state, steps, batch)
 

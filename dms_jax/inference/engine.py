@@ -298,9 +298,10 @@ class _Run:
         self.scheduler.released(rows)
 
     def _too_small(self, tokens: int) -> PoolError:
-        most, kv_cache = self.config.max_pages, self.engine.spec.kv_cache
+        most, kv_cache = self.config.max_pages or 0, self.engine.spec.kv_cache
         pages = int(kv_cache.pages_needed(np.full((1, *self.scheduler.heads), tokens)).max())
-        size = kv_cache.pool(self.runner.state.cache).page_bytes
+        pool = kv_cache.pool(self.runner.state.cache)
+        size = pool.page_bytes if pool else 0
         return PoolError(
             f"max_pages={most}: one sequence of {tokens} tokens needs up to {pages} pages ({pages * size:,} bytes), "
             f"and the pool may hold {most} ({most * size:,} bytes)"

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -163,7 +163,7 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
 def place(lm, mesh: Mesh):
     """The model's parameters laid out over a mesh."""
     letters = {spec.path: spec.letters for spec in table.specs(lm.config, lm.dms)}
-    flat = traverse_util.flatten_dict(lm.params, sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(lm.params, sep="/")
     places = {path: sharding.parameter(mesh, letters[path], x.shape) for path, x in flat.items()}
     return traverse_util.unflatten_dict(jax.device_put(flat, places), sep="/")
 
@@ -193,13 +193,12 @@ def generate(
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     config = dataclasses.replace(config or GenerationConfig(), **options)
     ids = encode(lm, prompts)
-    if keys is None:
-        keys = sampling.sequence_keys(config.seed, len(ids), config.chains)
-    fit = np.shape(keys) == (len(ids) * config.chains, 2)
-    require(fit, "keys.shape", np.shape(keys), f"expected {(len(ids) * config.chains, 2)}, raw {sampling.IMPL} keys")
-    keys = np.asarray(keys).reshape(len(ids), config.chains, 2)
+    many = len(ids) * config.chains
+    drawn = sampling.sequence_keys(config.seed, len(ids), config.chains) if keys is None else keys
+    require(np.shape(drawn) == (many, 2), "keys.shape", np.shape(drawn), f"expected {(many, 2)}, {sampling.IMPL} keys")
+    drawn = np.asarray(drawn).reshape(len(ids), config.chains, 2)
     length = max(map(len, ids)) + config.max_new_tokens
-    jobs = [Job(prompt, keys[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
+    jobs = [Job(prompt, drawn[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
     meshes = [None] if config.devices is None else sharding.tensor_meshes(*config.devices)
     engines = [build(lm, length, config, mesh, on_tokens=on_tokens) for mesh in meshes]
     work = [(engine, jobs[n :: len(meshes)]) for n, engine in enumerate(engines)]

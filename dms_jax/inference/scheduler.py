@@ -123,7 +123,7 @@ class Chain:
     tokens: list[int] = field(default_factory=list)
     held: list[np.ndarray] = field(default_factory=list)  # live tokens after each step, summed over heads
     reads: list[np.ndarray] = field(default_factory=list)
-    reads_by_head: np.ndarray | int = 0  # [L, K]
+    reads_by_head: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))  # [L, K] from the first chunk on
     finished: bool = False
 
     def cut(self, count: int) -> None:
@@ -138,8 +138,9 @@ class Prompt:
 
     job: Job
     waiting: list[int]
-    reads: np.ndarray | None = None  # keys that each token attended to, summed over layers and heads, [T]
-    live: np.ndarray | None = None  # [L, K] after reading
+    # Known once it was read:
+    reads: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # keys each token attended to, [T]
+    live: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [L, K]
 
 
 class Copy(NamedTuple):
@@ -188,11 +189,22 @@ class Scheduler:
     @property
     def running(self) -> list[int]:
         """Rows of chains that have not ended."""
-        return [r for r in range(self.max_num_seqs) if isinstance(self.rows[r], Chain) and not self.rows[r].finished]
+        decoding = enumerate(self.rows[: self.max_num_seqs])
+        return [r for r, row in decoding if isinstance(row, Chain) and not row.finished]
 
     @property
     def parked(self) -> list[int]:
         return [r for r in range(self.max_num_seqs, len(self.rows)) if self.rows[r] is not None]
+
+    def prompt_in(self, row: int) -> Prompt:
+        prompt = self.rows[row]
+        assert isinstance(prompt, Prompt)
+        return prompt
+
+    def chain_in(self, row: int) -> Chain:
+        chain = self.rows[row]
+        assert isinstance(chain, Chain)
+        return chain
 
     def free_rows(self) -> list[int]:
         return [r for r in range(self.max_num_seqs) if self.rows[r] is None]
@@ -222,14 +234,15 @@ class Scheduler:
         most: how many, at most.
         """
         places = [r for r in range(self.max_num_seqs, len(self.rows)) if self.rows[r] is None]
-        wanted = len(self.free_rows()) - sum(len(self.rows[r].waiting) for r in self.parked)
-        if not places or wanted <= 0 or self._hold and self.running or not self._next():
+        wanted = len(self.free_rows()) - sum(len(self.prompt_in(r).waiting) for r in self.parked)
+        first = self._next()
+        if not places or wanted <= 0 or self._hold and self.running or not first:
             return []
         chunk = self.config.prefill_chunk
-        length = padded_length(len(self._next()[0].prompt), chunk)
+        length = padded_length(len(first[0].prompt), chunk)
         most = most or self.prompts_at_once(length)
         batch = []
-        while self._next() and padded_length(len(self._next()[0].prompt), chunk) == length:
+        while (following := self._next()) and padded_length(len(following[0].prompt), chunk) == length:
             if len(batch) == min(most, len(places)) or wanted <= 0:
                 break
             job, numbers = self._waiting.popleft()
@@ -252,7 +265,7 @@ class Scheduler:
         """Chains to start in free rows: as many as the pool has pages for."""
         free, copies = self.free_rows(), []
         for source in self.parked:
-            prompt = self.rows[source]
+            prompt = self.prompt_in(source)
             while prompt.waiting and len(copies) < len(free):
                 last = len(prompt.waiting) == 1
                 if not last and not self._room_for(copies, source):
@@ -273,7 +286,7 @@ class Scheduler:
         """The chains of some copies, in their rows; rows of prompts without chains to start are empty again."""
         started = []
         for copy in copies:
-            prompt = self.rows[copy.source]
+            prompt = self.prompt_in(copy.source)
             self._age += 1
             chain = Chain(prompt.job, copy.number, self._age, prompt)
             self.rows[copy.target], self.live[copy.target] = chain, self.live[copy.source]
@@ -308,12 +321,13 @@ class Scheduler:
         parked, running = self.parked, self.running
         if parked:  # a prompt is the cheapest to read again
             victim = parked[-1]
-            self.requeue([self.rows[victim]])
+            self.requeue([self.prompt_in(victim)])
         elif len(running) > 1:
-            victim = max(running, key=lambda r: self.rows[r].age)
-            self._waiting.appendleft((self.rows[victim].job, [self.rows[victim].number]))
+            victim = max(running, key=lambda r: self.chain_in(r).age)
+            chain = self.chain_in(victim)
+            self._waiting.appendleft((chain.job, [chain.number]))
         else:
-            job = self.rows[running[0]].job
+            job = self.chain_in(running[0]).job
             raise PoolError(len(job.prompt) + job.max_new)
         self._hold = True
         return victim
@@ -335,7 +349,7 @@ def finished(chain: Chain, by_head: tuple[Int[np.ndarray, "L K"], np.ndarray | N
     held = np.concatenate([[prompt.live.sum()], *chain.held])
     reads = np.concatenate([np.zeros(0, np.int64), *chain.reads])
     seen = len(prompt.job.prompt) + len(held) - 1
-    reads_by_head = np.broadcast_to(np.asarray(chain.reads_by_head, np.int64), live.shape)
+    reads_by_head = np.broadcast_to(chain.reads_by_head, live.shape)
     use = use_counts.cache_use(prompt.reads, held, reads, heads)
     of_heads = use_counts.HeadUse(reads_by_head, live, seen, shares)
     return Result(chain.job.name, chain.number, chain.tokens, use, of_heads)

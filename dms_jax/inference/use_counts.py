@@ -31,6 +31,7 @@ class HeadUse(NamedTuple):
     kv_reads: as in CacheUse. live: live tokens at the end. seen: tokens seen by then.
     live_positions: for each bin of positions (`POSITION_BINS` equal parts of those seen), the share still live,
       averaged over KV heads; None unless asked for.
+    Of a chain that a stop string ended, kv_reads and live are those of its whole last chunk of steps.
     """
 
     kv_reads: Int[np.ndarray, "L K"]

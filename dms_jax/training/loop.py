@@ -111,7 +111,9 @@ class Loop:
 
     def _check_finite(self, taken: Taken | None, checkpoints: Checkpoints) -> None:
         """Raises FloatingPointError where a step's loss or gradient is not finite."""
-        for name in FINITE if taken is not None else ():
+        if taken is None:
+            return
+        for name in FINITE:
             value = float(taken.metrics[name])
             if np.isfinite(value):
                 continue

@@ -10,6 +10,7 @@ parameters (`trained`, a tree with some of the paths) are float32, and laid over
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def constrain_params(params: Params, model: ModelConfig, config: RetrofitConfig)
 def param_shardings(params: Params, model: ModelConfig, config: RetrofitConfig | None, mesh: Mesh) -> Params:
     """The sharding of each leaf of a tree: of a student's parameters, or of an original model's (`config` None)."""
     names = param_letters(model, config)
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[tuple, Any] = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict({p: sharding.parameter(mesh, names[p], x.shape) for p, x in flat.items()})
 
 

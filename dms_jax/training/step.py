@@ -34,7 +34,7 @@ from dms_jax.training.parameters import (
     student_params,
     trained_part,
 )
-from dms_jax.types import MASK_VALUE, GateLogits, Keys, NewKV, Params, Queries, Residual, State
+from dms_jax.types import MASK_VALUE, GateLogits, Keys, NewKV, Params, Queries, State
 from dms_jax.weights.table import specs
 
 Terms = dict[str, Array]  # what a step reports, by name
@@ -140,7 +140,7 @@ class Distillation:
         excess = self._compression(alphas.mean(), step) if slope is None else slope * alphas.mean()
         return kl + excess, {"kl": kl, "alpha_by_head": alphas}
 
-    def target_cr(self, step: Int[Array, ""]) -> Array:
+    def target_cr(self, step: Int[Array, ""]) -> float | Array:
         return dms.target_cr(step - self.config.retirement, self.config.steps_per_cr, self.config.max_cr)
 
     def _compression(self, alpha: Float[Array, ""], step: Int[Array, ""]) -> Array:
@@ -151,10 +151,8 @@ class Distillation:
             base = self.config.gate.reset_neuron(base, self.model)
         return overlay(base, trained)
 
-    def _forward(
-        self, student: Params, rows: MicroBatch, step: Int[Array, ""]
-    ) -> tuple[Residual, tuple[Float[Array, "K"], ...]]:
-        """The student's hidden states, and the tokens that each layer evicts."""
+    def _forward(self, student: Params, rows: MicroBatch, step: Int[Array, ""]) -> Any:
+        """The student's hidden states `[B, T, E]`, and the tokens that each layer evicts `[K]`."""
         batch, config = rows.batch, self.config
         decoder = Decoder(self.model, config.dms, config.remat)
         if self.retiring:

@@ -12,7 +12,9 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 def scalars(line: dict) -> dict[str, float]:
     """The numbers of a line; of eviction by layer and head `[L, K]`, the mean of each layer."""
-    out = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+    out: dict[str, float] = {
+        key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"
+    }
     for layer, heads in enumerate(line.get("alpha_by_head", [])):
         out[f"alpha_layer_{layer}"] = sum(heads) / len(heads)
     return out

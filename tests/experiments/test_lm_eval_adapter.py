@@ -29,7 +29,8 @@ def pairs(count: int, words: list[str]) -> list[tuple[str, str]]:
         context = " ".join((words * 4)[start : start + length])
         continuation = " " + " ".join((words * 4)[start + length : start + length + 1 + n % 5])
         made.append((context if n % 9 else context + " ", continuation if n % 4 else " " + "wrong words entirely"))
-    return [("", "Once upon a time"), *made][:count]
+    repeated = (TEXT + TEXT[:60], TEXT[60:90])  # a model that has read the text once finds this likely
+    return [("", "Once upon a time"), repeated, *made][:count]
 
 
 @functools.cache
@@ -73,7 +74,8 @@ def tiny(tiny_family, monkeypatch):
 
 
 PROBLEM = "Let a = 123, b = 456, c = 789. Set d = a + b, e = d - c. Find e modulo 1000.\n"
-TINY = [(PROBLEM[:n], PROBLEM[n : n + 3]) for n in (5, 20, 33, 34, 50, 60)] + [("", "Let "), (PROBLEM * 3, " + b")]
+BORDERS = (5, 20, 28, 36, 44, 54)  # between tokens
+TINY = [(PROBLEM[:n], PROBLEM[n : n + 7]) for n in BORDERS] + [("", "Let "), ((PROBLEM * 3)[:-2], ".\nLet a")]
 
 
 def brute_score(adapter, context: str, continuation: str) -> tuple[float, bool]:
@@ -118,7 +120,7 @@ def test_a_request_depends_on_no_other_and_a_budget_matters(tiny):
 def test_rolling_scores_are_sums_over_windows(tiny):
     lm = tiny(max_length=16)
     tokens = lm.tok_encode(PROBLEM)
-    assert len(tokens) > 48
+    assert len(tokens) > 2 * 16
     total, context = 0.0, [lm.prefix_token_id]
     for start in range(0, len(tokens), 16):
         piece = tokens[start : start + 16]

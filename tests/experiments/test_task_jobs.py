@@ -79,8 +79,9 @@ def test_what_follows_a_stop_string_does_not_count(start):
         assert s["kv_reads"] == sum(s["prompt_tokens"] + n for n in range(1, s["tokens"]))
         if end < len(whole):
             cut += 1
-            assert s["finished"] and s["tokens"] < 24
-            assert s["achieved_cr"] == 1 and sum(map(sum, s["reads_by_head"])) == s["kv_reads"]
+            assert s["finished"] and s["tokens"] <= 24
+            # By head the last chunk counts whole.
+            assert s["achieved_cr"] == 1 and sum(map(sum, s["reads_by_head"])) >= s["kv_reads"]
     assert cut > 3
 
 
@@ -173,14 +174,15 @@ def test_a_sweep_runs_on_any_task(start, tmp_path):
     assert [row["chains"] for row in results["rows"]] == [1, 2] and results["problems"] == 2
 
 
-def test_nominal_ratios():
-    from dms_jax.config import DMSConfig
+def test_nominal_ratios(tiny_family):
     from experiments.variants import Variant
 
-    assert job.nominal_cr(Variant("full", 4.0), 4.0, None, 100) == 1
-    assert job.nominal_cr(Variant("tova", None, 0.25), None, None, 100) == 4
-    assert job.nominal_cr(Variant("tova", None, 50), None, None, 100) == 2
-    assert job.nominal_cr(Variant("dms", 4.0), 4.0, DMSConfig(), 100) == 4
-    assert job.nominal_cr(Variant("dms"), None, DMSConfig(cr=8.0), 100) == 8
+    original, retrofitted = tiny_family("x"), tiny_family("x", cr=8.0)
+
+    assert job.nominal_cr(Variant("full", 4.0), 4.0, original, 100) == 1
+    assert job.nominal_cr(Variant("tova", None, 0.25), None, original, 100) == 4
+    assert job.nominal_cr(Variant("tova", None, 50), None, original, 100) == 2
+    assert job.nominal_cr(Variant("dms", 4.0), 4.0, retrofitted, 100) == 4
+    assert job.nominal_cr(Variant("dms"), None, retrofitted, 100) == 8
     with pytest.raises(ConfigError):
         job.chosen_problems(gsm8k.job.Options(model="x", problems=3), 2)

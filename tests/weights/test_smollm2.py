@@ -121,7 +121,7 @@ def test_the_bundled_gates(smollm2_file, lm):
         assert np.abs(got - want).max() > 0.1, "something is evicted"
         alphas = transformer_alphas(gated, ids)
         assert 1 - 1.7 / cr < alphas.mean() < 1 - 0.5 / cr
-    with pytest.raises(dms_jax.ConfigError, match="cr=16: the bundled gates of 'smollm2' are for CR 2, 4, 8"):
+    with pytest.raises(dms_jax.ConfigError, match="cr=16: the gates in smollm2 are for CR 2, 4, 8"):
         dms_jax.load(smollm2_file, gate="smollm2", cr=16)
 
 
