@@ -44,7 +44,7 @@ def test_config_names_the_field(field, value):
 
 
 VALUES = (None, True, "", "x", -1, 0, 0.5, 1.5, 10**18, 1e300, math.nan, math.inf, np.float32(2), (), (1,), (-1, 2, 3),
-          ("q",), [1], {}, object())  # fmt: skip
+          ("q",), ((),), ((9,), (9, 9)), [1], {}, object())  # fmt: skip
 NUMBERS = (int, float, np.float32)
 
 
@@ -70,7 +70,8 @@ def test_every_field_with_every_kind_of_value(config):
             got, number = getattr(changed, field.name), isinstance(value, NUMBERS) and not isinstance(value, bool)
             assert isinstance(got, type(default)) or None in (got, default) or number, f"{field.name}={value!r}"
             if number:
-                assert 0 <= got < 2**32 and type(got) in (int, float), f"{field.name}={value!r}"
+                assert 0 <= got < (1e38 if isinstance(default, float) else 2**32), f"{field.name}={value!r}"
+                assert type(got) in (int, float), f"{field.name}={value!r}"
             assert value is not True or isinstance(default, bool) or default is None, f"{field.name}={value!r}"
 
 
