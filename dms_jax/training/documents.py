@@ -102,7 +102,9 @@ class ParquetRows:
         from pyarrow import parquet
 
         try:
-            return cls(parquet.read_table(path, memory_map=True))
+            table = parquet.read_table(path, memory_map=True)
+            table.validate(full=True)  # or text that is not UTF-8 shows when its row is read
+            return cls(table)
         except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
             raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
 

@@ -79,7 +79,9 @@ def write_checkpoints(root: Path) -> None:
 
 def write_run(root: Path) -> None:
     """What a retrofit and an experiment leave, and what a retrofit is given."""
+    import pyarrow
     import yaml
+    from pyarrow import parquet
 
     from dms_jax.training.config import LoraConfig, RetrofitConfig, SourceConfig
     from experiments.run import write_json
@@ -103,6 +105,7 @@ def write_run(root: Path) -> None:
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c d"}]
     rows = [{"messages": chat, "id": 1}, {"messages": chat[:1] * 2, "id": 2}, {"messages": chat, "id": None}]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data.parquet")
 
 
 # Models
@@ -316,22 +319,23 @@ def says_samples(root: Path, got: dict[str, Any]) -> bool:
     return repr(got["samples"]) == repr([json.loads(line) for line in lines]) and repr(entries) == repr(got["entries"])
 
 
-def use_documents(root: Path) -> dict[str, Any]:
+def use_documents(file: str, root: Path) -> dict[str, Any]:
     from dms_jax.training.config import SourceConfig
     from dms_jax.training.documents import open_documents
 
-    documents = open_documents(SourceConfig(str(root / "run" / "data.jsonl"), messages="messages"), tokenizer())
+    documents = open_documents(SourceConfig(str(root / file), messages="messages"), tokenizer())
     return {"ids": [documents.encode([row])[0].tolist() for row in range(len(documents))]}
 
 
-def says_documents(root: Path, got: dict[str, Any]) -> bool:
-    want = []
-    for line in (root / "run" / "data.jsonl").read_bytes().splitlines():
-        if line.strip():
-            turns = json.loads(line)["messages"]
-            turns = [{"role": t["role"], "content": t["content"]} for t in turns]
-            want.append(tokenizer().apply_chat_template(turns, return_dict=True)["input_ids"])
-    return got["ids"] == want
+def says_documents(file: str, root: Path, got: dict[str, Any]) -> bool:
+    from pyarrow import parquet
+
+    if file.endswith("parquet"):
+        rows = parquet.read_table(root / file).to_pylist()
+    else:
+        rows = [json.loads(line) for line in (root / file).read_bytes().splitlines() if line.strip()]
+    chats = [[{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]] for row in rows]
+    return got["ids"] == [tokenizer().apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
 
 
 @functools.cache
@@ -341,6 +345,10 @@ def tokenizer():
 
 def model(file: str, mutate, says) -> Kind:
     return Kind(file, mutate, use_model(file), functools.partial(says, file))
+
+
+def documents(file: str, mutate) -> Kind:
+    return Kind(file, mutate, functools.partial(use_documents, file), functools.partial(says_documents, file))
 
 
 def settings(file: str, mutate, use) -> Kind:
@@ -366,5 +374,6 @@ KINDS = {
     "log.jsonl": Kind("run/log.jsonl", mutations.line_file, use_log, says_log),
     "metadata.json": Kind("run/metadata.json", mutations.text_file, use_samples, says_samples),
     "samples.jsonl": Kind("run/samples.jsonl", mutations.line_file, use_samples, says_samples),
-    "documents": Kind("run/data.jsonl", mutations.line_file, use_documents, says_documents),
+    "data.jsonl": documents("run/data.jsonl", mutations.line_file),
+    "data.parquet": documents("run/data.parquet", mutations.some_bytes),
 }
