@@ -145,9 +145,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = parquet.read_table(path)
         table.validate(full=True)
+        listed = table.to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error
-    yield from ((f"{path}[{number}]", fields) for number, fields in enumerate(table.to_pylist()))
+    yield from ((f"{path}[{number}]", fields) for number, fields in enumerate(listed))
 
 
 def _hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
