@@ -99,14 +99,14 @@ class ParquetRows:
 
     @classmethod
     def open(cls, path: Path) -> "ParquetRows":
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
 
         try:
             table = parquet.read_table(path, memory_map=True)
             table.validate(full=True)  # or text that is not UTF-8 shows when its row is read
             table.slice(0, 1).to_pylist()  # and so do names of fields
             return cls(table)
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        except (OSError, ValueError, ArrowException) as error:
             raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
 
     def __len__(self) -> int:

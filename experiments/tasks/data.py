@@ -140,13 +140,13 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         table = parquet.read_table(path)
         table.validate(full=True)
         listed = table.to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+    except (OSError, ValueError, ArrowException) as error:
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error
     yield from ((f"{path}[{number}]", fields) for number, fields in enumerate(listed))
 
