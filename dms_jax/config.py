@@ -91,14 +91,18 @@ def described(kind: Any) -> str:
 def check(config: Any, prefix: str = "") -> None:
     """Raises ConfigError unless each field of a config dataclass is what its annotation says.
 
-    The first line of its `__post_init__`. Numbers of numpy become Python's.
+    The first line of its `__post_init__`. Numbers of numpy become Python's, and whole ones floats where they should be:
+    jitted functions take no whole number beyond 2^31.
     """
     for name, kind in _kinds(type(config)).items():
-        value = getattr(config, name)
+        given = value = getattr(config, name)
         if isinstance(value, np.generic):
             value = value.item()
-            object.__setattr__(config, name, value)
         require(fits(value, kind), prefix + name, value, f"expected {described(kind)}")
+        if type(value) is int and float in _options(kind) and int not in _options(kind):
+            value = float(value)
+        if value is not given:
+            object.__setattr__(config, name, value)
 
 
 @functools.cache
