@@ -250,6 +250,18 @@ def main(
     changes = {"mesh": mesh, "accumulate": accumulate}
     settings = dataclasses.replace(settings, **{key: value for key, value in changes.items() if value})
     shape = load_yaml(ModelConfig, model or Path("configs/models") / config.name)
+    plan = {"config": config.name, **planned(shape, settings, depths, device, efficiency)}
+    _show(plan)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(plan, indent=2) + "\n")
+    return plan
+
+
+def planned(
+    shape: ModelConfig, settings: RetrofitConfig, depths: tuple[int, int], device: str, efficiency: float
+) -> dict:
+    """Memory, FLOP, collectives and time of a step; the arguments are those of `main`."""
     found = measured(shape, settings, depths)
     items = scratch(shape, settings, found)
     found["scratch"] = sum(items.values())
@@ -257,8 +269,7 @@ def main(
     memory = {kind: found[kind] for kind in kinds}
     tokens = settings.batch_size * settings.context
     gpu = flops.DEVICES[device]
-    plan = {
-        "config": config.name,
+    return {
         "mesh": settings.mesh,
         "mode": settings.mode,
         "batch_size": settings.batch_size,
@@ -280,11 +291,6 @@ def main(
         "method": "xla_cpu_scratch and collectives: a line through compiled models of "
         f"{depths[0]} and {depths[1]} layers, evaluated at {shape.num_layers}; XLA for CPU, jax {jax.__version__}",
     }
-    _show(plan)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(plan, indent=2) + "\n")
-    return plan
 
 
 def _show(plan: dict) -> None:

@@ -8,10 +8,12 @@ example:
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 import dms_jax
@@ -25,6 +27,42 @@ from dms_jax.training.documents import open_rows, prompt_of
 from dms_jax.weights.huggingface import parse_json
 from dms_jax.weights.text import encode_turn, has_chat
 from scripts import command
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How chains are sampled.
+
+    Attributes:
+      model: what `dms_jax.load` takes; it runs with the full cache.
+      data: JSONL or parquet file, or hub name, with the prompts.
+      prompt: the field with the prompt; default: the first of problem, question, prompt and instruction.
+      limit: how many rows are used.
+      chains: chains a prompt.
+      max_num_seqs: chains that are decoded at the same time.
+      finished_only: leave out chains that were cut off at max_new_tokens.
+    """
+
+    model: str
+    data: str
+    out: Path
+    prompt: str = ""
+    limit: int | None = None
+    chains: int = 1
+    max_num_seqs: int = 64
+    max_new_tokens: int = 2048
+    temperature: float = 0.6
+    top_p: float = 0.95
+    finished_only: bool = True
+    seed: int = 0
+    dtype: str = "bfloat16"
+
+    def generation(self) -> GenerationConfig:
+        return GenerationConfig(
+            *(self.max_new_tokens, self.temperature, self.chains, self.seed, "full"),
+            top_p=self.top_p,
+            max_num_seqs=self.max_num_seqs,
+        )
 
 
 def encoded(tokenizer: Any, prompt: str) -> list[int]:
@@ -50,62 +88,36 @@ def resume(out: Path) -> set[tuple[int, int]]:
     return done
 
 
-def results(lm: dms_jax.LM, prompts: dict[int, list[int]], chains: int, seed: int, config: GenerationConfig):
+def results(lm: dms_jax.LM, prompts: dict[int, list[int]], config: GenerationConfig):
     """Finished chains as they come; `name` is the row."""
+    chains = config.chains
     rows = np.repeat(list(prompts), chains)
-    keys = np.asarray(sampling.chain_keys(seed, rows, np.tile(np.arange(chains), len(prompts))))
+    keys = np.asarray(sampling.chain_keys(config.seed, rows, np.tile(np.arange(chains), len(prompts))))
     keys = keys.reshape(len(prompts), chains, 2)
     jobs = [Job(ids, keys[n], config.max_new_tokens, row) for n, (row, ids) in enumerate(prompts.items())]
     jobs.sort(key=lambda job: len(job.prompt))
     return generation.build(lm, max(map(len, prompts.values())) + config.max_new_tokens, config).run(jobs)
 
 
-def main(
-    model: str,
-    data: str,
-    out: Path,
-    prompt: str = "",
-    limit: int | None = None,
-    chains: int = 1,
-    max_num_seqs: int = 64,
-    max_new_tokens: int = 2048,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    finished_only: bool = True,
-    seed: int = 0,
-    dtype: str = "bfloat16",
-) -> None:
-    """Writes OUT, which scripts.retrofit takes as --data.
-
-    Args:
-      model: what `dms_jax.load` takes; it runs with the full cache.
-      data: JSONL or parquet file, or hub name, with the prompts.
-      prompt: the field with the prompt; default: the first of problem, question, prompt and instruction.
-      limit: how many rows are used.
-      chains: chains a prompt.
-      max_num_seqs: chains that are decoded at the same time.
-      finished_only: leave out chains that were cut off at max_new_tokens.
-    """
-    require(max_num_seqs > 0, "max_num_seqs", max_num_seqs, "must be positive")
-    records = open_rows(SourceConfig(data))
-    count = min(len(records), limit or len(records))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = resume(out)
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
+    """Writes OUT, which scripts.retrofit takes as --data."""
+    chains, config = settings.chains, settings.generation()
+    records = open_rows(SourceConfig(settings.data))
+    count = min(len(records), settings.limit or len(records))
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    done = resume(settings.out)
     rows = [row for row in range(count) if not all((row, chain) in done for chain in range(chains))]
-    texts = {row: prompt_of(records[row], prompt, f"{data}, row {row}") for row in rows}
+    texts = {row: prompt_of(records[row], settings.prompt, f"{settings.data}, row {row}") for row in rows}
     if not texts:
         return
-    lm = dms_jax.load(model, dtype=dtype)
-    require(lm.tokenizer is not None, "model", model, "has no tokenizer")
+    lm = dms_jax.load(settings.model, dtype=settings.dtype)
+    require(lm.tokenizer is not None, "model", settings.model, "has no tokenizer")
     prompts = {row: encoded(lm.tokenizer, text) for row, text in texts.items()}
-    config = GenerationConfig(
-        max_new_tokens, temperature, top_p=top_p, policy="full", max_num_seqs=max_num_seqs, chains=chains
-    )
     total = count * chains
-    with out.open("a") as file, tqdm(total=total, initial=total - len(rows) * chains, unit="chain") as bar:
-        for result in results(lm, prompts, chains, seed, config):
+    with settings.out.open("a") as file, tqdm(total=total, initial=total - len(rows) * chains, unit="chain") as bar:
+        for result in results(lm, prompts, config):
             finished = result.tokens[-1] in lm.config.eos_ids
-            if (finished or not finished_only) and (result.name, result.chain) not in done:
+            if (finished or not settings.finished_only) and (result.name, result.chain) not in done:
                 answer = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
                 chat = [{"role": "user", "content": texts[result.name]}, {"role": "assistant", "content": answer}]
                 about = {"row": result.name, "chain": result.chain, "tokens": len(result.tokens), "finished": finished}

@@ -100,16 +100,13 @@ class PagedCache(KVCache):
     def attend(self, cache: PagedArrays, layer: int, query: DecodeQuery, weights: bool):
         q, k, v, slots, readable = query
         if self.config.quant == "none" and readable is None:  # in one launch on a GPU
-            attended, k, v = kernels.paged_decode_attention_update(
-                q, k, v, cache.k, cache.v, cache.table, cache.length, slots, layer, weights=weights
-            )
-            return cache._replace(k=k, v=v), attended.out, attended.weights
+            pages = kernels.Pages(cache.k, cache.v, cache.table, cache.length)
+            attended, pages = kernels.paged_decode_attention_update(q, k, v, pages, slots, layer, weights=weights)
+            return cache._replace(k=pages.k, v=pages.v), attended.out, attended.weights
         table, length, slot = cache.table[layer], cache.length[layer], slots[layer % len(slots)]
         cache = self._write(cache, _page_of(cache, table, slot), slot % page_size(cache), k, v)
-        scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-        attended = kernels.paged_decode_attention(
-            q, cache.k, cache.v, table, length, readable=readable, weights=weights, **scales
-        )
+        pages = kernels.Pages(cache.k, cache.v, table, length, cache.k_scale, cache.v_scale)
+        attended = kernels.paged_decode_attention(q, pages, readable=readable, weights=weights)
         return cache, attended.out, attended.weights
 
     def view(self, cache: PagedArrays, layer: int, width: int) -> View:

@@ -159,7 +159,10 @@ class PrefillAttend:
         all_k, all_v = (
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
         )
-        flash = functools.partial(kernels.flash_attention, window=policy.window, hard=True)
+
+        def flash(q, k, v, *mask):
+            return kernels.flash_attention(q, k, v, kernels.EvictionMask(*mask, policy.window), hard=True)
+
         letters = ("B T H D", "B S K D", "B S K D", "B T", "B K S", "B K S")
         out = sharding.by_heads(flash, letters)(q, all_k, all_v, query_pos, pos, dms.hard_log_keep_prob(evicted))
         weights = self._observed(q, all_k, pos)

@@ -1,16 +1,63 @@
 """Attention over given keys as pure functions: a dense oracle and a blockwise form with O(T) memory.
 
-Both take what `dms.bias` takes, so one rule decides visibility on every path.
+Both take the mask that `dms.bias` defines, so one rule decides visibility on every path.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dms_jax import dms
-from dms_jax.types import MASK_VALUE, LogKeepProb, Positions, Queries, ScoreBias, Slots, Window
+from dms_jax.config import require
+from dms_jax.types import MASK_VALUE, LogKeepProb, Positions, Queries, ScoreBias, Segments, Slots, Window
 
 KeysOrValues = Float[Array, "B S K D"]  # of S keys, in the order of the tokens
+
+
+class EvictionMask(NamedTuple):
+    """The delayed-eviction mask of T queries over S keys, in O(T + S): what `dms.bias` spreads out.
+
+    Attributes:
+      query_pos: `[B, T]`.
+      key_pos: `[B, S]`, or `[B, K, S]` where heads hold different tokens, in any order; -1 for an empty slot.
+      log_keep_prob: float32, log(1 - p) of each key, added where i - j > window; 0 keeps, MASK_VALUE evicts.
+      window: w, of which the Triton kernel is compiled for one value; the reference takes a traced one, too.
+      query_segments, key_segments: which of the documents packed into a row a token is of, in the shapes of the
+        positions; no attention across different ones. Both, or neither where a row is one.
+    """
+
+    query_pos: Positions
+    key_pos: Int[Array, "B *K S"]
+    log_keep_prob: LogKeepProb
+    window: Window
+    query_segments: Segments | None = None
+    key_segments: Int[Array, "B *K S"] | None = None
+
+    def per_head(self) -> "EvictionMask":
+        """With key_pos and key_segments `[B, K, S]`."""
+        shape = self.log_keep_prob.shape
+        keys = (self.key_pos, self.key_segments)
+        key_pos, segments = (x if x is None or x.ndim == 3 else jnp.broadcast_to(x[:, None], shape) for x in keys)
+        return self._replace(key_pos=key_pos, key_segments=segments)
+
+    def one_segment(self) -> "EvictionMask":
+        """With segments, of which there is one."""
+        return self._replace(query_segments=jnp.zeros_like(self.query_pos), key_segments=jnp.zeros_like(self.key_pos))
+
+    def check(self, B: int, T: int, K: int, S: int) -> None:
+        """ConfigError for shapes that do not fit T queries, S keys and K KV heads, and for a negative window."""
+        traced = not isinstance(self.window, int)  # without a value to check
+        require(traced or self.window >= 0, "window", self.window, "must not be negative")
+        given = (self.query_segments is not None, self.key_segments is not None)
+        require(given[0] == given[1], "query_segments, key_segments", given, "give both or neither")
+        queries, keys = [(B, T)], [(B, K, S), (B, S)]
+        wanted = {"query_pos": queries, "key_pos": keys, "log_keep_prob": keys[:1]}
+        wanted |= {"query_segments": queries, "key_segments": keys} if given[0] else {}
+        for name, shapes in wanted.items():
+            shape = getattr(self, name).shape
+            require(shape in shapes, name, shape, f"expected {' or '.join(map(str, shapes))}")
 
 
 def attend(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: ScoreBias) -> Queries:
@@ -26,63 +73,25 @@ def attend(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: ScoreBias) -> Que
     return jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D)
 
 
-def dense(
-    q: Queries,
-    k: KeysOrValues,
-    v: KeysOrValues,
-    query_pos: Positions,
-    key_pos: Int[Array, "B *K S"],
-    log_keep_prob: LogKeepProb,
-    window: Window,
-    query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B *K S"] | None = None,
-) -> Queries:
-    """The readable oracle: the whole `[B, K, T, S]` bias at once.
-
-    Args:
-      q: `[B, T, H, D]` after RoPE; k, v: `[B, S, K, D]`.
-      query_pos: `[B, T]`; key_pos: `[B, S]`, or `[B, K, S]` where heads hold different tokens; -1 for padding.
-      log_keep_prob: `[B, K, S]`, log(1 - p) of each key; 0 keeps, MASK_VALUE evicts beyond the window.
-      query_segments, key_segments: which of the documents packed into a row a token is of; None if a row is one.
-        With segments a query that sees no key gives 0.
-    """
-    K = k.shape[2]
-    key_segments = None if key_segments is None else per_head(key_segments, K)
-    bias = dms.bias(query_pos, per_head(key_pos, K), log_keep_prob, window, query_segments, key_segments)
+def dense(q: Queries, k: KeysOrValues, v: KeysOrValues, mask: EvictionMask) -> Queries:
+    """The readable oracle: the whole `[B, K, T, S]` bias at once. With segments a query that sees no key gives 0."""
+    bias = dms.bias(*mask.per_head())
     out = attend(q, k, v, bias)
-    if query_segments is None:
+    if mask.query_segments is None:
         return out
     # With segments a row may hold padding that sees nothing at all, where a softmax would read everything alike.
     seen = jnp.any(bias > MASK_VALUE / 2, axis=-1).swapaxes(1, 2)  # [B, T, K]
-    return jnp.where(jnp.repeat(seen, q.shape[2] // K, axis=2)[..., None], out, 0)
+    return jnp.where(jnp.repeat(seen, q.shape[2] // k.shape[2], axis=2)[..., None], out, 0)
 
 
-def per_head(key_pos: Int[Array, "B *K S"], heads: int) -> Slots:
-    """`[B, S]` positions for every head, `[B, K, S]`; what has that shape already stays as it is."""
-    if key_pos.ndim == 3:
-        return key_pos
-    return jnp.broadcast_to(key_pos[:, None], (key_pos.shape[0], heads, key_pos.shape[1]))
-
-
-def blockwise(
-    q: Queries,
-    k: KeysOrValues,
-    v: KeysOrValues,
-    query_pos: Positions,
-    key_pos: Int[Array, "B *K S"],
-    log_keep_prob: Float[Array, "B K S"],
-    window: Window,
-    query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B *K S"] | None = None,
-    block: int = 128,
-) -> Queries:
+def blockwise(q: Queries, k: KeysOrValues, v: KeysOrValues, mask: EvictionMask, block: int = 128) -> Queries:
     """`dense` in O(T) memory, forward and backward: one block of queries at a time, recomputed for the gradient.
 
     Only `[B, H, block, S]` scores are alive at once; `jax.checkpoint` keeps them from being saved.
     """
     B, T, H, D = q.shape
     if T <= block:
-        return dense(q, k, v, query_pos, key_pos, log_keep_prob, window, query_segments, key_segments)
+        return dense(q, k, v, mask)
     pad = -T % block
     blocks = (T + pad) // block
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(B, blocks, block, H, D)
@@ -91,13 +100,12 @@ def blockwise(
         # A padded query repeats a real one: it must see some key, and its row is cut off below.
         return jnp.pad(x, ((0, 0), (0, pad)), mode="edge").reshape(B, blocks, block).swapaxes(0, 1)
 
-    segments = None if query_segments is None else split(query_segments)
-
     @jax.checkpoint
-    def one(q_block, pos_block, segment_block):
-        return dense(q_block, k, v, pos_block, key_pos, log_keep_prob, window, segment_block, key_segments)
+    def one(q_block, pos, segments):
+        return dense(q_block, k, v, mask._replace(query_pos=pos, query_segments=segments))
 
-    out = jax.lax.map(lambda x: one(*x), (q.swapaxes(0, 1), split(query_pos), segments))
+    blocked = jax.tree.map(split, (mask.query_pos, mask.query_segments))
+    out = jax.lax.map(lambda x: one(*x), (q.swapaxes(0, 1), *blocked))
     return out.swapaxes(0, 1).reshape(B, T + pad, H, D)[:, :T]
 
 

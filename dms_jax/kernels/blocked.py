@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float
 
 from dms_jax.kernels import quant
-from dms_jax.types import MASK_VALUE, PerHead
+from dms_jax.kernels.reference import DecodeAttention, Pages
+from dms_jax.types import MASK_VALUE
 
 BLOCK = 256  # slots a step of the loop: few steps, and temporaries that stay in a CPU's cache
 
@@ -26,46 +27,37 @@ class _Sums(NamedTuple):
 
 
 def paged_attention(
-    q: Float[Array, "B H D"],
-    k_pages: Num[Array, "N page D"],
-    v_pages: Num[Array, "N page D"],
-    table: Int[Array, "B K P"],
-    lengths: PerHead,
-    *,
-    k_scale: Float[Array, "N page"] | None = None,
-    v_scale: Float[Array, "N page"] | None = None,
-    readable: Bool[Array, "B K P"] | None = None,
-    weights: bool = False,
-) -> tuple[Float[Array, "B H D"], Float[Array, "B H"], Float[Array, "B K S"] | None]:
+    q: Float[Array, "B H D"], pages: Pages, *, readable: Bool[Array, "B K P"] | None = None, weights: bool = False
+) -> DecodeAttention:
     """Attention of one query a sequence over slots `[0, length)` of each head; see `kernels.paged_decode_attention`."""
     B, H, D = q.shape
-    _, K, P = table.shape
-    G, page = H // K, k_pages.shape[1]
+    _, K, P = pages.table.shape
+    G, page = H // K, pages.k.shape[1]
     n = min(max(1, BLOCK // page), P)  # pages a block
     pad = -P % n
-    table = jnp.pad(table, ((0, 0), (0, 0), (0, pad)))
+    table = jnp.pad(pages.table, ((0, 0), (0, 0), (0, pad)))
     S = (P + pad) * page
     grouped = q.reshape(B, K, G, D)
 
-    def read(pages, scale, ids):
-        x = jnp.take(pages, ids, axis=0, mode="clip")
+    def read(pool, scale, ids):
+        x = jnp.take(pool, ids, axis=0, mode="clip")
         scale = None if scale is None else jnp.take(scale, ids, axis=0, mode="clip")
         return quant.decode(x, scale, q.dtype).reshape(B, K, n * page, D)
 
     def block(i, sums: _Sums) -> _Sums:
         ids = jax.lax.dynamic_slice_in_dim(table, i * n, n, axis=2)
         slot = i * n * page + jnp.arange(n * page)
-        valid = slot < lengths[..., None]
+        valid = slot < pages.lengths[..., None]
         if readable is not None:
             flags = jnp.take(readable, slot // page, axis=2, mode="fill", fill_value=False)
             valid &= flags
-        k = read(k_pages, k_scale, ids)
+        k = read(pages.k, pages.k_scale, ids)
         scores = jnp.einsum("BKGD,BKSD->BKGS", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
         scores = jnp.where(valid[:, :, None], scores, MASK_VALUE)
         top = jnp.maximum(sums.top, scores.max(axis=-1))
         p = jnp.where(valid[:, :, None], jnp.exp(scores - top[..., None]), 0.0)
         shrink = jnp.exp(sums.top - top)
-        v = read(v_pages, v_scale, ids)
+        v = read(pages.v, pages.v_scale, ids)
         added = jnp.einsum("BKGS,BKSD->BKGD", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
         kept = sums.scores
         if kept is not None:
@@ -78,12 +70,13 @@ def paged_attention(
         out=jnp.zeros((B, K, G, D)),
         scores=jnp.full((B, K, G, S), MASK_VALUE) if weights else None,
     )
-    blocks = -(-jnp.max(lengths) // (n * page))
+    blocks = -(-jnp.max(pages.lengths) // (n * page))
     sums = jax.lax.fori_loop(0, blocks, block, empty)
     total = jnp.where(sums.total == 0, 1.0, sums.total)  # nothing read: the output is 0
     out = (sums.out / total[..., None]).astype(q.dtype).reshape(B, H, D)
     lse = jnp.where(sums.total == 0, -jnp.inf, sums.top + jnp.log(total)).reshape(B, H)
     if not weights:
-        return out, lse, None
+        return DecodeAttention(out, lse, None)
     probs = jnp.exp(sums.scores - sums.top[..., None]) / total[..., None]
-    return out, lse, jnp.where(sums.scores > MASK_VALUE, probs, 0.0).sum(axis=2)[..., : P * page]
+    by_slot = jnp.where(sums.scores > MASK_VALUE, probs, 0.0).sum(axis=2)[..., : P * page]
+    return DecodeAttention(out, lse, by_slot)

@@ -6,7 +6,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dms_jax.config import require
 from dms_jax.types import PerHead
+
+PAGE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+QUANTIZED = ("int8", "float8_e4m3fn")
+
+
+class Pages(NamedTuple):
+    """Keys and values in pages, and where those of each head lie: of one layer, or stacked for L layers.
+
+    Attributes:
+      k, v: the pool of all layers; float32, bfloat16, float16, or int8 and float8_e4m3fn with scales.
+      table: page ids of each head; slot s lies in page `table[b, k, s // page]` at `s % page`. Entries past the pages
+        in use are not followed.
+      lengths: live slots of each head, always the slots [0, length).
+      k_scale, v_scale: float32 factor of each stored token, for quantized pages.
+    """
+
+    k: Shaped[Array, "N page D"]
+    v: Shaped[Array, "N page D"]
+    table: Int[Array, "*L B K P"]
+    lengths: Int[Array, "*L B K"]
+    k_scale: Float[Array, "N page"] | None = None
+    v_scale: Float[Array, "N page"] | None = None
+
+    def of_layer(self, layer: int) -> "Pages":
+        """Those of one of L layers."""
+        return self._replace(table=self.table[layer], lengths=self.lengths[layer])
+
+    def check(self, batch: int, head_dim: int, layer: int | None = None) -> None:
+        """ConfigError for shapes or dtypes that do not fit; tables of one layer, or with `layer` of all."""
+        table, letters = self.table, "B, K, P" if layer is None else f"L > {layer}, B, K, P"
+        fits = table.ndim == 3 if layer is None else table.ndim == 4 and len(table) > layer >= 0
+        fits = fits and table.shape[-3] == batch
+        require(fits, "pages.table", table.shape, f"expected [{letters}] with B = {batch}")
+        heads = table.shape[:-1]
+        require(self.lengths.shape == heads, "pages.lengths", self.lengths.shape, f"expected {heads}")
+        shapes, dtypes = (self.k.shape, self.v.shape), (str(self.k.dtype), str(self.v.dtype))
+        same = shapes[0] == shapes[1] and self.k.ndim == 3 and shapes[0][2] == head_dim
+        require(same, "pages.k, pages.v", shapes, f"expected [N, page, D] twice with D = {head_dim}")
+        known = dtypes[0] == dtypes[1] and dtypes[0] in PAGE_DTYPES
+        require(known, "pages.k, pages.v", dtypes, f"expected one dtype of {PAGE_DTYPES}")
+        wanted = shapes[0][:2] if dtypes[0] in QUANTIZED else None
+        for name, scale in (("pages.k_scale", self.k_scale), ("pages.v_scale", self.v_scale)):
+            shape = None if scale is None else scale.shape
+            require(shape == wanted, name, shape, f"expected {wanted} for pages of {dtypes[0]}")
 
 
 class DecodeAttention(NamedTuple):
@@ -37,25 +82,16 @@ def gather_pages(
 
 
 def paged_decode_attention(
-    q: Float[Array, "B H D"],
-    k_pages: Shaped[Array, "N page D"],
-    v_pages: Shaped[Array, "N page D"],
-    table: Int[Array, "B K P"],
-    lengths: PerHead,
-    *,
-    k_scale: Float[Array, "N page"] | None = None,
-    v_scale: Float[Array, "N page"] | None = None,
-    readable: Bool[Array, "B K P"] | None = None,
-    weights: bool = False,
+    q: Float[Array, "B H D"], pages: Pages, *, readable: Bool[Array, "B K P"] | None = None, weights: bool = False
 ) -> DecodeAttention:
     """`kernels.paged_decode_attention` by gathering every page: `[B, K, P * page, D]` float32 copies."""
     B, H, D = q.shape
-    K, P, page = table.shape[1], table.shape[2], k_pages.shape[1]
-    live = jnp.arange(P * page)[None, None, :] < lengths[..., None]
+    K, P, page = *pages.table.shape[1:], pages.k.shape[1]
+    live = jnp.arange(P * page)[None, None, :] < pages.lengths[..., None]
     if readable is not None:
         live &= jnp.repeat(readable, page, axis=2)
-    k = gather_pages(k_pages, table, live, k_scale)
-    v = gather_pages(v_pages, table, live, v_scale)
+    k = gather_pages(pages.k, pages.table, live, pages.k_scale)
+    v = gather_pages(pages.v, pages.table, live, pages.v_scale)
     queries = q.reshape(B, K, H // K, D).astype(jnp.float32)
     scores = jnp.einsum("BKGD,BKSD->BKGS", queries, k, precision="highest") * D**-0.5
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)

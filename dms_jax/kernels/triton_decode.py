@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from dms_jax.kernels.launch import LN2, LOG2E, launch, multiprocessors, power_of_two, unused
+from dms_jax.kernels.reference import DecodeAttention, Pages
 
 # A dead slot's score, and where the running maximum starts: finite, so that no inf - inf arises, and so far apart
 # that a dead slot's weight is exactly 0 even in a tile without a live one.
@@ -66,6 +67,93 @@ def pages_of(
 
 
 @triton.jit
+def share_of(tile_ends, program, programs, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr):
+    """A program's share of the tiles: the head that its first tile lies in, which tile of that head, and how many."""
+    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
+    start = (program * total // programs).to(tl.int32)
+    count = ((program + 1) * total // programs).to(tl.int32) - start
+    all_heads = tl.arange(0, HEADS_PAD)
+    before = tl.load(tile_ends + all_heads, mask=all_heads < HEADS, other=2147483647)
+    head = tl.sum((before <= start).to(tl.int32), 0)
+    return head, start - tl.max(tl.where(before <= start, before, 0), 0), count
+
+
+@triton.jit
+def attend_tiles(
+    queries, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale, scores_out,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the tiles [tile, stop) of a head: running maximum, sum and weighted values."""
+    rows = tl.arange(0, queries.shape[0])
+    dims = tl.arange(0, queries.shape[1])
+    within = tl.arange(0, BLOCK)
+    top = tl.full([queries.shape[0]], FLOOR, tl.float32)
+    denominator = tl.zeros([queries.shape[0]], tl.float32)
+    acc = tl.zeros(queries.shape, tl.float32)
+    page, page_id = pages_of(table, order, head, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
+    for t in range(tile, stop):
+        offset = t * BLOCK % PAGE + within
+        if PAGE % BLOCK != 0:
+            offset = (t * BLOCK + within) % PAGE
+        slot = page * PAGE + offset
+        live = slot < length
+        row = page_id.to(tl.int64) * PAGE + offset
+        # The next tile's page ids are asked for a step ahead: loads that wait for loads would not be pipelined.
+        page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
+        if WRITE:  # the new token is read from k_new
+            live = live & (slot != new_slot)
+        mask = live[:, None] & (dims < D)[None, :]
+        keys = tl.load((k_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
+        keys = (keys.to(tl.float32) if keys.dtype == tl.int8 else keys).to(queries.dtype)  # int8 to bfloat16 is exact
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+        if QUANTIZED:
+            scores *= tl.load(k_scale + row, mask=live, other=0.0)[None, :]
+        scores = tl.where(live[None, :], scores, DEAD)
+        if SCORES:
+            target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
+            tl.store(target, scores, mask=(rows < G)[:, None] & live[None, :])
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        values = tl.load((v_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
+        values = (values.to(tl.float32) if values.dtype == tl.int8 else values).to(queries.dtype)
+        if QUANTIZED:
+            weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
+        acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        top = higher
+    return top, denominator, acc
+
+
+@triton.jit
+def write_and_attend(
+    top, denominator, acc, queries, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    SCORES: tl.constexpr,
+):  # fmt: skip
+    """Writes a head's new key and value to their slot, and adds them to the online softmax."""
+    rows = tl.arange(0, queries.shape[0])
+    dims = tl.arange(0, queries.shape[1])
+    key = tl.load(k_new + head * D + dims, mask=dims < D, other=0.0)
+    value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0)
+    row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
+    key = key.to(k_out.dtype.element_ty)
+    value = value.to(v_out.dtype.element_ty)
+    tl.store(k_out + row * D + dims, key, mask=dims < D)
+    tl.store(v_out + row * D + dims, value, mask=dims < D)
+    score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
+    if SCORES:
+        target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
+        tl.store(target, score, mask=rows < G)
+    higher = tl.maximum(top, score)
+    weight = tl.exp2(score - higher)
+    shrink = tl.exp2(top - higher)
+    acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+    return higher, denominator * shrink + weight, acc
+
+
+@triton.jit
 def split_kv(
     q, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, k_new, v_new, new_slots, first,
     acc_out, top_out, sum_out, scores_out, k_out, v_out,
@@ -82,21 +170,13 @@ def split_kv(
     last.
     """
     program = tl.program_id(0)
-    programs = tl.num_programs(0)
     table += first * PAGES
     lengths += first
     spans += first
     tile_ends += first
     if SLOTS_OF_ALL:
         new_slots += first
-    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
-    start = (program * total // programs).to(tl.int32)
-    left = ((program + 1) * total // programs).to(tl.int32) - start
-    all_heads = tl.arange(0, HEADS_PAD)
-    before = tl.load(tile_ends + all_heads, mask=all_heads < HEADS, other=2147483647)
-    head = tl.sum((before <= start).to(tl.int32), 0)  # the head that tile `start` lies in
-    tile = start - tl.max(tl.where(before <= start, before, 0), 0)
-
+    head, tile, left = share_of(tile_ends, program, tl.num_programs(0), HEADS, HEADS_PAD)
     if WRITE:  # an aliased pool is at hand as the output
         k_pages = k_out
         v_pages = v_out
@@ -104,71 +184,23 @@ def split_kv(
     dims = tl.arange(0, D_PAD)
     q_mask = (rows < G)[:, None] & (dims < D)[None, :]
     q_offsets = rows[:, None] * D + dims[None, :]
-    within = tl.arange(0, BLOCK)
     while left > 0:
         length = tl.load(lengths + head)
         span = tl.load(spans + head)
         stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
         queries = tl.load(q + head * G * D + q_offsets, mask=q_mask, other=0.0)
-        top = tl.full([G_PAD], FLOOR, tl.float32)
-        denominator = tl.zeros([G_PAD], tl.float32)
-        acc = tl.zeros([G_PAD, D_PAD], tl.float32)
-        if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
-            new_slot = tl.load(new_slots + head)
-        page, page_id = pages_of(table, order, head, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
-        for t in range(tile, stop):
-            offset = t * BLOCK % PAGE + within
-            if PAGE % BLOCK != 0:
-                offset = (t * BLOCK + within) % PAGE
-            slot = page * PAGE + offset
-            live = slot < length
-            row = page_id.to(tl.int64) * PAGE + offset
-            # The next tile's page ids are asked for a step ahead: loads that wait for loads would not be pipelined.
-            page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
-            if WRITE:  # the newcomer's slot is read from k_new, below
-                live = live & (slot != new_slot)
-            mask = live[:, None] & (dims < D)[None, :]
-            keys = tl.load((k_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
-            keys = (keys.to(tl.float32) if keys.dtype == tl.int8 else keys).to(
-                queries.dtype
-            )  # int8 to bfloat16 is exact
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
-            if QUANTIZED:
-                scores *= tl.load(k_scale + row, mask=live, other=0.0)[None, :]
-            scores = tl.where(live[None, :], scores, DEAD)
-            if SCORES:
-                target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
-                tl.store(target, scores, mask=(rows < G)[:, None] & live[None, :])
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(top - higher)
-            denominator = denominator * shrink + tl.sum(weights, 1)
-            values = tl.load((v_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
-            values = (values.to(tl.float32) if values.dtype == tl.int8 else values).to(queries.dtype)
-            if QUANTIZED:
-                weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
-            acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
-            top = higher
+        new_slot = tl.load(new_slots + head) if WRITE else -1
+        top, denominator, acc = attend_tiles(
+            queries, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale,
+            scores_out, PAGES, PAGE, G, D, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE,
+        )  # fmt: skip
         if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
             # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
             if (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length):
-                key = tl.load(k_new + head * D + dims, mask=dims < D, other=0.0)
-                value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0)
-                row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
-                key = key.to(k_out.dtype.element_ty)
-                value = value.to(v_out.dtype.element_ty)
-                tl.store(k_out + row * D + dims, key, mask=dims < D)
-                tl.store(v_out + row * D + dims, value, mask=dims < D)
-                score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
-                if SCORES:
-                    target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
-                    tl.store(target, score, mask=rows < G)
-                higher = tl.maximum(top, score)
-                weight = tl.exp2(score - higher)
-                shrink = tl.exp2(top - higher)
-                denominator = denominator * shrink + weight
-                acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-                top = higher
+                top, denominator, acc = write_and_attend(
+                    top, denominator, acc, queries, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
+                    PAGES, PAGE, G, D, SCALE, SCORES,
+                )  # fmt: skip
         index = (program + head).to(tl.int64) * G + rows
         tl.store(top_out + index, top, mask=rows < G)
         tl.store(sum_out + index, denominator, mask=rows < G)
@@ -235,81 +267,77 @@ def read_order(readable, lengths, page):
     return order, used.sum(axis=2, dtype=jnp.int32) * page
 
 
-def decode(
-    q,
-    k_pages,
-    v_pages,
-    table,
-    lengths,
-    layer,
-    *,
-    k_scale,
-    v_scale,
-    readable,
-    weights,
-    new=None,
-    tiles: Tiling | None = None,
-):
-    """`(out, lse, weights or None, pools)`; arguments are checked by the caller.
+class _Work(NamedTuple):
+    """What is shared out: tokens walked over and tiles of the heads of all layers; this layer's begin at `first`."""
 
-    table, lengths: `[L, B, K, P]` and `[L, B, K]`, whole: a layer's part of them would have to be copied for a kernel.
-    new: `(k_new [B, K, D], v_new [B, K, D], slots)` to be written first, the slots `[L, B, K]`, or `[1, B, K]` for
-    this layer alone; pools is then (k_pages, v_pages), and empty without.
+    spans: jax.Array
+    tile_ends: jax.Array
+    order: jax.Array | None
+    first: int
+    tiles: Tiling
+
+
+def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable=None, new=None, tiles=None):
+    """DecodeAttention, and the pages with what was written; arguments are checked by the caller.
+
+    layer: one of L, with tables and lengths of all, since a layer's part of them would have to be copied for a kernel.
+    readable: of pages of one layer. new: `(k_new [B, K, D], v_new [B, K, D], slots)` to be written first, the slots
+    `[L, B, K]`, or `[1, B, K]` for this layer alone. tiles: a Tiling other than the default.
     """
-    B, H, D = q.shape
-    K, P, page = *table.shape[2:], k_pages.shape[1]
-    G, heads = H // K, B * K
-    tiles = tiles or tiling(D, k_pages.dtype.itemsize)
-    programs = tiles.programs or 3 * multiprocessors()
-    quantized = k_scale is not None
-    compute = q.dtype if quantized else jnp.promote_types(q.dtype, k_pages.dtype)
-    order, spans = unused(), lengths
-    if readable is not None:
-        table, lengths, layer = table[layer], lengths[layer], 0
-        order, spans = read_order(readable, lengths, page)
+    (B, _, D), K, page = q.shape, pages.table.shape[-2], pages.k.shape[1]
+    own = pages.lengths if layer is None else pages.lengths[layer]
+    tiles = tiles or tiling(D, pages.k.dtype.itemsize)
+    tiles = tiles._replace(programs=tiles.programs or 3 * multiprocessors())
+    order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.
-    tile_ends = jnp.cumsum(-(-spans.reshape(-1, heads) // tiles.block), axis=1, dtype=jnp.int32)
-    k_new, v_new, slots = (unused(k_pages.dtype), unused(k_pages.dtype), unused()) if new is None else new
-    f32 = jnp.float32
-    shape = jax.ShapeDtypeStruct
-    shared = {"HEADS": heads, "G": G, "D": D, "D_PAD": power_of_two(D, 16)}
-    pool = shape(k_pages.shape if new else (1,), k_pages.dtype)
-    acc, top, denominator, scores, *pools = launch(
+    tile_ends = jnp.cumsum(-(-spans.reshape(-1, B * K) // tiles.block), axis=1, dtype=jnp.int32)
+    work = _Work(spans, tile_ends, order, (layer or 0) * B * K, tiles)
+    *splits, scores, k, v = _split(q, pages, work, weights, new)
+    out, lse = _merge(q, splits, work, B * K)
+    by_slot = _weights(scores, lse, own, readable, page) if weights else None
+    return DecodeAttention(out, lse, by_slot), pages if new is None else pages._replace(k=k, v=v)
+
+
+def _split(q, pages: Pages, work: _Work, weights: bool, new):
+    """Launches split_kv: weighted values, maximum and sum of each split; scores; the pools."""
+    (B, H, D), (K, P), page = q.shape, pages.table.shape[-2:], pages.k.shape[1]
+    G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
+    f32, shape = jnp.float32, jax.ShapeDtypeStruct
+    compute = q.dtype if quantized else jnp.promote_types(q.dtype, pages.k.dtype)
+    k_new, v_new, slots = (unused(pages.k.dtype), unused(pages.k.dtype), unused()) if new is None else new
+    splits, pool = tiles.programs + heads, shape(pages.k.shape if new else (1,), pages.k.dtype)
+    scores = shape((B, K, G, P * page) if weights else (1,), f32)
+    return launch(
         split_kv,
-        *(q.astype(compute), k_pages, v_pages, table, lengths, spans, tile_ends, order),
-        *(unused(f32) if scale is None else scale for scale in (k_scale, v_scale)),
-        *(k_new, v_new, slots, layer * heads),
-        out=(
-            shape((programs + heads, G, D), f32),
-            shape((programs + heads, G), f32),
-            shape((programs + heads, G), f32),
-            shape((B, K, G, P * page) if weights else (1,), f32),
-            pool,
-            pool,
-        ),
-        grid=(programs,),
+        *(q.astype(compute), pages.k, pages.v, pages.table, pages.lengths, work.spans, work.tile_ends),
+        *(unused() if work.order is None else work.order,),
+        *(unused(f32) if scale is None else scale for scale in (pages.k_scale, pages.v_scale)),
+        *(k_new, v_new, slots, work.first),
+        out=(shape((splits, G, D), f32), shape((splits, G), f32), shape((splits, G), f32), scores, pool, pool),
+        grid=(tiles.programs,),
         aliases={1: 4, 2: 5} if new else {},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **shared,
-        **{"HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "G_PAD": power_of_two(G, 16)},
-        **{"BLOCK": tiles.block, "SCALE": D**-0.5 * LOG2E, "QUANTIZED": quantized, "ORDERED": readable is not None},
-        **{"SCORES": weights, "WRITE": new is not None, "SLOTS_OF_ALL": slots.shape == lengths.shape},
+        **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
+        **{"G": G, "G_PAD": power_of_two(G, 16), "D": D, "D_PAD": power_of_two(D, 16), "SCALE": D**-0.5 * LOG2E},
+        **{"QUANTIZED": quantized, "ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
+        **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape},
     )
-    out, lse = launch(
+
+
+def _merge(q, splits, work: _Work, heads: int):
+    """Launches merge_splits: out and lse."""
+    B, H, D = q.shape
+    return launch(
         merge_splits,
-        *(acc, top, denominator, tile_ends, layer * heads),
-        out=(shape(q.shape, q.dtype), shape((B, H), f32)),
-        grid=(heads, G),
+        *(*splits, work.tile_ends, work.first),
+        out=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H), jnp.float32)),
+        grid=(heads, B * H // heads),
         num_warps=1,
         num_stages=2,
-        **shared,
-        **{"PROGRAMS": programs, "CHUNK": 8, "LN2": LN2},
+        **{"HEADS": heads, "G": B * H // heads, "D": D, "D_PAD": power_of_two(D, 16)},
+        **{"PROGRAMS": work.tiles.programs, "CHUNK": 8, "LN2": LN2},
     )
-    if not weights:
-        return out, lse, None, tuple(pools)
-    own = lengths if readable is not None else lengths[layer]
-    return out, lse, _weights(scores, lse, own, readable, page), tuple(pools)
 
 
 def _weights(scores, lse, lengths, readable, page):

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dms_jax.kernels import triton_flash_kernels
+from dms_jax.kernels.attention import EvictionMask
 from dms_jax.kernels.launch import LOG2E, launch, power_of_two
 from dms_jax.types import MASK_VALUE
 
@@ -90,81 +91,57 @@ class Options(NamedTuple):
     tiles: Tiling
 
 
-def flash(
-    q,
-    k,
-    v,
-    query_pos,
-    key_pos,
-    log_keep_prob,
-    window,
-    *,
-    query_segments,
-    key_segments,
-    hard,
-    tiles: Tiling | None = None,
-):
-    """`kernels.flash_attention`; arguments are checked by the caller."""
-    segments = query_segments is not None
-    options = Options(int(window), hard, segments, tiles or tiling(q.shape[3], q.dtype.itemsize))
-    if not segments:
-        query_segments, key_segments = jnp.zeros_like(query_pos), jnp.zeros_like(key_pos)
-    integers = (x.astype(jnp.int32) for x in (query_pos, key_pos, query_segments, key_segments))
-    return _flash(options, q, k, v, log_keep_prob.astype(jnp.float32), *integers)
+def flash(q, k, v, mask: EvictionMask, *, hard: bool, tiles: Tiling | None = None):
+    """`kernels.flash_attention`; arguments are checked by the caller, positions are those of each head."""
+    segments = mask.query_segments is not None
+    options = Options(int(mask.window), hard, segments, tiles or tiling(q.shape[3], q.dtype.itemsize))
+    mask = mask if segments else mask.one_segment()
+    integers = jax.tree.map(lambda x: x.astype(jnp.int32), mask._replace(log_keep_prob=None, window=None))
+    return _flash(options, q, k, v, integers._replace(log_keep_prob=mask.log_keep_prob.astype(jnp.float32)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
-    return _forward(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments)[0]
+def _flash(options, q, k, v, mask):
+    return _forward(options, q, k, v, mask)[0]
 
 
-def _prepare(options, tile, q, k, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
-    """Bounds of the tiles, and the constants that all kernels take."""
-    B, T, H, D = q.shape
-    S, K = k.shape[1:3]
-    q_bounds = tile_bounds(query_pos, query_segments, tile.queries)
-    k_bounds = tile_bounds(key_pos, key_segments, tile.keys, log_keep_prob)
+def _run(kernel, options, tile, inputs, *more, out, grid):
+    """Launches a kernel on `(q, k, v, mask)`, the bounds of the tiles, and more arrays."""
+    q, k, v, mask = inputs
+    (_, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    q_bounds = tile_bounds(mask.query_pos, mask.query_segments, tile.queries)
+    k_bounds = tile_bounds(mask.key_pos, mask.key_segments, tile.keys, mask.log_keep_prob)
     constants = {"T": T, "S": S, "H": H, "K": K, "D": D, "D_PAD": power_of_two(D, 16), "SCALE": D**-0.5 * LOG2E}
     constants |= {"BM": tile.queries, "BN": tile.keys, "Q_TILES": q_bounds.shape[-1], "K_TILES": k_bounds.shape[-1]}
     constants |= {"WINDOW": options.window, "HARD": options.hard, "SEGMENTS": options.segments}
-    return (q_bounds, k_bounds), constants | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    arrays = (mask.query_pos, mask.key_pos, mask.log_keep_prob, mask.query_segments, mask.key_segments)
+    return launch(kernel, q, k, v, *arrays, q_bounds, k_bounds, *more, out=out, grid=grid, **constants)
 
 
-def _forward(options, q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments):
+def _forward(options, q, k, v, mask):
     B, T, H, _ = q.shape
     tile = options.tiles.forward
-    bounds, constants = _prepare(options, tile, q, k, log_keep_prob, query_pos, key_pos, query_segments, key_segments)
-    out, lse = launch(
-        triton_flash_kernels.forward,
-        *(q, k, v, query_pos, key_pos, log_keep_prob, query_segments, key_segments, *bounds),
-        out=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)),
-        grid=(B * H, -(-T // tile.queries)),
-        **constants,
-    )
-    return out, (q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments, out, lse)
+    out = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32))
+    grid = (B * H, -(-T // tile.queries))
+    out, lse = _run(triton_flash_kernels.forward, options, tile, (q, k, v, mask), out=out, grid=grid)
+    return out, (q, k, v, mask, out, lse)
 
 
 def _backward(options, saved, dout):
-    q, k, v, log_keep_prob, query_pos, key_pos, query_segments, key_segments, out, lse = saved
+    *inputs, out, lse = saved
+    q, k, v, mask = inputs
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    shape = jax.ShapeDtypeStruct
-    positions = (query_pos, key_pos, query_segments, key_segments)
     delta = jnp.einsum("BTHD,BTHD->BHT", dout, out, preferred_element_type=jnp.float32)
-
-    def run(kernel, tile, out, grid):
-        bounds, constants = _prepare(options, tile, q, k, log_keep_prob, *positions)
-        arrays = (q, k, v, query_pos, key_pos, log_keep_prob, query_segments, key_segments, *bounds, dout, lse, delta)
-        return launch(kernel, *arrays, out=out, grid=grid, **constants)
-
-    dkv, dq = options.tiles.dkv, options.tiles.dq
-    dk, dv, dlog_keep_prob = run(
-        triton_flash_kernels.key_gradients,
-        dkv,
-        (shape(k.shape, k.dtype), shape(v.shape, v.dtype), shape((B, K, S), jnp.float32)),
-        (B * K, -(-S // dkv.keys)),
+    more = (dout, lse, delta)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, mask.log_keep_prob)]
+    tile, grid = options.tiles.dkv, (B * K, -(-S // options.tiles.dkv.keys))
+    dk, dv, dbias = _run(
+        triton_flash_kernels.key_gradients, options, tile, inputs, *more, out=tuple(shapes[1:]), grid=grid
     )
-    (dq,) = run(triton_flash_kernels.query_gradients, dq, (shape(q.shape, q.dtype),), (B * H, -(-T // dq.queries)))
-    return dq, dk, dv, dlog_keep_prob, None, None, None, None  # integers have no gradient
+    tile, grid = options.tiles.dq, (B * H, -(-T // options.tiles.dq.queries))
+    (dq,) = _run(triton_flash_kernels.query_gradients, options, tile, inputs, *more, out=(shapes[0],), grid=grid)
+    return dq, dk, dv, EvictionMask(None, None, dbias, None)  # integers have no gradient
 
 
 _flash.defvjp(_forward, _backward)

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Shaped
 
 from dms_jax import dms, kernels, sharding
 from dms_jax.config import DMSConfig, ModelConfig
-from dms_jax.kernels import attention
 from dms_jax.models import layers
 from dms_jax.models.gates import Gate, gate_of
 from dms_jax.types import (
@@ -185,9 +184,8 @@ def self_attention(
     letters = ("B T H D", "B T K D", "B T K D", "B T", "B K T", *(() if segments is None else ("B T",)))
 
     def local(q, k, v, positions, log_keep_prob, segments=None):
-        key_pos = attention.per_head(positions, k.shape[2])
-        of = {"query_segments": segments, "key_segments": segments}
-        return kernels.flash_attention(q, k, v, positions, key_pos, log_keep_prob, window, hard=hard, **of)
+        mask = kernels.EvictionMask(positions, positions, log_keep_prob, window, segments, segments)
+        return kernels.flash_attention(q, k, v, mask, hard=hard)
 
     given = (q, k, v, positions, log_keep_prob, *(() if segments is None else (segments,)))
     return sharding.by_heads(local, letters)(*given)

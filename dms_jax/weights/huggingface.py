@@ -342,7 +342,7 @@ def _drop_redundant(config: ModelConfig, sources: dict[str, Source]) -> dict[str
     if config.tie_embeddings and embedding and "lm_head.weight" in kept:
         head = kept.pop("lm_head.weight")
         same = head.shape == embedding.shape and all(
-            np.array_equal(a, b) for (_, _, a), (_, _, b) in zip(head.pieces(), embedding.pieces(), strict=True)
+            np.array_equal(head.read(*rows), embedding.read(*rows)) for rows in embedding.pieces()
         )
         if not same:
             raise WeightError(f"{head.file}: tensor lm_head.weight differs from the embedding it is tied to")

@@ -51,13 +51,11 @@ class Source(NamedTuple):
             return 1, math.prod(self.shape)
         return self.shape[0], math.prod(self.shape[1:])
 
-    def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """`(start, stop, rows[start:stop])` until all rows are read."""
+    def pieces(self) -> list[tuple[int, int]]:
+        """`(start, stop)` of the rows to read at a time."""
         rows, columns = self.matrix
         step = max(1, PIECE // max(1, 4 * columns))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield start, stop, self.read(start, stop)
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def open_safetensors(file: Path) -> tuple[dict[str, Source], dict[str, str]]:

@@ -9,11 +9,15 @@ A foreign linear map is `[out, in]`, ours is `[*inputs, *outputs]`, written "inp
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from dms_jax.config import DMSConfig, ModelConfig, one_of
 from dms_jax.models.gates import gate_of
@@ -140,7 +144,7 @@ def read_params(
     order: Mapping[str, np.ndarray] | None = None,
     nonfinite: bool = False,
 ) -> Params:
-    """The parameter tree, one piece of a tensor at a time; peak host memory is the tree plus a piece.
+    """The parameter tree, tensor by tensor; peak host memory is the tree plus a piece of a tensor for each core.
 
     Args:
       order: for tensors whose rows (foreign outputs) are permuted; row r of the file is our `order[name][r]`.
@@ -152,32 +156,40 @@ def read_params(
     one_of("dtype", dtype, DTYPES)
     check_names(expected, sources, where)
     tree: Params = {}
-    for spec in expected:
-        rows = None if order is None else order.get(spec.name)
-        value = _read(spec, sources[spec.name], np.dtype(jax.numpy.dtype(dtype)), rows, nonfinite)
-        # Our buffer is never written again, so the CPU backend may keep it instead of making a copy.
-        insert(tree, spec.path, jax.device_put(value, may_alias=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for spec in tqdm(expected, f"Reading {Path(where).name}", unit=" tensors", disable=None, leave=False, delay=1):
+            rows = None if order is None else order.get(spec.name)
+            reading = _Reading(spec, sources[spec.name], np.dtype(jax.numpy.dtype(dtype)), rows, nonfinite)
+            for _ in pool.map(reading.read, reading.source.pieces()):
+                pass
+            # Our buffer is never written again, so the CPU backend may keep it instead of making a copy.
+            insert(tree, spec.path, jax.device_put(reading.out.reshape(spec.shape), may_alias=True))
     return tree
 
 
-def _read(spec: Spec, source: Source, dtype: np.dtype, order: np.ndarray | None, nonfinite: bool) -> np.ndarray:
-    rows, columns = source.matrix
-    transposed = spec.linear and bool(spec.inputs)
-    out = aligned((columns, rows) if transposed else (rows, columns), dtype)
-    for start, stop, piece in source.pieces():
-        stored = piece
+class _Reading:
+    """A tensor on its way from a file into `out`."""
+
+    def __init__(self, spec: Spec, source: Source, dtype: np.dtype, order: np.ndarray | None, nonfinite: bool):
+        self.spec, self.source, self.order, self.nonfinite = spec, source, order, nonfinite
+        self.transposed = spec.linear and bool(spec.inputs)
+        self.out = aligned(source.matrix[::-1] if self.transposed else source.matrix, dtype)
+
+    def read(self, rows: tuple[int, int]) -> None:
+        (start, stop), spec, order, out = rows, self.spec, self.order, self.out
+        stored, dtype = self.source.read(start, stop), out.dtype
         with np.errstate(over="ignore", invalid="ignore"):
             piece = stored.astype(dtype, copy=False)
-        if not all_finite(piece) and not (nonfinite and not all_finite(stored)):
+        if not all_finite(piece) and not (self.nonfinite and not all_finite(stored)):
             what = f"values beyond {dtype}" if all_finite(stored) else "NaN or infinite values"
-            raise WeightError(f"{source.file}: tensor {spec.name} has {what}")
-        if order is not None and rows == 1:  # a bias: its rows lie along the one row read
+            raise WeightError(f"{self.source.file}: tensor {spec.name} has {what}")
+        place = slice(start, stop) if order is None else order[start:stop]
+        if order is not None and self.source.matrix[0] == 1:  # a bias: its rows lie along the one row read
             out[:, order] = piece
-        elif transposed:
-            out[:, slice(start, stop) if order is None else order[start:stop]] = piece.T
+        elif self.transposed:
+            out[:, place] = piece.T
         else:
-            out[slice(start, stop) if order is None else order[start:stop]] = piece
-    return out.reshape(spec.shape)
+            out[place] = piece
 
 
 def all_finite(x: np.ndarray) -> bool:

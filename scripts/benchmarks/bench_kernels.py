@@ -8,6 +8,7 @@ result is printed, and written to --out, as soon as it is there; a peer that fai
 Without a GPU the comparison runs alone, on small shapes in Triton's interpreter (needs the extra `test`).
 """
 
+import functools
 import json
 import os
 import platform
@@ -184,9 +185,8 @@ def check(record: Record, name: str, dtype: str, got: dict, want: dict, **row) -
 
 
 def check_decode(record: Record, case: cases.Decode) -> None:
-    arrays, scales = case.inputs()
     call = jax.jit(kernels.paged_decode_attention, static_argnames="implementation")
-    got, want = (call(*arrays, **scales, implementation=how) for how in ("triton", "reference"))
+    got, want = (call(*case.inputs(), implementation=how) for how in ("triton", "reference"))
     got, want = ({"out": x.out, "lse": x.lse} for x in (got, want))
     check(record, "check decode", case.dtype, got, want, case=case.name)
 
@@ -209,9 +209,9 @@ def check_flash(record: Record, case: cases.Flash) -> None:
 
 def decode_calls(case: cases.Decode, tiles=None) -> tuple[list[tuple], Callable]:
     """Inputs that differ in their queries, and the call."""
-    (q, *arrays), scales = case.inputs()
-    inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), arrays, scales) for i in range(12)]
-    return inputs, lambda q, arrays, scales: case.attend(q, *arrays, **scales, tiles=tiles)
+    q, pages = case.inputs()
+    inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), pages) for i in range(12)]
+    return inputs, functools.partial(case.attend, tiles=tiles)
 
 
 def bench_decode(record: Record, case: cases.Decode, settings: Settings, copy: float) -> None:
@@ -224,7 +224,7 @@ def bench_decode(record: Record, case: cases.Decode, settings: Settings, copy: f
 
 def decode_peers(record: Record, case: cases.Decode, settings: Settings, copy: float) -> None:
     """The same number of live tokens, in one block of memory and equal for every head."""
-    (q, *_), _ = case.inputs()
+    q, _ = case.inputs()
     keys = case.mean_length
 
     def rate(seconds):

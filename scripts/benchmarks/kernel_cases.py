@@ -49,8 +49,8 @@ class Decode:
         return int(self.lengths().sum()) * 2 * (self.D * size + (4 if size == 1 else 0))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one, on purpose: a sweep uses it again and again)
-    def inputs(self) -> tuple[tuple, dict]:
-        """`(q, k_pages, v_pages, table, lengths)` with pages in random order, and the scales."""
+    def inputs(self) -> tuple[jax.Array, kernels.Pages]:
+        """Queries, and pages in random order."""
         rng = np.random.default_rng(2)
         lengths = self.lengths()
         P = -(-int(lengths.max()) // self.page)
@@ -67,20 +67,17 @@ class Decode:
             return jax.random.normal(key, shape).astype(pages)
 
         q = jnp.asarray(rng.normal(size=(self.B, self.K * self.G, self.D)), self.dtype)
-        scales = {}
+        scales = ()
         if pages.itemsize == 1:
-            k_scale, v_scale = jnp.asarray(rng.uniform(0.5, 1, (2, N, self.page)) / 60, jnp.float32)
-            scales = {"k_scale": k_scale, "v_scale": v_scale}
-        return (q, pool(0), pool(1), jnp.asarray(table), jnp.asarray(lengths)), scales
+            scales = jnp.asarray(rng.uniform(0.5, 1, (2, N, self.page)) / 60, jnp.float32)
+        return q, kernels.Pages(pool(0), pool(1), jnp.asarray(table), jnp.asarray(lengths), *scales)
 
-    def attend(self, *arrays, tiles=None, **scales):
+    def attend(self, q, pages: kernels.Pages, tiles=None):
         if tiles is None:
-            return kernels.paged_decode_attention(*arrays, **scales, implementation="triton").out
+            return kernels.paged_decode_attention(q, pages, implementation="triton").out
         from dms_jax.kernels import triton_decode
 
-        q, k_pages, v_pages, table, lengths = arrays
-        options = {"k_scale": None, "v_scale": None, **scales, "readable": None, "weights": False, "tiles": tiles}
-        return triton_decode.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **options)[0]
+        return triton_decode.decode(q, pages, tiles=tiles)[0].out
 
 
 @dataclass(frozen=True)
@@ -123,13 +120,12 @@ class Flash:
 
     def attend(self, q, k, v, log_keep_prob, implementation=None, tiles=None):
         position = jnp.broadcast_to(jnp.arange(self.T, dtype=jnp.int32)[None], (self.B, self.T))
-        key_pos = jnp.broadcast_to(position[:, None], (self.B, self.K, self.T))
-        arrays = (q, k, v, position, key_pos, log_keep_prob, self.window)
+        mask = kernels.EvictionMask(position, position, log_keep_prob, self.window)
         if tiles is None:
-            return kernels.flash_attention(*arrays, hard=self.hard, implementation=implementation)
+            return kernels.flash_attention(q, k, v, mask, hard=self.hard, implementation=implementation)
         from dms_jax.kernels import triton_flash
 
-        return triton_flash.flash(*arrays, query_segments=None, key_segments=None, hard=self.hard, tiles=tiles)
+        return triton_flash.flash(q, k, v, mask.per_head(), hard=self.hard, tiles=tiles)
 
 
 def decode(quick: bool) -> list[Decode]:

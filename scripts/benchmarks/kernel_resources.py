@@ -84,9 +84,8 @@ def decode_launches(shape: tuple[int, int, int], context: int, pages: str = "bfl
     scale = spec((N, page), jnp.float32) if pages != "bfloat16" else None
 
     def call(q, k, v, table, lengths, k_scale, v_scale):
-        return kernels.paged_decode_attention(
-            q, k, v, table, lengths, k_scale=k_scale, v_scale=v_scale, implementation="triton"
-        )
+        pages = kernels.Pages(k, v, table, lengths, k_scale, v_scale)
+        return kernels.paged_decode_attention(q, pages, implementation="triton")
 
     pool = spec((N, page, D), jnp.dtype(pages))
     table, lengths = spec((B, K, context // page), jnp.int32), spec((B, K), jnp.int32)
@@ -102,7 +101,8 @@ def flash_launches(shape: tuple[int, int, int], context: int, backward: bool) ->
     key_pos = spec((1, K, context), jnp.int32)
 
     def call(q, k, v, query_pos, key_pos, log_keep_prob):
-        out = kernels.flash_attention(q, k, v, query_pos, key_pos, log_keep_prob, 256, implementation="triton")
+        mask = kernels.EvictionMask(query_pos, key_pos, log_keep_prob, 256)
+        out = kernels.flash_attention(q, k, v, mask, implementation="triton")
         return out.astype(jnp.float32).sum()
 
     call = jax.grad(call, (0, 1, 2, 5)) if backward else call

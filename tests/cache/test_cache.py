@@ -17,7 +17,7 @@ from dms_jax import dms
 from dms_jax.cache import DecodeQuery, kv_cache, paged
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig
 from dms_jax.dms import hard_log_keep_prob
-from dms_jax.kernels import attention
+from dms_jax.kernels import EvictionMask, attention
 from dms_jax.policies import DecodeStep, DelayedEviction, NewToken, PrefillChunk
 
 B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
@@ -40,7 +40,8 @@ def oracle(q, k, v, logit, window, offset):
     pos = jnp.broadcast_to(jnp.arange(TOTAL), (B, TOTAL))
     lengths = jnp.full(B, TOTAL)
     alpha = [dms.shift(x > 0, offset, lengths, False) for x in logit]
-    outs = [attention.dense(q[n], k[n], v[n], pos, pos, hard_log_keep_prob(alpha[n]), window) for n in range(L)]
+    masks = [EvictionMask(pos, pos, hard_log_keep_prob(a), window) for a in alpha]
+    outs = [attention.dense(q[n], k[n], v[n], masks[n]) for n in range(L)]
     per_head = jnp.broadcast_to(pos[:, None], (B, K, TOTAL))
     seen = [dms.visible(pos, per_head, a, window) for a in alpha]
     return jnp.stack(outs), jnp.stack(seen)
@@ -63,9 +64,8 @@ def read_chunk(rule, cache, states, q, k, v, logit, start, count, width):
         chunk = PrefillChunk(n, start, count, 0 * count, old.pos, k[n], v[n], logit[n], KEYS)
         alpha = dms.prefill_evict_mask(states[n], chunk)
         keys, values = (jnp.concatenate([a.swapaxes(1, 2), b], 1) for a, b in ((old.k, k[n]), (old.v, v[n])))
-        outs.append(
-            attention.dense(q[n], keys, values, query_pos, chunk.positions(), hard_log_keep_prob(alpha), dms.window)
-        )
+        mask = EvictionMask(query_pos, chunk.positions(), hard_log_keep_prob(alpha), dms.window)
+        outs.append(attention.dense(q[n], keys, values, mask))
         keep, carry = dms.prefill_keep_mask(states[n], chunk, alpha, None)
         cache, slots = store.write_prefill(cache, n, k[n], v[n], token_pos, keep, None)
         new.append(dms.commit_prefill(states[n], chunk, carry, slots))
@@ -131,7 +131,8 @@ def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     _, out, weights = store.attend(cache, 0, query, True)
     pages = np.repeat([True, False, True], 4)[:T]
     kept = jnp.zeros((B, K, int(pages.sum())))
-    want = attention.dense(q[:, :1], k[:, pages], v[:, pages], jnp.full((B, 1), T), at[:, pages], kept, 0)
+    mask = EvictionMask(jnp.full((B, 1), T), at[:, pages], kept, 0)
+    want = attention.dense(q[:, :1], k[:, pages], v[:, pages], mask)
     np.testing.assert_allclose(out, want[:, 0], atol=1e-5)
     assert weights.shape == (B, K, store.slots)
     np.testing.assert_array_equal(weights[0, 0] > 0, np.pad(pages, (0, store.slots - T)))

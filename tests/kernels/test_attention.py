@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.kernels import attention
+from dms_jax.kernels import EvictionMask, attention
 from dms_jax.types import MASK_VALUE
 
 
@@ -51,17 +51,18 @@ def by_loops(q, k, v, query_pos, key_pos, p, window):
 @pytest.mark.parametrize("K, G, D, window", [(3, 1, 7, 2), (2, 3, 10, 0), (1, 7, 5, 30)])
 def test_dense_against_loops(K, G, D, window, hard):
     arrays = inputs(D, 2, 13, K, G, D, hard)
-    got = attention.dense(*as_jax(*arrays), window)
+    q, k, v, *mask = as_jax(*arrays)
+    got = attention.dense(q, k, v, EvictionMask(*mask, window))
     np.testing.assert_allclose(got, by_loops(*arrays, window), atol=2e-5)
 
 
 def test_padded_queries_stay_finite():
     """A query that sees no key (all slots empty) must not make NaN, neither forward nor backward."""
     q, k, v, query_pos, key_pos, log_keep_prob = as_jax(*inputs(0, 1, 4, 1, 1, 4, True))
-    key_pos = jnp.full_like(key_pos, -1)
+    mask = EvictionMask(query_pos, jnp.full_like(key_pos, -1), log_keep_prob, 1)
 
     def total(*x):
-        return attention.dense(*x, query_pos, key_pos, log_keep_prob, 1).sum()
+        return attention.dense(*x, mask).sum()
 
     for value in jax.grad(total, (0, 1, 2))(q, k, v):
         assert np.isfinite(value).all()
@@ -71,7 +72,7 @@ def with_gradients(fn, window, query_pos, key_pos, weights, **options):
     """Attention's output, and the gradients of a sum that tells its elements apart."""
 
     def loss(q, k, v, log_keep_prob):
-        out = fn(q, k, v, query_pos, key_pos, log_keep_prob, window, **options)
+        out = fn(q, k, v, EvictionMask(query_pos, key_pos, log_keep_prob, window), **options)
         return (out * weights).sum(), out
 
     grad = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
@@ -106,7 +107,7 @@ def temp_bytes(fn, T, **options):
     positions = jnp.arange(T)[None]
 
     def loss(q, k, v, log_keep_prob):
-        return (fn(q, k, v, positions, positions, log_keep_prob, 16, **options) ** 2).sum()
+        return (fn(q, k, v, EvictionMask(positions, positions, log_keep_prob, 16), **options) ** 2).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(q, k, k, log_keep_prob).compile()
     return compiled.memory_analysis().temp_size_in_bytes

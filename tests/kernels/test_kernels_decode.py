@@ -9,7 +9,7 @@ import pytest
 
 from dms_jax import kernels
 from dms_jax.config import ConfigError
-from dms_jax.kernels import reference
+from dms_jax.kernels import Pages, reference
 from scripts.benchmarks import interpreted_jax_triton
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
@@ -17,16 +17,15 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}  # relative to 
 
 
 def pools(rng, N, page, D, dtype):
-    """Two pools and their scales. Values of a quantized pool are of every size that the scale allows."""
+    """Two pools, and their scales or None. Values of a quantized pool are of every size that the scale allows."""
     values = rng.normal(size=(2, N, page, D))
     if dtype not in (INT8, FP8):
-        return (*(jnp.asarray(x, dtype) for x in values), {})
+        return (*jnp.asarray(values, dtype), None, None)
     top = 127 if dtype == INT8 else 448
     scale = np.abs(values).max(-1) / top
     quantized = values / scale[..., None]
     stored = np.round(quantized).astype(dtype) if dtype == INT8 else quantized.astype(dtype)
-    k_scale, v_scale = jnp.asarray(scale, jnp.float32)
-    return jnp.asarray(stored[0]), jnp.asarray(stored[1]), {"k_scale": k_scale, "v_scale": v_scale}
+    return *jnp.asarray(stored), *jnp.asarray(scale, jnp.float32)
 
 
 def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None):
@@ -37,8 +36,8 @@ def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None):
     used = np.arange(P) < -(-lengths // page)[..., None]
     table = np.where(used, rng.permutation(N)[: B * K * P].reshape(B, K, P), N).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(B, K * G, D)), dtype)
-    *pages, scales = pools(rng, N, page, D, jnp.dtype(pages or dtype))
-    return (q, *pages, jnp.asarray(table), jnp.asarray(lengths)), scales
+    k, v, *scales = pools(rng, N, page, D, jnp.dtype(pages or dtype))
+    return q, Pages(k, v, jnp.asarray(table), jnp.asarray(lengths), *scales)
 
 
 def close(got, want, tolerance):
@@ -75,18 +74,18 @@ def few_programs(monkeypatch, interpreted):
 
 def test_reference_by_loops(rng):
     """One float64 softmax for each head over the slots that the table names, one by one."""
-    (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[0, 1], [37, 48]], G=2, D=6)
-    args = (q, k_pages, v_pages, table, lengths)
-    got = kernels.paged_decode_attention(*args, weights=True, implementation="reference")
-    for x, y in zip(got, kernels.paged_decode_attention(*args, weights=True), strict=True):  # what a CPU takes
+    q, pages = inputs(rng, [[0, 1], [37, 48]], G=2, D=6)
+    k, v, table, lengths, *_ = pages
+    got = kernels.paged_decode_attention(q, pages, weights=True, implementation="reference")
+    for x, y in zip(got, kernels.paged_decode_attention(q, pages, weights=True), strict=True):  # what a CPU takes
         close(x, y, 1e-5)
     B, K, P = table.shape
     for b, h in np.ndindex(B, 2 * K):
         n = int(lengths[b, h // 2])
         slots = [(int(table[b, h // 2, s // 16]), s % 16) for s in range(n)]
-        scores = [float(np.asarray(k_pages, np.float64)[slot] @ np.asarray(q[b, h], np.float64)) for slot in slots]
+        scores = [float(np.asarray(k, np.float64)[slot] @ np.asarray(q[b, h], np.float64)) for slot in slots]
         e = np.exp(np.array(scores) / np.sqrt(6))
-        out = sum((w * np.asarray(v_pages, np.float64)[slot] for w, slot in zip(e, slots, strict=True)), np.zeros(6))
+        out = sum((w * np.asarray(v, np.float64)[slot] for w, slot in zip(e, slots, strict=True)), np.zeros(6))
         np.testing.assert_allclose(got.out[b, h], out / max(e.sum(), 1e-30), atol=1e-5)
         np.testing.assert_allclose(got.lse[b, h], np.log(e.sum()) if n else -np.inf, atol=1e-5)
     np.testing.assert_allclose(got.weights.sum(-1), 2.0 * (lengths > 0), atol=1e-5)
@@ -107,7 +106,7 @@ def test_reference_by_loops(rng):
     ids=lambda x: str(x) if isinstance(x, list) else "-".join(f"{k}{v}" for k, v in x.items()),
 )
 def test_kernel_equals_reference(rng, few_programs, lengths, shape):
-    arrays, _ = inputs(rng, lengths, **shape)
+    arrays = inputs(rng, lengths, **shape)
     compare(arrays, twice="D" in shape, weights=True)
 
 
@@ -117,45 +116,42 @@ def test_random_shape(rng, few_programs):
     lengths = rng.integers(0, P * page + 1, (B, K))
     shape = {"G": int(rng.integers(1, 6)), "D": int(rng.integers(1, 40)), "page": page, "P": int(P)}
     print(lengths, shape)
-    arrays, _ = inputs(rng, lengths, **shape)
+    arrays = inputs(rng, lengths, **shape)
     compare(arrays)
 
 
 @pytest.mark.parametrize("dtype, pages", [("bfloat16", None), ("float16", None), ("float32", "bfloat16")])
 def test_half_precision(rng, few_programs, dtype, pages):
-    arrays, _ = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
+    arrays = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
     compare(arrays)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pages", [INT8, FP8], ids=str)
 def test_quantized_pages(rng, few_programs, dtype, pages):
-    arrays, scales = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
-    compare(arrays, **scales, weights=True)
+    arrays = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
+    compare(arrays, weights=True)
 
 
 @pytest.mark.parametrize("page, P", [(16, 6), (256, 2)])
 def test_readable_pages(rng, few_programs, page, P):
     """Pages that may not be read hold NaN; among the others are some past the length."""
-    (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[3 * page // 2, P * page, 5]], page=page, P=P)
-    readable = rng.random(table.shape) < 0.5
+    q, pages = inputs(rng, [[3 * page // 2, P * page, 5]], page=page, P=P)
+    readable = rng.random(pages.table.shape) < 0.5
     readable[0, :2, :2] = [[False, True], [True, False]]
-    unread = np.setdiff1d(np.arange(len(k_pages)), np.asarray(table)[readable])
-    k_pages, v_pages = k_pages.at[unread].set(jnp.nan), v_pages.at[unread].set(jnp.nan)
-    got = compare((q, k_pages, v_pages, table, lengths), readable=jnp.asarray(readable), weights=True)
-    assert not np.asarray(got.weights).reshape(*table.shape, page)[~readable].any()
+    unread = np.setdiff1d(np.arange(len(pages.k)), np.asarray(pages.table)[readable])
+    pages = pages._replace(k=pages.k.at[unread].set(jnp.nan), v=pages.v.at[unread].set(jnp.nan))
+    got = compare((q, pages), readable=jnp.asarray(readable), weights=True)
+    assert not np.asarray(got.weights).reshape(*readable.shape, page)[~readable].any()
 
 
 def test_result_does_not_depend_on_the_split(rng, few_programs):
     """One program, and more programs than tiles."""
-    arrays, _ = inputs(rng, [[3, 200, 0], [17, 1, 48]], P=13)
-    none = {"k_scale": None, "v_scale": None, "readable": None, "weights": False}
+    arrays = inputs(rng, [[3, 200, 0], [17, 1, 48]], P=13)
     want = kernels.paged_decode_attention(*arrays, implementation="reference")
     for programs in (1, 200):
-        tiles = few_programs.Tiling(16, programs=programs)
-        q, k_pages, v_pages, table, lengths = arrays
-        out, lse, *_ = few_programs.decode(q, k_pages, v_pages, table[None], lengths[None], 0, **none, tiles=tiles)
-        close(out, want.out, 1e-5), close(lse, want.lse, 1e-5)
+        got, _ = few_programs.decode(*arrays, tiles=few_programs.Tiling(16, programs=programs))
+        close(got.out, want.out, 1e-5), close(got.lse, want.lse, 1e-5)
 
 
 @pytest.mark.parametrize("version, layer, own", [("0.3", 0, True), ("0.3", 1, False), ("0.4", 2, False)])
@@ -165,26 +161,28 @@ def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, la
     The other layers' tables, lengths and slots are of no account; own: the slots are this layer's alone.
     """
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
-    (q, k_pages, v_pages, table, lengths), _ = inputs(rng, [[1, 40, 17], [48, 3, 0]])
+    q, pages = inputs(rng, [[1, 40, 17], [48, 3, 0]])
     new = jnp.asarray(rng.normal(size=(2, 2, 3, 10)), jnp.float32)
     slots = jnp.asarray([[0, 5, 16], [47, -1, 0]], jnp.int32)
 
     def among_others(x, other):
         return jnp.full((3, *x.shape), other, x.dtype).at[layer].set(x)
 
-    tables, all_lengths = among_others(table, len(k_pages) + 99), among_others(lengths, 31)
-    args = (q, *new, k_pages, v_pages, tables, all_lengths, slots[None] if own else among_others(slots, 2), layer)
-    got, *got_pools = kernels.paged_decode_attention_update(*args, weights=True, implementation="triton")
-    want, *want_pools = kernels.paged_decode_attention_update(*args, weights=True, implementation="reference")
+    table, lengths = among_others(pages.table, len(pages.k) + 99), among_others(pages.lengths, 31)
+    stacked = pages._replace(table=table, lengths=lengths)
+    args = (q, *new, stacked, slots[None] if own else among_others(slots, 2), layer)
+    got, got_pages = kernels.paged_decode_attention_update(*args, weights=True, implementation="triton")
+    want, want_pages = kernels.paged_decode_attention_update(*args, weights=True, implementation="reference")
     for x, y in zip(got, want, strict=True):
         close(x, y, 1e-5)
-    for x, y, before in zip(got_pools, want_pools, (k_pages, v_pages), strict=True):
+    for x, y, before in zip(got_pages[:2], want_pages[:2], pages[:2], strict=True):
         np.testing.assert_array_equal(x, y)
         assert (np.asarray(x) != before).any(-1).sum() == 4
     for b, k in np.ndindex(2, 2):
         slot = int(slots[b, k])
         if slot >= 0:
-            np.testing.assert_array_equal(got_pools[0][table[b, k, slot // 16], slot % 16], new[0, b, k])
+            page = pages.table[b, k, slot // 16]
+            np.testing.assert_array_equal(got_pages.k[page, slot % 16], new[0, b, k])
 
 
 @pytest.mark.parametrize("version", ["0.3", "0.4"])
@@ -192,32 +190,33 @@ def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
     from jax.sharding import AxisType, PartitionSpec
 
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
-    (q, *pages, table, lengths), _ = inputs(rng, [[20, 7]], G=2)
+    q, pages = inputs(rng, [[20, 7]], G=2)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     rows, whole = PartitionSpec("x"), PartitionSpec()
 
     def step(q, n):
-        out = kernels.paged_decode_attention(q, *pages, table, n, implementation="triton").out
+        out = kernels.paged_decode_attention(q, pages._replace(lengths=n), implementation="triton").out
         return out, out
 
     def steps(q, lengths):
         return jax.lax.scan(step, q, jnp.stack([lengths, lengths + 1]))[1]
 
-    def sharded(q, k_pages, v_pages, table, n):
-        return kernels.paged_decode_attention(q, k_pages, v_pages, table, n, implementation="triton").out
+    def sharded(q, pages):
+        return kernels.paged_decode_attention(q, pages, implementation="triton").out
 
-    got = jax.jit(steps)(q, lengths)
-    specs = (rows, whole, whole, rows, rows)
+    got = jax.jit(steps)(q, pages.lengths)
+    specs = (rows, Pages(whole, whole, rows, rows))
     over_mesh = jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=rows))
-    np.testing.assert_array_equal(over_mesh(q, *pages, table, lengths), got[0])
-    close(got[1], reference.paged_decode_attention(got[0], *pages, table, lengths + 1).out, 1e-5)
+    np.testing.assert_array_equal(over_mesh(q, pages), got[0])
+    longer = pages._replace(lengths=pages.lengths + 1)
+    close(got[1], reference.paged_decode_attention(got[0], longer).out, 1e-5)
 
 
 def test_choice_of_implementation(rng, monkeypatch):
     """On a CPU None takes the reference; "triton" by name raises, and so does an unknown name."""
     from dms_jax.kernels import launch
 
-    arrays, _ = inputs(rng, [[20, 7]])
+    arrays = inputs(rng, [[20, 7]])
     assert launch.choose(None) == "reference"
     with pytest.raises(ConfigError, match="implementation='fast'"):
         kernels.paged_decode_attention(*arrays, implementation="fast")
@@ -231,17 +230,40 @@ def test_choice_of_implementation(rng, monkeypatch):
 
 
 def test_bad_arguments_are_named(rng):
-    (q, k_pages, v_pages, table, lengths), scales = inputs(rng, [[20, 7]], pages=INT8)
+    q, pages = inputs(rng, [[20, 7]], pages=INT8)
     call = kernels.paged_decode_attention
-    with pytest.raises(ConfigError, match="k_scale=None"):
-        call(q, k_pages, v_pages, table, lengths)
-    with pytest.raises(ConfigError, match="lengths="):
-        call(q, k_pages, v_pages, table, lengths[:, :1], **scales)
+    changes = {
+        "pages.k_scale=None": {"k_scale": None},
+        "pages.table=": {"table": pages.table[None]},
+        "pages.lengths=": {"lengths": pages.lengths[:, :1]},
+        "pages.k, pages.v=": {"v": pages.v[:, :, :4]},
+        "'int16'": {"k": pages.k.astype(jnp.int16), "v": pages.v.astype(jnp.int16)},
+    }
+    for message, change in changes.items():
+        with pytest.raises(ConfigError, match=message):
+            call(q, pages._replace(**change))
     with pytest.raises(ConfigError, match="readable="):
-        call(q, k_pages, v_pages, table, lengths, **scales, readable=jnp.ones((1, 2), bool))
+        call(q, pages, readable=jnp.ones((1, 2), bool))
     with pytest.raises(ConfigError, match="q=34: at most 16"):
-        call(jnp.ones((1, 34, 10)), k_pages, v_pages, table, lengths, **scales)
-    with pytest.raises(ConfigError, match="k_pages, v_pages="):
-        call(q, k_pages, v_pages[:, :, :4], table, lengths, **scales)
-    with pytest.raises(ConfigError, match="'int16'"):
-        call(q, k_pages.astype(jnp.int16), v_pages.astype(jnp.int16), table, lengths)
+        call(jnp.ones((1, 34, 10)), pages)
+
+
+def test_bad_arguments_of_an_update_are_named(rng):
+    q, quantized = inputs(rng, [[20, 7]], pages=INT8)
+    q, pages = inputs(rng, [[20, 7]])
+    new, slots = jnp.ones((1, 2, 10)), jnp.zeros((1, 1, 2), jnp.int32)
+
+    def call(pages, new=new, slots=slots, layer=0):
+        stacked = pages._replace(table=pages.table[None], lengths=pages.lengths[None])
+        return kernels.paged_decode_attention_update(q, new, new, stacked, slots, layer)
+
+    call(pages)
+    for message, change in {
+        "k_new=": {"new": new[:, :1]},
+        "slots=": {"slots": slots[0]},
+        "L > 1": {"layer": 1},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            call(pages, **change)
+    with pytest.raises(ConfigError, match="pages.k='int8'"):
+        call(quantized)

@@ -7,7 +7,7 @@ import pytest
 
 from dms_jax import kernels
 from dms_jax.config import ConfigError
-from dms_jax.kernels import attention
+from dms_jax.kernels import EvictionMask, attention
 from dms_jax.types import MASK_VALUE
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to the largest value
@@ -44,14 +44,13 @@ def close(got, want, tolerance, name=""):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1), err_msg=name)
 
 
-def with_gradients(arrays, window, weights, implementation, **options):
+def with_gradients(arrays, window, weights, implementation, segments=(), **options):
     """A function of no arguments: the output, and the gradients of a sum that tells the elements of it apart."""
     q, k, v, query_pos, key_pos, log_keep_prob = arrays
 
     def loss(q, k, v, log_keep_prob):
-        out = kernels.flash_attention(
-            q, k, v, query_pos, key_pos, log_keep_prob, window, **options, implementation=implementation
-        )
+        mask = EvictionMask(query_pos, key_pos, log_keep_prob, window, *segments)
+        out = kernels.flash_attention(q, k, v, mask, **options, implementation=implementation)
         return (out.astype(jnp.float32) * weights).sum(), out
 
     run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
@@ -102,9 +101,10 @@ def test_packed_segments(rng, small_tiles, hard):
     position = np.concatenate([np.arange(n) for n in (5, 40, 7, 18)])[None]
     position, segments = jnp.asarray(position, jnp.int32), jnp.asarray(segments, jnp.int32)
     key_pos = jnp.broadcast_to(position[:, None], (1, 2, 70))
-    options = {"query_segments": segments, "key_segments": segments, "hard": hard}
-    got = compare(rng, (q, k, v, position, key_pos, log_keep_prob), 3, **options)
-    alone = attention.dense(*(x[:, 45:52] for x in (q, k, v, position, position)), log_keep_prob[:, :, 45:52], 3)
+    arrays = (q, k, v, position, key_pos, log_keep_prob)
+    got = compare(rng, arrays, 3, segments=(segments, segments), hard=hard)
+    q, k, v, position = (x[:, 45:52] for x in (q, k, v, position))
+    alone = attention.dense(q, k, v, EvictionMask(position, position, log_keep_prob[:, :, 45:52], 3))
     close(got["out"][:, 45:52], alone, 1e-5)
 
 
@@ -132,7 +132,9 @@ def test_more_tiles_than_are_classified_at_once(rng, small_tiles, T, S):
     if T > S:  # key_gradients goes through the tiles of queries as forward does through those of keys
         compare(rng, arrays, 30)
     else:
-        close(*(kernels.flash_attention(*arrays, 30, implementation=name) for name in ("triton", "reference")), 1e-5)
+        mask = EvictionMask(query_pos, key_pos, log_keep_prob, 30)
+        both = (kernels.flash_attention(q, k, v, mask, implementation=name) for name in ("triton", "reference"))
+        close(*both, 1e-5)
 
 
 def test_bfloat16(rng, small_tiles):
@@ -150,8 +152,8 @@ def test_tiles_nobody_sees_are_not_read(rng, small_tiles):
     log_keep_prob = jnp.where((position >= 16) & (position < 48), MASK_VALUE, 0.0)[:, None]
 
     def run(v, hard):
-        args = (q, k, v, position, position[:, None], log_keep_prob, window)
-        return kernels.flash_attention(*args, hard=hard, implementation="triton")
+        mask = EvictionMask(position, position, log_keep_prob, window)
+        return kernels.flash_attention(q, k, v, mask, hard=hard, implementation="triton")
 
     clean = run(v, True)
     broken = run(v.at[:, 16:48].set(jnp.nan), True)
@@ -178,9 +180,9 @@ def test_reference_is_dense_attention(rng):
     """With more queries than a block, and where every query sees a key."""
     q, k, v, _, _, log_keep_prob = inputs(rng, T=150)
     position = jnp.broadcast_to(jnp.arange(150), (2, 150))
-    key_pos = jnp.broadcast_to(position[:, None], (2, 2, 150))
-    got = kernels.flash_attention(q, k, v, position, key_pos, log_keep_prob, 3, implementation="reference")
-    close(got, attention.dense(q, k, v, position, position, log_keep_prob, 3), 1e-6)
+    mask = EvictionMask(position, position, log_keep_prob, 3)
+    got = kernels.flash_attention(q, k, v, mask, implementation="reference")
+    close(got, attention.dense(q, k, v, mask), 1e-6)
 
 
 def traced_bytes(fn, T):
@@ -197,11 +199,11 @@ def test_memory_grows_linearly(interpreted):
     """Doubling T doubles it (tile sizes are the real ones) and quadruples it for dense attention."""
 
     def ours(q, k, v, position, log_keep_prob):
-        key_pos = jnp.broadcast_to(position[:, None], log_keep_prob.shape)
-        return kernels.flash_attention(q, k, v, position, key_pos, log_keep_prob, 16, implementation="triton")
+        mask = EvictionMask(position, position, log_keep_prob, 16)
+        return kernels.flash_attention(q, k, v, mask, implementation="triton")
 
     def dense(q, k, v, position, log_keep_prob):
-        return attention.dense(q, k, v, position, position, log_keep_prob, 16)
+        return attention.dense(q, k, v, EvictionMask(position, position, log_keep_prob, 16))
 
     assert traced_bytes(ours, 16384) < 2.1 * traced_bytes(ours, 8192)
     assert traced_bytes(dense, 16384) > 3.9 * traced_bytes(dense, 8192)
@@ -214,8 +216,8 @@ def test_under_shard_map_with_gradients(rng, small_tiles):
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
 
     def grads(implementation):
-        def each(*args):
-            return kernels.flash_attention(*args, 3, implementation=implementation)
+        def each(q, k, v, *mask):
+            return kernels.flash_attention(q, k, v, EvictionMask(*mask, 3), implementation=implementation)
 
         def loss(q, k, v, log_keep_prob):
             run = jax.shard_map(each, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
@@ -228,14 +230,17 @@ def test_under_shard_map_with_gradients(rng, small_tiles):
 
 
 def test_bad_arguments_are_named(rng):
-    q, k, v, query_pos, key_pos, log_keep_prob = inputs(rng, T=5)
-    with pytest.raises(ConfigError, match="key_pos="):
-        kernels.flash_attention(q, k, v, query_pos, key_pos[:, 0], log_keep_prob, 3)
+    q, k, v, *arrays = inputs(rng, T=5)
+    mask = EvictionMask(*arrays, 3, arrays[0], arrays[0])
+    for name in ("query_pos", "key_pos", "log_keep_prob", "query_segments", "key_segments"):
+        bad = mask._replace(**{name: getattr(mask, name)[..., :4]})
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            kernels.flash_attention(q, k, v, bad)
     with pytest.raises(ConfigError, match="window=-1"):
-        kernels.flash_attention(q, k, v, query_pos, key_pos, log_keep_prob, -1)
+        kernels.flash_attention(q, k, v, mask._replace(window=-1))
     with pytest.raises(ConfigError, match="give both or neither"):
-        kernels.flash_attention(q, k, v, query_pos, key_pos, log_keep_prob, 3, key_segments=key_pos)
+        kernels.flash_attention(q, k, v, mask._replace(query_segments=None))
     with pytest.raises(ConfigError, match="q's dtype"):
-        kernels.flash_attention(q, k.astype(jnp.bfloat16), v, query_pos, key_pos, log_keep_prob, 3)
+        kernels.flash_attention(q, k.astype(jnp.bfloat16), v, mask)
     with pytest.raises(ConfigError, match="implementation='triton'"):
-        kernels.flash_attention(q, k, v, query_pos, key_pos, log_keep_prob, 3, implementation="triton")
+        kernels.flash_attention(q, k, v, mask, implementation="triton")

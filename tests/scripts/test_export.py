@@ -142,19 +142,21 @@ def test_sampled_chains_are_documents_to_train_on(tmp_path, tiny_family, monkeyp
     monkeypatch.setattr(dms_jax, "load", lambda *args, **kwargs: tiny_family("mini"))
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps({"problem": f"Let a = {n}."}) + "\n" for n in range(7)))
-    options = {"chains": 2, "max_num_seqs": 3, "max_new_tokens": 12, "finished_only": False}
-    sample_traces.main("mini", str(data), out, **options)
+    settings = sample_traces.Settings(
+        "mini", str(data), out, chains=2, max_num_seqs=3, max_new_tokens=12, finished_only=False
+    )
+    sample_traces.main(settings)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted((line["row"], line["chain"]) for line in lines) == [(row, c) for row in range(7) for c in range(2)]
     assert all(line["messages"][0]["content"] == f"Let a = {line['row']}." for line in lines)
     whole = {(line["row"], line["chain"]): line for line in lines}
     assert any(line["finished"] for line in lines) and not all(line["finished"] for line in lines)
     out.write_bytes(out.read_bytes()[: len(out.read_bytes()) // 2])
-    sample_traces.main("mini", str(data), out, **options)
+    sample_traces.main(settings)
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(again) == 14 and {(line["row"], line["chain"]): line for line in again} == whole
     out.unlink()
-    sample_traces.main("mini", str(data), out, **{**options, "finished_only": True})
+    sample_traces.main(dataclasses.replace(settings, finished_only=True))
     kept = {(line["row"], line["chain"]) for line in map(json.loads, out.read_text().splitlines())}
     assert kept == {key for key, line in whole.items() if line["finished"]}
 
@@ -163,7 +165,8 @@ def test_the_mini_model_writes_chains(tmp_path):
     """The real writer and model, for a few tokens."""
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Let a = 123."}) + "\n")
     out = tmp_path / "out.jsonl"
-    sample_traces.main("mini", str(tmp_path / "data.jsonl"), out, max_new_tokens=4, finished_only=False)
+    data = str(tmp_path / "data.jsonl")
+    sample_traces.main(sample_traces.Settings("mini", data, out, max_new_tokens=4, finished_only=False))
     (line,) = map(json.loads, out.read_text().splitlines())
     assert line["tokens"] == 4 and line["messages"][1]["content"]
 
@@ -171,7 +174,8 @@ def test_the_mini_model_writes_chains(tmp_path):
 def test_prompts_are_needed(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"a": "b"}\n')
     with pytest.raises(ConfigError, match="row 0: no text in nothing .*it has a"):
-        sample_traces.main("mini", str(tmp_path / "data.jsonl"), tmp_path / "out.jsonl", prompt="nothing")
+        data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+        sample_traces.main(sample_traces.Settings("mini", str(data), out, prompt="nothing"))
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"row": 1}', '{"row": "1", "chain": 0}', '{"row": 1, "chain": -1}'])
