@@ -299,6 +299,8 @@ class DMSConfig:
     tau: temperature of the Gumbel-sigmoid in training.
     sinks: the first so many tokens of a sequence are never evicted. 0 is the paper; 1 keeps a model usable on text
       without the chat template it was retrofitted on.
+    gate_dtype: "float32", or "model": `scale * x - logit_bias` is rounded to the model's dtype after each operation,
+      as in NVIDIA's code run without torch.compile.
     """
 
     window: Count = 256
@@ -310,6 +312,7 @@ class DMSConfig:
     per: Literal["head", "layer"] = "head"
     tau: Positive = 0.1
     sinks: Count = 0
+    gate_dtype: Literal["float32", "model"] = "float32"
 
     def __post_init__(self):
         check(self)

@@ -46,8 +46,17 @@ def query_gate(q: Queries, num_kv_heads: int, dms: DMSConfig) -> GateLogits:
 
 
 def affine(x: Float[Array, "B T K"], dms: DMSConfig) -> GateLogits:
-    """`scale * x - logit_bias` in float32, as `[B, K, T]`; with per="layer" every head follows head 0."""
-    logit = dms.scale * x.astype(jnp.float32).swapaxes(1, 2) - dms.logit_bias
+    """`scale * x - logit_bias` in float32, as `[B, K, T]`; with per="layer" every head follows head 0.
+
+    With gate_dtype="model" both operations round to x's dtype: in bfloat16 a logit just above 0 may become 0.
+    """
+    x32 = x.astype(jnp.float32).swapaxes(1, 2)
+    if dms.gate_dtype == "model":
+        digits = jnp.finfo(x.dtype)  # a cast there and back is not enough: XLA may leave it out
+        product = jax.lax.reduce_precision(dms.scale * x32, digits.nexp, digits.nmant)
+        logit = jax.lax.reduce_precision(product - dms.logit_bias, digits.nexp, digits.nmant)
+    else:
+        logit = dms.scale * x32 - dms.logit_bias
     return jnp.broadcast_to(logit[:, :1], logit.shape) if dms.per == "layer" else logit
 
 

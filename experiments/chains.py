@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ class Model(NamedTuple):
     dms: DMSConfig | None
     chains: int
     max_length: int  # new tokens a chain may have
-    budget: int | float | None = None  # of a policy that needs one
+    eviction: Mapping[str, Any] = MappingProxyType({})  # budget, protect_prompt and evict_every, where it has them
 
 
 def fingerprint(lm) -> str:
@@ -179,7 +180,7 @@ class Sampler:
             config = GenerationConfig(
                 policy=model.policy,
                 dms=model.dms,
-                budget=model.budget,
+                **model.eviction,
                 temperature=s.temperature,
                 top_p=s.top_p,
                 cache=s.cache,

@@ -32,6 +32,10 @@ class ModelOptions:
     """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
     budget: Annotated[tuple[int | float, ...], metavar("TOKENS|SHARE ...")] = ()
     """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
+    protect_prompt: Annotated[bool | None, metavar("True|False")] = None
+    """whether training-free policies never evict a token of the prompt; default: as each method has it"""
+    evict_every: Annotated[int | None, metavar("STEPS")] = None
+    """steps from one eviction to the next, for training-free policies that evict; default: as each method has it"""
     window: Annotated[int | None, metavar("TOKENS")] = None
     """overrides the window that the model was retrofitted with"""
     gate: Annotated[Path | None, metavar("FILE")] = None

@@ -209,7 +209,8 @@ def load_models(config: Config) -> tuple[list[Loaded], list[Any]]:
     if not chosen_policies:
         lm = dms_jax.load(config.model, dtype=config.dtype, gate=config.gate, cr=min(config.cr, default=None))
         chosen_policies = ("full",) if lm.dms is None else ("dms",)
-    chosen = variants_module.variants(chosen_policies, config.cr, config.budget)
+    eviction = config.budget, config.protect_prompt, config.evict_every
+    chosen = variants_module.variants(chosen_policies, config.cr, *eviction)
     loaded = variants_module.load(config.model, chosen, config.dtype, config.gate, config.window)
     source = config.reference or (MINI if config.model == MINI else None)
     if source is None:
@@ -258,7 +259,7 @@ def table(samples: Sequence[dict], loaded: Sequence[Loaded], limit: int) -> list
             {
                 "policy": one.variant.policy,
                 "cr": one.lm.cr if one.dms else None,
-                "budget": one.variant.budget,
+                **{key: getattr(one.variant, key) for key in ("budget", "protect_prompt", "evict_every")},
                 "windows": len(own),
                 "tokens": sum(s["tokens"] for s in own),
                 **mean,

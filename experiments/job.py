@@ -159,7 +159,18 @@ def resolve_sweep(options: Any) -> Any:
         for key in ("plan", "policies", "merge"):
             require(not getattr(options, key), key, getattr(options, key), "is an option of --sweep")
         return options
-    for key in ("chains", "cr", "max_length", "policy", "budget", "window", "minutes", "page_size"):
+    for key in (
+        "chains",
+        "cr",
+        "max_length",
+        "policy",
+        "budget",
+        "protect_prompt",
+        "evict_every",
+        "window",
+        "minutes",
+        "page_size",
+    ):
         value = getattr(options, key)
         require(value in (None, ()), key, value, "a sweep takes it from --plan")
     path = options.plan or sweep.PLAN
@@ -194,12 +205,13 @@ def chosen_variants(experiment: Experiment, options: Any) -> list[tuple[Any, flo
     """
     from experiments.variants import Variant, variants
 
+    eviction = options.protect_prompt, options.evict_every
     if len(options.policy) > 1:
-        several = variants(options.policy, [cr for cr in options.cr if cr != 1], options.budget)
+        several = variants(options.policy, [cr for cr in options.cr if cr != 1], options.budget, *eviction)
         return [(variant, variant.cr, tuple(sorted(options.chains or (1,)))) for variant in several]
     policy = options.policy[0] if options.policy else None
     return [
-        (Variant(policy, None if cr == 1 else cr, budget), cr, chains)
+        (Variant(policy, None if cr == 1 else cr, budget, *eviction), cr, chains)
         for cr, chains in experiment.cells(options).items()
         for budget in options.budget or (None,)
     ]
@@ -225,15 +237,14 @@ def load_models(experiment: Experiment, options: Any) -> tuple[list, list[stats.
     loaded = variants.load(options.model, [v for v, _, _ in chosen], options.dtype, options.gate, options.window)
     models, cells = [], []
     for (variant, lm, dms), (_, cr, chains) in zip(loaded, chosen, strict=True):
-        budget, longest = variant.budget, options.max_length
+        longest = options.max_length
         # An error now, before there is a run folder.
-        policies.named(variant.policy, dms or lm.dms, budget, longest, options.page_size)
+        policies.named(variant.policy, dms or lm.dms, length=longest, page_size=options.page_size, **variant.eviction)
         ratio = nominal_cr(variant, cr, lm, longest)
-        source = f"{'base' if variant.cr is None else f'cr{variant.cr:g}'}/{variant.policy}"
-        source += "" if budget is None else f" {budget:g}"
+        source = f"{'base' if variant.cr is None else f'cr{variant.cr:g}'}/{variant._replace(cr=None).name}"
         shown = "?" if ratio is None else f"{ratio:g}"
         names = [f"{longest / 1024:.2g}-{w}-{shown}" for w in chains]
-        models.append(Model(source, names[-1], lm, variant.policy, dms, chains[-1], longest, budget))
+        models.append(Model(source, names[-1], lm, variant.policy, dms, chains[-1], longest, variant.eviction))
         cells += [stats.Cell(n, source, variant.policy, ratio, w, longest) for n, w in zip(names, chains, strict=True)]
     return models, cells
 

@@ -43,14 +43,17 @@ class Settings:
     """A model under a policy, and how it is run.
 
     model, gate, cr, dtype: as in `dms_jax.load`. policy: None for the model's own. budget: tokens a head, or their
-    share: of a request's length, rounded up to 64, in scoring, of the longest prompt and answer in generation. window:
-    overrides the model's. max_length: tokens of a request, None for the model's context. device and max_batch_size
-    belong to the harness's interface and change nothing.
+    share: of a request's length, rounded up to 64, in scoring, of the longest prompt and answer in generation.
+    protect_prompt, evict_every: see `dms_jax.policies.ScoredPolicy`. window: overrides the model's. max_length: tokens
+    of a request, None for the model's context. device and max_batch_size belong to the harness's interface and change
+    nothing.
     """
 
     model: str
     policy: str | None = None
     budget: int | float | None = None
+    protect_prompt: bool | None = None
+    evict_every: int | None = None
     cr: float | None = None
     gate: str | None = None
     window: int | None = None
@@ -91,7 +94,7 @@ class DmsLM(TemplateLM):
             require(name in known, name, value, f"no option of this model; there are {', '.join(sorted(known))}")
         require("model" in options, "model", None, "name one: --model_args model=...")
         self.settings = s = Settings(**options)
-        chosen = variants.Variant(s.policy, s.cr, s.budget)
+        chosen = variants.Variant(s.policy, s.cr, s.budget, s.protect_prompt, s.evict_every)
         (self.loaded,) = variants.load(s.model, [chosen], s.dtype or default_dtype(), s.gate, s.window)
         self.tokenizer = self.loaded.lm.tokenizer
 

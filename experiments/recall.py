@@ -194,7 +194,7 @@ def table(samples: Sequence[dict], cells: Sequence[Cell], limit: int) -> list[di
                 "length": cell.length,
                 "policy": variant.policy,
                 "cr": cr,
-                "budget": variant.budget,
+                **{key: getattr(variant, key) for key in ("budget", "protect_prompt", "evict_every")},
                 "samples": len(own),
                 "score": stats.bootstrap([s["score"] for s in own])._asdict(),
                 **{field: float(np.mean([s[field] for s in own])) for field in ("prompt_tokens", "tokens", *COUNTS)},
@@ -222,7 +222,8 @@ def execute(experiment: Experiment, config: Config, console: Console, start: flo
     from experiments.chains import fingerprint
 
     config = resolve(experiment, config)
-    chosen = variants_module.variants(config.policy, config.cr, config.budget)
+    eviction = config.budget, config.protect_prompt, config.evict_every
+    chosen = variants_module.variants(config.policy, config.cr, *eviction)
     loaded = variants_module.load(config.model, chosen, config.dtype, config.gate, config.window)
     encode = functools.partial(encode_with, loaded[0].lm.tokenizer)
     asked = questions(experiment, config, encode)

@@ -100,7 +100,8 @@ def execute(config: Config, console: Console, start: float) -> int:
     require(mini == (config.data is None), "data", config.data, "is needed, but for the mini model, with its problems")
     ratio = 4.0 if mini and config.cr is None else config.cr
     config = dataclasses.replace(config, cr=ratio, dtype=config.dtype or command.default_dtype())
-    chosen = variants_module.variants(("dms",), () if ratio is None else (ratio,), config.budget)
+    eviction = config.budget, config.protect_prompt, config.evict_every  # errors: DMS has none of them
+    chosen = variants_module.variants(("dms",), () if ratio is None else (ratio,), *eviction)
     (loaded,) = variants_module.load(config.model, chosen, config.dtype, config.gate, config.window)
     windows = fidelity.load_windows(config, loaded.lm.tokenizer, 1)
     longest = max(len(window.tokens) for window in windows)

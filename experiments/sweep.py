@@ -16,7 +16,7 @@ from dms_jax.config import load_yaml, one_of, require
 from experiments import stats
 from experiments.chains import Model
 from experiments.run import Run, RunError, differences, read_config, read_jsonl
-from experiments.variants import TRAINING_FREE
+from experiments.variants import SCORED, TRAINING_FREE, Variant
 
 PLAN = Path(__file__).resolve().parents[1] / "configs" / "aime_sweep.yaml"
 # What may differ between runs that are merged: the rest decides what a chain is.
@@ -25,7 +25,10 @@ FREE_TO_DIFFER = ("policies", "sweep", "limit", "batch_size", "weights")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The cells of a sweep. problems: of each cell, unless a limit is given."""
+    """The cells of a sweep. problems: of each cell, unless a limit is given.
+
+    protect_prompt, evict_every: see `dms_jax.policies.ScoredPolicy`; None leaves them to each method.
+    """
 
     policies: tuple[str, ...]
     max_lengths: tuple[int, ...]
@@ -34,6 +37,8 @@ class Sweep:
     budget_crs: tuple[float, ...]
     page_size: int = 16
     problems: int = 512
+    protect_prompt: bool | None = None
+    evict_every: int | None = None
 
     def __post_init__(self):
         for key in ("policies", "max_lengths", "chains", "dms_crs", "budget_crs"):
@@ -87,6 +92,11 @@ class Entry(NamedTuple):
         """Tokens a head, for a policy that needs to be told."""
         return math.ceil(self.max_length / self.cr) if self.policy in TRAINING_FREE else None
 
+    def eviction(self, plan: Sweep) -> dict[str, Any]:
+        """What `generate` is told of a budgeted policy."""
+        options = (plan.protect_prompt, plan.evict_every) if self.policy in SCORED else ()
+        return Variant(self.policy, None, self.budget, *options).eviction
+
 
 def entries(plan: Sweep) -> Iterator[Entry]:
     for length in plan.max_lengths:
@@ -107,12 +117,12 @@ def models(plan: Sweep, load: Callable[[float | None], Any]) -> tuple[list[Model
         member = entry.cr if entry.policy == "dms" else None
         if member not in loaded:
             loaded[member] = load(member)
-        lm, budget = loaded[member], entry.budget
+        lm, eviction = loaded[member], entry.eviction(plan)
         dms = lm.dms if entry.policy == "dms" else None
-        policies.named(entry.policy, dms, budget, page_size=plan.page_size)  # an error now, not hours later
+        policies.named(entry.policy, dms, page_size=plan.page_size, **eviction)  # an error now, not hours later
         names = {w: f"{entry.max_length / 1024:.2g}-{w}-{entry.cr:g}" for w in sorted(plan.chains)}
         most = max(plan.chains)
-        made.append(Model(entry.source, names[most], lm, entry.policy, dms, most, entry.max_length, budget))
+        made.append(Model(entry.source, names[most], lm, entry.policy, dms, most, entry.max_length, eviction))
         cells += [
             stats.Cell(name, entry.source, entry.policy, entry.cr, w, entry.max_length) for w, name in names.items()
         ]

@@ -9,24 +9,37 @@ from dms_jax import policies
 from dms_jax.config import DMSConfig, one_of, require
 
 # Policies that need no training, but to be told how many tokens a head may keep (Quest: may read).
-TRAINING_FREE = tuple(name for name in policies.NAMES if name not in ("full", "dms"))
+TRAINING_FREE = tuple(policies.BUDGETED)
+SCORED = tuple(policy.name for policy in policies.SCORED)  # those of them that evict
 
 
 class Variant(NamedTuple):
     """A policy with its member of a retrofitted family (None: the weights as they are) or its budget.
 
     policy: None for the model's own, dms where it was retrofitted, full otherwise.
+    protect_prompt, evict_every: see `dms_jax.policies.ScoredPolicy`; None leaves them to the method.
     """
 
     policy: str | None
     cr: float | None = None
     budget: int | float | None = None
+    protect_prompt: bool | None = None
+    evict_every: int | None = None
 
     @property
     def name(self) -> str:
-        """`full`, `dms CR4`, `tova 256`, `tova 0.25`."""
+        """`full`, `dms CR4`, `tova 256`, `tova 0.25`, `tova 256 prompt every 64`."""
         cr = "" if self.cr is None else f" CR{self.cr:g}"
-        return f"{self.policy}{cr}" + ("" if self.budget is None else f" {self.budget:g}")
+        name = f"{self.policy}{cr}" + ("" if self.budget is None else f" {self.budget:g}")
+        if self.protect_prompt is not None:
+            name += " prompt" if self.protect_prompt else " no prompt"
+        return name if self.evict_every is None else f"{name} every {self.evict_every}"
+
+    @property
+    def eviction(self) -> dict:
+        """What `generate` is told of a budgeted policy."""
+        options = {key: getattr(self, key) for key in ("budget", "protect_prompt", "evict_every")}
+        return {key: value for key, value in options.items() if value is not None}
 
 
 class Loaded(NamedTuple):
@@ -39,16 +52,21 @@ class Loaded(NamedTuple):
     @property
     def options(self) -> dict:
         """What `generate` is told of it."""
-        budget = {} if self.variant.budget is None else {"budget": self.variant.budget}
-        return {"policy": self.variant.policy, "dms": self.dms, **budget}
+        return {"policy": self.variant.policy, "dms": self.dms, **self.variant.eviction}
 
 
-def variants(names: Sequence[str], crs: Sequence[float], budgets: Sequence[int | float]) -> list[Variant]:
-    """Every policy once: DMS for each ratio, a training-free one for each budget.
+def variants(
+    names: Sequence[str],
+    crs: Sequence[float],
+    budgets: Sequence[int | float],
+    protect_prompt: bool | None = None,
+    evict_every: int | None = None,
+) -> list[Variant]:
+    """Every policy once: DMS for each ratio, a training-free one for each budget, with the options that it has.
 
     Raises:
-      ConfigError: a value twice or out of range, a training-free policy without a budget, or a ratio or a budget
-        that no policy takes.
+      ConfigError: a value twice or out of range, a training-free policy without a budget, or a ratio, a budget or an
+        option that no policy takes.
     """
     for key, values in (("policy", names), ("cr", crs), ("budget", budgets)):
         require(len(set(values)) == len(values), key, tuple(values), "a value occurs twice")
@@ -60,12 +78,16 @@ def variants(names: Sequence[str], crs: Sequence[float], budgets: Sequence[int |
     require(trained or not crs, "cr", tuple(crs), "only policy dms comes in several ratios")
     require(bool(free) or not budgets, "budget", tuple(budgets), "only training-free policies take one")
     require(bool(budgets) or not free, "policy", free, "needs --budget")
+    scored = [name for name in free if name in SCORED]
+    for key, value in (("protect_prompt", protect_prompt), ("evict_every", evict_every)):
+        require(value is None or bool(scored), key, value, "only training-free policies that evict have it")
     out = []
     for policy in names:
         if policy == "dms":
             out += [Variant(policy, cr=cr) for cr in crs or (None,)]
         else:
-            out += [Variant(policy, budget=budget) for budget in (budgets if policy in free else (None,))]
+            options = (protect_prompt, evict_every) if policy in scored else ()
+            out += [Variant(policy, None, budget, *options) for budget in (budgets if policy in free else (None,))]
     return out
 
 

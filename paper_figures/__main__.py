@@ -29,6 +29,8 @@ def main() -> None:
         path = style.RESULTS / results
         if path.exists():
             script.main([str(path), str(style.RESULTS.parent / script.__name__.rsplit(".", 1)[1])])
+    if (style.RESULTS / "mini_baselines.json").exists():
+        pareto_fronts.main([str(style.RESULTS / "mini_baselines.json"), str(style.RESULTS.parent / "baselines")])
     training_curves.main([])
     if (style.RESULTS / "h200").exists():
         decode_speed.main([str(style.RESULTS / "h200"), str(style.RESULTS.parent / "decode_speed")])

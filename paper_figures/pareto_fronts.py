@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from paper_figures import style
 from paper_figures.rows import pareto
 
+ENTRIES = 8  # of a line of the legend
 COSTS = {"kv_reads": "KV reads per problem (tokens)", "peak_tokens": "peak live tokens per problem"}
 
 
@@ -30,7 +31,8 @@ def draw(results: dict) -> Figure:
         left.set_title(f"{min(row['problems'] for row in rows)} problems; fronts with 95% intervals")
         figure.axes[1].set_title("tokens: mean of layers and KV heads, summed over chains")
         handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        lines = -(-len(labels) // ENTRIES)
+        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // lines))
     return figure
 
 

@@ -7,20 +7,14 @@ import json
 import re
 from pathlib import Path
 
-from paper_figures import decode_speed, style
+from paper_figures import baseline_tables, decode_speed, style
 from paper_figures.decode_speed import series_of
-from paper_figures.rows import percent
+from paper_figures.rows import device, interval, markdown, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 TARGET = 1.35  # of the time of a decode step over its floor, from 8 sequences on
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed")))
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table with its first column to the left and the others to the right."""
-    rule = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def mini() -> str:
@@ -233,17 +227,13 @@ def sweep() -> str:
             style.LABELS[policy],
             *(percent(cells[policy, cr]["accuracy"]) if (policy, cr) in cells else "" for cr in ratios),
         ]
-        for policy in style.POLICIES
+        for policy in style.by_policy(results["rows"])
     ]
     note = (
         f"Accuracy % of one chain, {results['problems']} problems, seed {results['seed']}, 95% intervals by bootstrap "
         "over problems; sampled in parts on one H100, which were then merged. An empty cell was not run."
     )
     return f"{markdown(['policy', *(f'CR {cr:g}' for cr in ratios)], rows)}\n\n{note}"
-
-
-def interval(value: dict, scale: float = 1.0) -> str:
-    return f"{scale * value['mean']:.3g} [{scale * value['low']:.3g}, {scale * value['high']:.3g}]"
 
 
 def read_fidelity(kind: str = "") -> tuple[dict, dict]:
@@ -260,10 +250,6 @@ def fidelity_note(results: dict) -> str:
         f"({config['dtype']}, pages of {config['page_size']}); KL in nats a token and agreement with the original's "
         f"greedy choice, 95% intervals by bootstrap over windows."
     )
-
-
-def device(results: dict) -> str:
-    return f"{results['environment']['device'].split(' gpu ')[1]}, jax {results['environment']['jax']}."
 
 
 def distance(policy: str, cr: float, row: dict) -> list[str]:
@@ -334,6 +320,8 @@ TABLES = {
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,
     "sweep": sweep,
+    "baselines": baseline_tables.baselines,
+    "regressed": baseline_tables.regressed,
 }
 
 

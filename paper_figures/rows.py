@@ -1,4 +1,4 @@
-"""Rows of a results table: how an estimate is written, and which rows are Pareto-optimal."""
+"""Rows of a results table: how they are written, and which of them are Pareto-optimal."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,24 @@ def percent(estimate: dict, sign: str = "") -> str:
     """`62.1 [55.3, 68.9]`."""
     mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def interval(value: dict, scale: float = 1.0) -> str:
+    """`0.024 [0.0227, 0.0254]`."""
+    return f"{scale * value['mean']:.3g} [{scale * value['low']:.3g}, {scale * value['high']:.3g}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table with its first column to the left and the others to the right."""
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def device(results: dict) -> str:
+    """What a run ran on: `NVIDIA H200, jax 0.11.2.`"""
+    about = results["environment"]
+    gpu = about["device"].partition(" gpu ")[2]
+    return f"{gpu or str(about['cpu_count']) + ' CPU cores'}, jax {about['jax']}."
 
 
 def pareto(rows: Sequence[dict], cost: str = "kv_reads") -> list[dict]:

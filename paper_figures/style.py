@@ -10,15 +10,25 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers and line styles say the same again.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#8C6D31")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
-LINES = ("-", "--", "-.", (0, (3, 1, 1, 1)), (0, (7, 2)), ":", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 2)), (0, (10, 1)))
+# Okabe and Ito's palette, then colours of Tol's, told apart by colour-blind readers; markers and line styles say the
+# same again.
+COLOURS = (
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#8C6D31",
+    "#882255", "#332288", "#44AA99", "#999933", "#CC6677", "#AA4499",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H")
+LINES = (
+    "-", "--", "-.", (0, (3, 1, 1, 1)), (0, (7, 2)), ":", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 2)), (0, (10, 1)),
+    (0, (4, 1)), (0, (4, 2, 1, 2)), (0, (1, 2)), (0, (5, 3)), (0, (8, 1, 2, 1)), (0, (3, 3, 1, 1)),
+)  # fmt: skip
 FRONT = "#999999"
 SEQUENTIAL = "cividis"  # dark to light for colour-blind readers and in grey alike
 RESULTS = Path(__file__).parent / "results"
 # A policy looks the same in every figure.
-POLICIES = ("full", "dms", "tova", "h2o", "streaming", "quest", "knorm", "random")
+POLICIES = (
+    "full", "dms", "tova", "h2o", "streaming", "quest", "knorm", "random",
+    "keydiff", "random_attention", "snapkv", "rkv", "vase_attnv", "vase_dkv",
+)  # fmt: skip
 LABELS = {
     "full": "vanilla",
     "dms": "DMS",
@@ -28,6 +38,12 @@ LABELS = {
     "quest": "Quest",
     "knorm": "KNorm",
     "random": "random",
+    "keydiff": "KeyDiff",
+    "random_attention": "Random Attention",
+    "snapkv": "SnapKV",
+    "rkv": "R-KV",
+    "vase_attnv": "VaSE-AttnV",
+    "vase_dkv": "VaSE-DKV",
 }
 
 
@@ -40,7 +56,7 @@ class Look(NamedTuple):
 
 
 def look(n: int) -> Look:
-    """The look of series n; they come again after the ninth."""
+    """The look of series n; they come again after the fifteenth."""
     return Look(*(styles[n % len(styles)] for styles in (COLOURS, MARKERS, LINES)))
 
 

@@ -1,16 +1,19 @@
-"""Writes a member of a retrofitted family, from a run's checkpoint, for others to load: with a model card.
+"""Writes a retrofitted model for others to load, with a model card: a member of a run's family, or a model loaded.
 
-A folder in Hugging Face's format (weights, gate, a DMS section in config.json, tokenizer), which `dms_jax.load` reads;
-or, for an adapter gate over a frozen base, the gate's file alone.
+A folder of weights, configuration and tokenizer that `dms_jax.load` reads, and with --format also transformers,
+NVIDIA's Model-Optimizer or FastDMS (docs/interop.md); or, for an adapter over a frozen base, the gate's file alone.
 
 examples:
-  python -m scripts.export --run runs/qwen3_8b --cr 8 --out qwen3-8b-dms-cr8
-  python -m scripts.export --run runs/smollm2 --cr 4 --form adapter --out smollm2-gate-cr4
+  python -m scripts.export --run runs/qwen3_8b --cr 8 --format nvidia --out qwen3-8b-dms-cr8
+  python -m scripts.export --run runs/smollm2 --cr 4 --format adapter --out smollm2-gate-cr4
+  python -m scripts.export --model SmolLM2.gguf --gate smollm2 --cr 4 --format hf --out smollm2-dms-cr4
 """
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -18,15 +21,20 @@ import numpy as np
 import dms_jax
 from dms_jax import sharding
 from dms_jax.config import require
+from dms_jax.files import write_atomically
+from dms_jax.models.gates import gate_of
 from dms_jax.training import checkpoint
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.log import read_log
 from dms_jax.training.step import initial_state, member_params
 from dms_jax.training.train import retrofitted
 from scripts import command
+from scripts.model_card import card, rows_of_run
 from scripts.retrofit import RUN, read_run
 
-CARD = "README.md"
+CARD, SETTINGS = "README.md", "retrofit.json"
+LINES = 10  # of the log, that the card's figures are means of
+MODELLING, CLASS = Path(__file__).parent / "export_hf" / "modeling_dms.py", "DMSForCausalLM"
 
 
 def settings_of_run(run: Path) -> RetrofitConfig:
@@ -60,88 +68,93 @@ def trained_member(run: Path, cr: float, settings: RetrofitConfig, lm: dms_jax.L
     return retrofitted(lm, member_params(state, base, lm.config, settings), settings.dms, cr)
 
 
-def measured(run: Path, step: int, last: int = 10) -> dict[str, float]:
+def measured(run: Path, step: int, last: int = LINES) -> dict[str, float]:
     """Means of the last lines of the log up to a step, of those with eviction."""
     lines, _ = read_log(run / "log.jsonl")
     lines = [line for line in lines if line["step"] <= step and "alpha" in line][-last:]
     return {key: float(np.mean([line[key] for line in lines])) for key in ("kl", "achieved_cr") if lines}
 
 
-def card(settings: RetrofitConfig, cr: float, figures: dict[str, float], form: str) -> str:
-    """A model card in Hugging Face's format: what it is, how it was made, what was measured, how to load it."""
-    dms, step = settings.dms, step_of(cr, settings)
-    sources = [f"{s.path} (weight {s.weight:g})" for s in settings.data] or ["the mini task's training problems"]
-    rows = {
-        "base model": settings.model,
-        "gate": f"{dms.gate}, window {dms.window}, decision offset {dms.decision_offset}, per {dms.per}",
-        "trained": {"full": "all weights", "adapter": "the gate, over frozen weights"}.get(
-            settings.mode, f"low-rank updates of {', '.join(settings.lora.targets)}, rank {settings.lora.rank}"
-        ),
-        "data": "; ".join(sources),
-        "steps": f"{step:,} of {settings.batch_size} x {settings.context} tokens",
-        "learning rate": f"{settings.learning_rate:g} (AdamW), {settings.kl} KL to the base model",
-        "target compression ratio": f"{cr:g}",
-        "achieved in training": f"{figures['achieved_cr']:.2f} (the window, which is never evicted, not counted)"
-        if "achieved_cr" in figures
-        else "not logged",
-        "KL to the base model": f"{figures['kl']:.4g} nats a token, training mask" if "kl" in figures else "not logged",
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    load = 'dms_jax.load("this folder")'
-    if form == "adapter":
-        load = f'dms_jax.load("{settings.model}", gate="gate.safetensors")'
-    return f"""---
-base_model: {settings.model}
-library_name: dms_jax
-tags: [dynamic-memory-sparsification, kv-cache]
----
+def write(lm: dms_jax.LM, out: Path, format: str) -> None:
+    """Writes a model in one of the formats.
 
-# {Path(settings.model).name} with Dynamic Memory Sparsification, CR {cr:g}
+    Raises:
+      ConfigError: a model that the format cannot express.
+    """
+    if format == "adapter":
+        out.mkdir(parents=True, exist_ok=True)
+        dms_jax.save_gate(lm, out / "gate.safetensors")
+    elif format == "hf":
+        known = lm.dms is not None and bool(gate_of(lm.dms).foreign)
+        require(known, "format", format, f"{MODELLING.name} has not the gate {lm.dms and lm.dms.gate!r}")
+        dms_jax.save(lm, out)
+        shutil.copy(MODELLING, out)
+        config = json.loads((out / "config.json").read_text())
+        config |= {"architectures": [CLASS], "auto_map": {"AutoModelForCausalLM": f"{MODELLING.stem}.{CLASS}"}}
+        write_atomically(out / "config.json", json.dumps(config, indent=2) + "\n")
+    else:
+        dms_jax.save(lm, out, format=format)
 
-The model decides itself which tokens of its KV cache to drop, {dms.window} tokens after the decision
-([Łańcucki et al., 2025](https://arxiv.org/abs/2506.05345)). Retrofitted with dms_jax.
 
-| | |
-| :-- | :-- |
-{table}
+class Found(NamedTuple):
+    """A model to export, the base it was retrofitted from, and for its card further rows and where they are from."""
 
-Figures are means over the last logged steps of training, on training data.
+    lm: dms_jax.LM
+    base: str
+    rows: dict[str, str]
+    how: str
 
-```python
-import dms_jax
 
-lm = {load}
-out = dms_jax.generate(lm, ["..."])
-```
-"""
+def from_run(run: Path, cr: float | None, format: str, model: str | None) -> Found:
+    """A member of a run's family."""
+    settings = settings_of_run(run)
+    mode = settings.mode
+    require(format != "adapter" or mode == "adapter", "format", format, f"the run trained in mode {mode}")
+    require(cr is not None, "cr", cr, "which member of the family?")
+    step = step_of(cr, settings)
+    base = dms_jax.load(model or settings.model, dtype=settings.compute)
+    how = (
+        f"The figures are means over the last {LINES} lines of the run's log up to that step, on training data. "
+        f"The run is `python -m scripts.retrofit --config {SETTINGS}`."
+    )
+    rows = rows_of_run(settings, step, measured(run, step))
+    return Found(trained_member(run, cr, settings, base), settings.model, rows, how)
+
+
+def from_model(model: str | None, cr: float | None, gate: str | None, dtype: str) -> Found:
+    """A model that `dms_jax.load` reads."""
+    require(model is not None, "model", model, "expected a --run or a --model")
+    lm = dms_jax.load(model, dtype=dtype, gate=gate, cr=cr)
+    require(lm.dms is not None, "model", model, "was never retrofitted (no DMSConfig)")
+    source = model if gate is None else f"{model} and the gate {gate}"
+    return Found(lm, model, {}, f"Made from {source}.")
 
 
 def main(
-    run: Path,
-    cr: float,
     out: Path,
-    form: Literal["merged", "adapter"] = "merged",
+    run: Path | None = None,
+    cr: float | None = None,
+    format: Literal["dms_jax", "hf", "nvidia", "fastdms", "adapter"] = "dms_jax",
     model: str | None = None,
+    gate: str | None = None,
+    dtype: str = "bfloat16",
 ) -> None:
     """Writes OUT.
 
     Args:
       run: folder of scripts.retrofit.
       cr: which member of the family.
-      form: "merged" writes a whole model, "adapter" the gate alone (runs of mode adapter).
-      model: where the base is, if not where the run found it.
+      format: who is to read it; "hf" is Hugging Face transformers, "adapter" the gate alone (runs of mode adapter).
+      model: what dms_jax.load takes, in place of a run; or where the base of the run is, if not where it found it.
+      gate: of a model without a run: see dms_jax.load.
+      dtype: of a model without a run.
     """
-    settings = settings_of_run(run)
-    require(form == "merged" or settings.mode == "adapter", "form", form, f"the run trained in mode {settings.mode}")
     with sharding.on_host():
-        base = dms_jax.load(model or settings.model, dtype=settings.compute)
-        member = trained_member(run, cr, settings, base)
-    out.mkdir(parents=True, exist_ok=True)
-    if form == "adapter":
-        dms_jax.save_gate(member, out / "gate.safetensors")
-    else:
-        dms_jax.save(member, out)
-    (out / CARD).write_text(card(settings, cr, measured(run, step_of(cr, settings)), form))
+        found = from_model(model, cr, gate, dtype) if run is None else from_run(run, cr, format, model)
+    write(found.lm, out, format)
+    if run is not None:
+        shutil.copy(run / RUN, out / SETTINGS)
+    (out / CARD).write_text(card(found.base, found.lm, found.rows, found.how, format))
     print(f"wrote {out}")
 
 

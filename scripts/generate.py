@@ -9,6 +9,7 @@ examples:
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +40,12 @@ class Config:
     """adapter gate (safetensors) to lay over the model's weights"""
     policy: Annotated[str | None, _metavar("NAME")] = None
     """eviction policy; default: dms where the model was retrofitted, full otherwise"""
+    budget: Annotated[int | float | None, _metavar("TOKENS|SHARE")] = None
+    """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
+    protect_prompt: Annotated[bool | None, _metavar("True|False")] = None
+    """whether such a policy never evicts a token of the prompt; default: as the method has it"""
+    evict_every: Annotated[int | None, _metavar("STEPS")] = None
+    """steps from one eviction to the next; default: as the method has it"""
     window: Annotated[int | None, _metavar("TOKENS")] = None
     """overrides the window that the model was retrofitted with"""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
@@ -51,8 +58,42 @@ class Config:
     """default: 1"""
     seed: Annotated[int, _metavar("SEED")] = 0
     """of the sampling; default: 0"""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """also print how long each phase took, until the first token and in all"""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _metavar("DTYPE")] = None
     """float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere"""
+
+
+class Phases:
+    """Seconds since the start of the command: the model loaded, its programs compiled, the first token, the last.
+
+    Compiling is tracing, lowering, and compiling or fetching from the folder that keeps programs.
+    """
+
+    def __init__(self):
+        import jax
+
+        self.start, self.compiling, self.kept = time.monotonic(), 0.0, 0
+        self.ends: dict[str, float] = {}
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compiling += seconds
+
+    def _on_event(self, event: str, **_) -> None:
+        self.kept += event == "/jax/compilation_cache/cache_hits"
+
+    def end(self, phase: str) -> None:
+        """A phase has ended, if it had not yet."""
+        self.ends.setdefault(phase, time.monotonic() - self.start)
+
+    def __str__(self) -> str:
+        lines = [f"{phase:<13} {seconds:>6.1f} s after the start" for phase, seconds in self.ends.items()]
+        return "\n".join(
+            [*lines, f"{'compiling':<13} {self.compiling:>6.1f} s of these, {self.kept} programs were kept"]
+        )
 
 
 class TextStream:
@@ -120,12 +161,18 @@ def write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
+def stream(config: Config, lm, dms, text: str, policy: str | None, phases: Phases | None = None) -> str:
     """Generates to the terminal; returns the new text."""
     from dms_jax.inference import generation
 
     ids = prompt_ids(config, lm, text)
     shown = TextStream(lm.tokenizer, write)
+
+    def on_tokens(_prompt, _chain, new: list[int]) -> None:
+        shown.push(new)
+        if phases:
+            phases.end("first token")
+
     out = generation.generate(
         lm,
         [ids],
@@ -135,10 +182,16 @@ def stream(config: Config, lm, dms, text: str, policy: str | None) -> str:
         seed=config.seed,
         policy=policy,
         dms=dms,
-        on_tokens=lambda prompt, chain, new: shown.push(new),
+        budget=config.budget,
+        protect_prompt=config.protect_prompt,
+        evict_every=config.evict_every,
+        on_tokens=on_tokens,
     )
     shown.push([], last=True)
     print(f"\n\n{figures(out, len(ids))}")
+    if phases:
+        phases.end("last token")
+        print(phases)
     return shown.shown
 
 
@@ -175,9 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
             require(config.problem >= 0, "problem", config.problem, "must not be negative")
             demo(config)
         else:
+            phases = Phases() if config.verbose else None
             lm, dms = load(config, config.cr)
+            if phases:
+                phases.end("model loaded")
             text = sys.stdin.read() if config.prompt == "-" else config.prompt
-            stream(config, lm, dms, text, config.policy)
+            stream(config, lm, dms, text, config.policy, phases)
     except (ConfigError, WeightError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

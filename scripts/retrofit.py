@@ -28,7 +28,7 @@ from dms_jax.training.documents import open_documents
 from dms_jax.training.train import retrofitted, train
 from dms_jax.training.watch import watcher
 from dms_jax.types import Params
-from dms_jax.weights.huggingface import read_json
+from dms_jax.weights.json_files import read_json
 from scripts import command, pretrain_mini
 
 RUN, FINISHED = "run.json", "finished"

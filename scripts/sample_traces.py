@@ -24,7 +24,7 @@ from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import Job
 from dms_jax.training.config import SourceConfig
 from dms_jax.training.documents import open_rows, prompt_of
-from dms_jax.weights.huggingface import parse_json
+from dms_jax.weights.json_files import parse_json
 from dms_jax.weights.text import encode_turn, has_chat
 from scripts import command
 

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Int
 from dms_jax import dms, kernels, sharding
 from dms_jax.cache import DecodeQuery, KVCache
 from dms_jax.config import SamplingConfig
-from dms_jax.inference import sampling
+from dms_jax.inference import eviction, sampling
+from dms_jax.inference.eviction import LAYER_AXES, joined, layers_of, step_of
 from dms_jax.kernels import attention
 from dms_jax.models.transformer import Decoder
-from dms_jax.policies import DecodeStep, NewToken, Policy, PrefillChunk
+from dms_jax.policies import DecodeStep, NewToken, Policy, PrefillChunk, Stored
 from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
 
 FEW_ROWS = 64  # see compiled_chunk and docs/speed.md
@@ -73,7 +74,7 @@ class Taken(NamedTuple):
     token: Counts
     active: Bool[Array, "B"]
     live: Int[Array, "B L K"]  # live tokens after the step
-    reads: Int[Array, "B L K"]  # KV tokens that attention read
+    reads: Int[Array, "B L K"]  # KV tokens that attention read, and an eviction that weighs what is stored
 
 
 class Chunk(NamedTuple):
@@ -95,7 +96,7 @@ def init(spec: DecodeSpec, batch: int, dtype, pages: int = 0) -> DecodeState:
     own = spec.policy.init_state(batch, c.num_kv_heads, spec.kv_cache.slots, c.head_dim)
     return DecodeState(
         cache=spec.kv_cache.allocate(c, batch, dtype, pages),
-        policy=_join([own] * c.num_layers),
+        policy=joined([own] * c.num_layers),
         token=token,
         position=position,
         last=last,
@@ -115,16 +116,6 @@ def _rows(tree, rows):
 
 def _put_rows(tree, rows, part):
     return jax.tree.map(lambda x, y: x.at[rows].set(y.astype(x.dtype), mode="drop"), tree, part)
-
-
-def _layers(policy_state, layers: int | slice):
-    """The policy's state of one layer, or of several."""
-    return jax.tree.map(lambda x: x[:, layers], policy_state)
-
-
-def _join(states, together=jnp.stack):
-    """The policy's states of all layers as one: each of one layer, or with jnp.concatenate of several."""
-    return jax.tree.map(lambda *xs: together(xs, axis=1), *states)
 
 
 # ---- Prefill
@@ -152,9 +143,10 @@ class PrefillAttend:
         (cache, states, seen), policy, kv_cache = carried, self.spec.policy, self.spec.kv_cache
         chunk, query_pos = self.chunk, self.query_pos
         C = query_pos.shape[1]
-        old, own = kv_cache.view(cache, layer, self.width), _layers(self.before, layer)
+        old, own = kv_cache.view(cache, layer, self.width), layers_of(self.before, layer)
         keys = chunk.keys
-        prompt = PrefillChunk(jnp.int32(layer), self.start, chunk.count, chunk.remaining, old.pos, k, v, logit, keys)
+        counts = self.start, chunk.count, chunk.remaining
+        prompt = PrefillChunk(jnp.int32(layer), *counts, old.pos, k, v, logit, keys, Stored(old.k, old.v))
         evicted, pos = policy.prefill_evict_mask(own, prompt), prompt.positions()
         all_k, all_v = (
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
@@ -213,7 +205,7 @@ def prefill(
     last = position + chunk.max_new - 1
     done = _stopped(token, position, last, spec.stop)
     rows = jnp.where(count > 0, rows, len(state.done))
-    new = _put_rows(tuple(state[1:]), rows, (_join(states), token, position, last, done, chunk.keys))
+    new = _put_rows(tuple(state[1:]), rows, (joined(states), token, position, last, done, chunk.keys))
     return DecodeState(spec.kv_cache.put_rows(state.cache, rows, cache), *new), logits, seen
 
 
@@ -252,8 +244,8 @@ class DecodeAttend:
             carried = self._append(layer, logit, carried)
         readable, reads = None, carried.reads
         if policy.selects_pages:
-            own = _layers(carried.states[-1], index)
-            readable, read = policy.select_pages(own, _of_layers(self.step, layer), q)
+            own = layers_of(carried.states[-1], index)
+            readable, read = policy.select_pages(own, step_of(self.step, layer), q)
             reads = (*reads, read)
         query = DecodeQuery(q, k, v, carried.slots, readable)
         observes = policy.attention_from is not None
@@ -266,17 +258,10 @@ class DecodeAttend:
         policy, layers = self.spec.policy, slice(layer, layer + self.layers_at_once)
         logit = logit[None] if policy.needs_current_logit else None
         choose = jax.vmap(policy.choose_victim, (1, LAYER_AXES, 0), (0, 1))
-        victim, own = choose(_layers(self.before, layers), _of_layers(self.step, layers), logit)
+        victim, own = choose(layers_of(self.before, layers), step_of(self.step, layers), logit)
         step = self.step
         cache, slots = self.spec.kv_cache.append(carried.cache, layer, step.position, victim, step.active)
         return carried._replace(cache=cache, slots=slots, states=(*carried.states, own))
-
-
-LAYER_AXES = DecodeStep(layer=0, position=None, active=None, live=0, keys=None)  # that of a policy's state is 1
-
-
-def _of_layers(step: DecodeStep, layers: int | slice) -> DecodeStep:
-    return step._replace(layer=step.layer[layers], live=step.live[layers])
 
 
 def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[DecodeState, NextLogits, Taken]:
@@ -286,20 +271,24 @@ def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[D
     the logits `[B, V]` and what was done.
     """
     model, policy, kv_cache = spec.model, spec.policy, spec.kv_cache
-    position, active = state.position, kv_cache.can_append(state.cache, ~state.done)
-    layers = jnp.arange(model.config.num_layers)
-    step = DecodeStep(layers, position, active, kv_cache.live(state.cache), state.keys)
+    position, layers, reread = state.position, jnp.arange(model.config.num_layers), 0
+    step = DecodeStep(layers, position, ~state.done, kv_cache.live(state.cache), state.keys)
+    if policy.evicts_many:
+        cache, own, reread = eviction.prune(policy, kv_cache, state.cache, state.policy, step)
+        state = state._replace(cache=cache, policy=own)
+    active = kv_cache.can_append(state.cache, step.active)
+    step = step._replace(active=active, live=kv_cache.live(state.cache))
     given = state.token[:, None], position[:, None], DecodeAttend(spec, step, state.policy)
     hidden, carried, logit = _apply(spec, params, given, _Carried(state.cache, None, (), (), ()))
     new = jax.tree.map(lambda *xs: jnp.stack(xs), *carried.new)
     new = new if logit is None else new._replace(logit=logit)
-    own = jax.vmap(policy.update, (1, LAYER_AXES, 0), 1)(_join(carried.states, jnp.concatenate), step, new)
+    own = jax.vmap(policy.update, (1, LAYER_AXES, 0), 1)(joined(carried.states, jnp.concatenate), step, new)
     logits = model.apply({"params": params}, hidden, method="unembed")[:, 0]
     token = jnp.where(active, sampling.sample(logits, state.keys, position + 1, spec.sampling), state.token)
     position = position + active
     done = state.done | active & _stopped(token, position, state.last, spec.stop)
     live = jnp.moveaxis(kv_cache.live(carried.cache), 0, 1)
-    reads = jnp.stack(carried.reads, axis=1) if carried.reads else live
+    reads = (jnp.stack(carried.reads, axis=1) if carried.reads else live) + reread
     state = DecodeState(carried.cache, own, token, position, state.last, done, state.keys)
     return state, logits, Taken(token, active, live, reads)
 

@@ -274,7 +274,7 @@ class _Run:
                 seen = len(chain.job.prompt) + len(chain.tokens) - 1
                 shares = use_counts.live_by_position(self.runner.stored_positions(row), seen)
             by_head = chain.prompt.live if live is None else live[row].astype(np.int64)
-            yield finished(chain, (by_head, shares))
+            yield finished(chain, (by_head, shares), self.engine.spec.policy.overhead)
         if ended:
             self.scheduler.resume()
             self._release([row for row, _ in ended])

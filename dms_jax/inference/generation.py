@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from dms_jax import policies, sharding
+from dms_jax import policies, programs, sharding
 from dms_jax.cache import kv_cache
 from dms_jax.config import CacheConfig, Count, DMSConfig, SamplingConfig, Size, check, require
 from dms_jax.inference import sampling, use_counts
@@ -34,7 +34,8 @@ class GenerationConfig:
     policy: a name of `policies.NAMES` or a Policy; None means "dms" where the model was retrofitted, else "full".
     dms: overrides `lm.dms` (another window, say).
     budget: for named policies that need one: tokens a head, or a float in (0, 1]: a share of the longest sequence.
-    protect_prompt: for named policies with a budget: never evict a token of the prompt.
+    protect_prompt, evict_every: for named policies with a budget (but Quest): never evict a token of the prompt; steps
+      from one eviction to the next. None: as the method has it.
     cache, page_size, quant: see CacheConfig.
     max_num_seqs: sequences decoded at the same time (by each engine); more of them wait.
     devices: (data, tensor): prompts are shared between `data` engines, and the heads of each between `tensor`
@@ -50,7 +51,8 @@ class GenerationConfig:
     cache: str = "paged"
     dms: DMSConfig | None = None
     budget: int | float | None = None
-    protect_prompt: bool = False
+    protect_prompt: bool | None = None
+    evict_every: Size | None = None
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[Count, ...] | list[Count] | None = None
@@ -63,8 +65,9 @@ class GenerationConfig:
     def __post_init__(self):
         check(self)
         named = not isinstance(self.policy, Policy)
-        require(named or self.budget is None, "budget", self.budget, "a policy object has its own")
-        require(named or not self.protect_prompt, "protect_prompt", self.protect_prompt, "a policy object has its own")
+        for key in ("budget", "protect_prompt", "evict_every"):
+            value = getattr(self, key)
+            require(named or value is None, key, value, "a policy object has its own")
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -107,7 +110,8 @@ def resolve_policy(config: GenerationConfig, dms: DMSConfig | None, length: int)
     policy = config.policy
     if not isinstance(policy, Policy):
         name = ("dms" if dms else "full") if policy is None else policy
-        return policies.named(name, dms, config.budget, length, config.page_size, config.protect_prompt)
+        options = {"protect_prompt": config.protect_prompt, "evict_every": config.evict_every}
+        return policies.named(name, dms, config.budget, length, config.page_size, **options)
     same = getattr(policy, "page_size", config.page_size) == config.page_size
     require(same, "page_size", config.page_size, f"the policy reads pages of {getattr(policy, 'page_size', None)}")
     if isinstance(policy, policies.DelayedEviction):
@@ -137,6 +141,7 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
     Raises:
       ConfigError: an impossible config; see `resolve_policy` and CacheConfig.
     """
+    programs.release()
     dms = resolve_dms(lm, config.dms)
     policy = resolve_policy(config, dms, length)
     shape, heads = np.shape(getattr(policy, "budget", 0)), (lm.config.num_layers, lm.config.num_kv_heads)

@@ -342,8 +342,13 @@ class Scheduler:
         return len(job.prompt) + job.max_new
 
 
-def finished(chain: Chain, by_head: tuple[Int[np.ndarray, "L K"], np.ndarray | None]) -> Result:
-    """The result of a chain that has ended; by_head: live tokens at its end, and the shares of positions or None."""
+def finished(
+    chain: Chain, by_head: tuple[Int[np.ndarray, "L K"], np.ndarray | None], overhead: Callable[[float], float]
+) -> Result:
+    """The result of a chain that has ended; by_head: live tokens at its end, and the shares of positions or None.
+
+    overhead: of a policy.
+    """
     live, shares = by_head
     heads, prompt = live.size, chain.prompt
     held = np.concatenate([[prompt.live.sum()], *chain.held])
@@ -351,5 +356,6 @@ def finished(chain: Chain, by_head: tuple[Int[np.ndarray, "L K"], np.ndarray | N
     seen = len(prompt.job.prompt) + len(held) - 1
     reads_by_head = np.broadcast_to(chain.reads_by_head, live.shape)
     use = use_counts.cache_use(prompt.reads, held, reads, heads)
+    use = use._replace(peak_tokens=use.peak_tokens + overhead(use.peak_tokens))
     of_heads = use_counts.HeadUse(reads_by_head, live, seen, shares)
     return Result(chain.job.name, chain.number, chain.tokens, use, of_heads)

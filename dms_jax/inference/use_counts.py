@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 class CacheUse(NamedTuple):
     """What one chain cost.
 
-    kv_reads: KV tokens attended to, summed over decode steps, the token's own included.
+    kv_reads: KV tokens attended to, summed over decode steps, the token's own included; and those that a policy reads
+      besides, to choose what it evicts (`rereads`) or reads (Quest's page summaries).
     prefill_reads: the same over the prompt.
-    peak_tokens: the most live KV tokens at any step, prompt included.
+    peak_tokens: the most live KV tokens at any step, prompt included, and the policy's own memory (`overhead`).
     achieved_cr: tokens seen over tokens live, at the end.
     """
 

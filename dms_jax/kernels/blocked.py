@@ -14,7 +14,7 @@ from dms_jax.kernels import quant
 from dms_jax.kernels.reference import DecodeAttention, Pages
 from dms_jax.types import MASK_VALUE
 
-BLOCK = 256  # slots a step of the loop: few steps, and temporaries that stay in a CPU's cache
+BLOCK = 64  # slots a step of the loop: heads are short once they are compressed, and temporaries stay in a cache
 
 
 class _Sums(NamedTuple):

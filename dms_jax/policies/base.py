@@ -4,6 +4,8 @@ A policy chooses which slot a new token overwrites, and which tokens of a prompt
 stored, so it does not know how. Its state, a pytree of arrays that begin with the batch axis, is passed in and
 returned; there is one for each layer. In a decode step its methods run in this order:
 
+    due, prune      (only where `evicts_many`) the heads that must evict now, what they keep, and `move`: the state
+                    after what is kept has been moved together
     choose_victim   the slot that the new token overwrites in each head, -1 for a fresh one
     select_pages    the pages that attention reads (only where `selects_pages`)
     update          the state, from what attention read and where the new token was stored
@@ -23,7 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.types import Counts, GateLogits, Keys, NewKV, PerHead, PerHeadKV, SlotFlags, Slots
+from dms_jax.types import Counts, GateLogits, Keys, NewKV, PerHead, PerHeadKV, SlotFlags, Slots, StoredKV
 
 State = Any  # a policy's state of one layer
 
@@ -48,6 +50,13 @@ class NewToken(NamedTuple):
     attention: Float[Array, "B K S"] | None  # weight of each slot, summed over the query heads of a KV head
 
 
+class Stored(NamedTuple):
+    """Keys and values in the S slots of one layer; of an empty slot they say nothing."""
+
+    k: StoredKV
+    v: StoredKV
+
+
 class PrefillChunk(NamedTuple):
     """C tokens of a prompt, at positions `start + 0 .. start + count - 1`, after W slots already filled."""
 
@@ -60,6 +69,7 @@ class PrefillChunk(NamedTuple):
     v: NewKV
     logit: GateLogits | None  # [B, K, C]
     keys: Keys
+    stored: Stored | None = None  # in the old slots, for policies that rank by it
 
     def present(self) -> SlotFlags:
         """Which old slots and which places of the chunk hold a token, `[B, K, W + C]`."""
@@ -85,12 +95,19 @@ class Policy:
     attention_from: the queries of a prompt whose attention `prefill_keep_mask` is given, summed over them: the last
       n of the whole prompt, or "all"; None: no attention weights are computed, in decoding neither.
     selects_pages: whether `select_pages` is used.
+    evicts_many: whether `due` and `prune` are used: a head may evict several tokens at once, every so many steps.
+    rereads: the share of each stored key and value that an eviction of many reads again, beside attention.
     needs_current_logit: whether what is evicted depends on the new token's own eviction logit.
     """
 
     name: ClassVar[str] = "full"
     attention_from: ClassVar[int | Literal["all"] | None] = None
     selects_pages: ClassVar[bool] = False
+    rereads: ClassVar[float] = 0.0
+
+    @property
+    def evicts_many(self) -> bool:
+        return False
 
     @property
     def needs_current_logit(self) -> bool:
@@ -103,8 +120,12 @@ class Policy:
 
     @property
     def max_budget(self) -> int | None:
-        """The largest number of live tokens that a head is pruned to; None where nothing is pruned to a number."""
+        """The most tokens that a head holds while decoding; None where nothing is pruned to a number."""
         return None
+
+    def overhead(self, tokens: float) -> float:
+        """Memory that a head takes beside so many live tokens, in tokens' worth of keys and values."""
+        return 0.0
 
     def init_state(self, batch: int, num_kv_heads: int, slots: int, head_dim: int) -> State:
         """The state of one layer for `batch` empty sequences of up to `slots` slots a head."""
@@ -123,6 +144,18 @@ class Policy:
     def commit_prefill(self, state: State, chunk: PrefillChunk, carry: Any, slots: Slots) -> State:
         """The state after the chunk; `slots` `[B, K, W + C]` says where each token is stored now, -1 for nowhere."""
         return state
+
+    def due(self, state: State, step: DecodeStep) -> Bool[Array, "B K"]:
+        """The heads that must evict before the new token is stored."""
+        raise NotImplementedError(f"policy {self.name!r} evicts one token at a time")
+
+    def prune(self, state: State, step: DecodeStep, stored: Stored) -> tuple[SlotFlags, State]:
+        """Which slots stay, `[B, K, S]`, in heads that are due; of the others it says nothing."""
+        raise NotImplementedError(f"policy {self.name!r} evicts one token at a time")
+
+    def move(self, state: State, slots: Slots) -> State:
+        """The state after `prune`; `slots` `[B, K, S]` says where each slot's token is stored now, -1 for nowhere."""
+        raise NotImplementedError(f"policy {self.name!r} evicts one token at a time")
 
     def choose_victim(self, state: State, step: DecodeStep, logit: Float[Array, "B K"] | None) -> tuple[PerHead, State]:
         """The slot that the new token overwrites, -1 for a fresh one; `logit` only where `needs_current_logit`."""

@@ -7,6 +7,7 @@ that is being filled. For grouped-query attention a page's bound is the largest 
 Deviation: the authors read everything in the first two layers; here all layers read alike.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -28,9 +29,10 @@ class Summaries(NamedTuple):
 
 @dataclass(frozen=True)
 class Quest(Policy):
-    """Reads `budget` tokens a step, a whole number of pages (at least the newest); reads count the summaries too.
+    """Reads `budget` tokens a step, a whole number of pages (at least the newest); the summaries are counted too.
 
-    A page's summary is two vectors, as much as one token's key and value: one read for each page that is held.
+    A page's summary is two vectors, as much as one token's key and value: for each page that is held one more token
+    is read in every step, and held.
     page_size: that of the cache.
     """
 
@@ -43,6 +45,9 @@ class Quest(Policy):
         check(self)
         whole = f"policy 'quest' reads whole pages of page_size={self.page_size}"
         require(self.budget >= self.page_size, "budget", self.budget, whole)
+
+    def overhead(self, tokens: float) -> float:
+        return math.ceil(tokens / self.page_size)
 
     def init_state(self, batch: int, num_kv_heads: int, slots: int, head_dim: int) -> Summaries:
         shape = (batch, num_kv_heads, -(-slots // self.page_size), head_dim)

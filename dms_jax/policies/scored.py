@@ -2,18 +2,24 @@
 
 A prompt is read whole and pruned once, at its end, so that the size of its chunks changes nothing; from then on the
 budget holds at every step: with `budget` tokens live the victim is evicted before the new token is stored and read.
+
+With `evict_every = n` a head grows to `budget + n - 1` tokens, and evicts the n lowest together before the next one
+is stored; so it holds `budget` again after that step. Budget 4 and n = 3, live tokens after each step:
+
+    prompt of 9   4   5   6   4   5   6   4 ...      evicts 5, then 3 at a time
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dms_jax.config import Size, check, require
-from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk
-from dms_jax.types import Counts, Keys, NewKV, PerHead, SlotFlags, Slots
+from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, Stored
+from dms_jax.types import Counts, Keys, NewKV, PerHead, SlotFlags, Slots, StoredKV
 
 Budget = Size | tuple[tuple[Size, ...], ...]
 
@@ -26,18 +32,34 @@ class Scores(NamedTuple):
     prompt: SlotFlags  # whether the token came with a prompt
 
 
+class Candidates(NamedTuple):
+    """The tokens of one layer among which an eviction chooses."""
+
+    k: StoredKV
+    v: StoredKV
+    pos: Slots  # -1 for none: its key and value say nothing
+    score: Float[Array, "B K S"]
+    limit: PerHead  # tokens that a head may hold
+    keys: Keys  # a random key for each sequence, another at every eviction and in every layer
+
+
 @dataclass(frozen=True)
 class ScoredPolicy(Policy):
-    """Keeps the tokens with the highest scores; a method overrides `initial_score`, `update_score` or `protected`.
+    """Keeps the tokens with the highest scores; a method overrides some of the four methods that come first.
 
     budget: live tokens a head, or a tuple of tuples: one number for each layer and KV head.
     protect_prompt: never evict a token of a prompt. A prompt that fills the budget is kept all the same, and beside
-      it the least number of tokens that the method can work with (`max_protected` + 1).
+      it the least number of tokens that the method can work with (`num_protected` + 1).
+    evict_every: steps from one eviction to the next. Between them a head holds up to `evict_every - 1` tokens more
+      than its budget, which `peak_tokens` and `kv_reads` count.
+    ranks_stored: whether `rank` is used; evictions then read what is stored.
     """
 
     budget: Budget = 1024
     protect_prompt: bool = False
+    evict_every: Size = 1
     max_protected: ClassVar[int] = 0
+    ranks_stored: ClassVar[bool] = False
 
     def __post_init__(self):
         check(self)
@@ -54,7 +76,11 @@ class ScoredPolicy(Policy):
 
     @property
     def max_budget(self) -> int:
-        return int(np.max(self.budget))
+        return int(np.max(self.budget)) + self.evict_every - 1
+
+    @property
+    def evicts_many(self) -> bool:
+        return self.evict_every > 1 or self.ranks_stored
 
     # What a method overrides
 
@@ -65,6 +91,10 @@ class ScoredPolicy(Policy):
     def update_score(self, score: Float[Array, "B K S"], attention: Float[Array, "B K S"]) -> Float[Array, "B K S"]:
         """Scores after a chunk or a step in which the slots got these attention weights."""
         return score
+
+    def rank(self, tokens: Candidates) -> Float[Array, "B K S"]:
+        """The scores that an eviction goes by, where they depend on the other tokens stored or are drawn anew."""
+        return tokens.score
 
     def protected(self, pos: Slots, newest: Counts) -> SlotFlags:
         """Which positions must stay, given the newest one; at most `num_protected` of them."""
@@ -83,27 +113,39 @@ class ScoredPolicy(Policy):
         score = score if attention is None else self.update_score(score, attention)
         prompt = jnp.concatenate([state.prompt[..., :W], jnp.ones_like(fresh, bool)], axis=-1) & (pos >= 0)
         limit = self._limit(chunk.layer, prompt)
-        # The rest of the prompt is still to be read, and attends to all of it.
-        limit = jnp.where((chunk.remaining > 0)[:, None], pos.shape[-1], limit)
-        kept = self.protected(pos, chunk.newest()) | (prompt & self.protect_prompt)
-        rank = jnp.where(pos >= 0, jnp.where(kept, jnp.inf, score), -jnp.inf)
-        # Of equals the older is evicted first, whatever the order of slots.
-        order = jnp.argsort(jnp.lexsort((-pos, -rank), axis=-1), axis=-1)
-        return (order < limit[..., None]) & (pos >= 0), (score, prompt)
+        # The rest of a prompt is still to be read, and attends to all of it; or nothing is read in this row.
+        unfinished = (chunk.remaining > 0) | (chunk.count == 0)
+        most = jnp.where(unfinished[:, None], pos.shape[-1], limit)
+        ranked = score
+        if self.ranks_stored:
+            both = zip(chunk.stored, (chunk.k, chunk.v), strict=True)
+            k, v = (jnp.concatenate([old.astype(new.dtype), new.swapaxes(1, 2)], axis=2) for old, new in both)
+            keys = _another(chunk.keys, chunk.newest(), chunk.layer)
+            ranked = self.rank(Candidates(k, v, pos, score, limit, keys))
+        return self._highest(pos, ranked, prompt, chunk.newest(), most), (score, prompt)
 
     def commit_prefill(self, state: Scores, chunk: PrefillChunk, carry, slots: Slots) -> Scores:
-        B, K, S = state.pos.shape
-        b, h = jnp.ogrid[:B, :K]
-        at = b[..., None], h[..., None], jnp.where(slots < 0, S, slots)  # out of range: dropped
         score, prompt = carry
-        empty = self.init_state(B, K, S, 0)
-        return Scores(
-            empty.pos.at[at].set(chunk.positions(), mode="drop"),
-            empty.score.at[at].set(score, mode="drop"),
-            empty.prompt.at[at].set(prompt, mode="drop"),
-        )
+        return self._stored_at(state, Scores(chunk.positions(), score, prompt), slots)
+
+    def due(self, state: Scores, step: DecodeStep):
+        limit = self._limit(step.layer, state.prompt & (state.pos >= 0))
+        return (step.live >= limit + self.evict_every - 1) & step.active[:, None]
+
+    def prune(self, state: Scores, step: DecodeStep, stored: Stored) -> tuple[SlotFlags, Scores]:
+        pos, prompt, score = state.pos, state.prompt & (state.pos >= 0), state.score
+        limit = self._limit(step.layer, prompt)
+        if self.ranks_stored:
+            keys = _another(step.keys, step.position, step.layer)
+            score = self.rank(Candidates(*stored, pos, score, limit, keys))
+        return self._highest(pos, score, prompt, step.position, limit - 1), state
+
+    def move(self, state: Scores, slots: Slots) -> Scores:
+        return self._stored_at(state, state, slots)
 
     def choose_victim(self, state: Scores, step: DecodeStep, logit) -> tuple[PerHead, Scores]:
+        if self.evicts_many:  # `prune` has made room
+            return jnp.full_like(step.live, -1), state
         live = state.pos >= 0
         candidate = live & ~self.protected(state.pos, step.position)
         if self.protect_prompt:
@@ -126,6 +168,22 @@ class ScoredPolicy(Policy):
             score = jnp.where(active, self.update_score(score, new.attention), score)
         return Scores(jnp.where(at, pos, state.pos), score, state.prompt & ~at)
 
+    def _highest(self, pos: Slots, score, prompt: SlotFlags, newest: Counts, most: PerHead) -> SlotFlags:
+        """The `most` tokens of each head with the highest scores, protected ones first."""
+        kept = self.protected(pos, newest) | (prompt & self.protect_prompt)
+        rank = jnp.where(pos >= 0, jnp.where(kept, jnp.inf, score), -jnp.inf)
+        # Of equals the older is evicted first, whatever the order of slots.
+        order = jnp.argsort(jnp.lexsort((-pos, -rank), axis=-1), axis=-1)
+        return (order < most[..., None]) & (pos >= 0)
+
+    def _stored_at(self, state: Scores, tokens: Scores, slots: Slots) -> Scores:
+        """A state like `state` with each of `tokens` in its slot; -1 is nowhere."""
+        B, K, S = state.pos.shape
+        b, h = jnp.ogrid[:B, :K]
+        at = b[..., None], h[..., None], jnp.where(slots < 0, S, slots)  # out of range: dropped
+        empty = self.init_state(B, K, S, 0)
+        return Scores(*(x.at[at].set(y, mode="drop") for x, y in zip(empty, tokens, strict=True)))
+
     def _limit(self, layer: Int[Array, ""], prompt: SlotFlags) -> PerHead:
         """Live tokens that each head may hold, `[B, K]`; `prompt` flags those that came with a prompt."""
         budget = jnp.asarray(np.asarray(self.budget, np.int32))
@@ -133,3 +191,8 @@ class ScoredPolicy(Policy):
         if not self.protect_prompt:
             return budget
         return jnp.maximum(budget, prompt.sum(axis=-1, dtype=jnp.int32) + self.num_protected + 1)
+
+
+def _another(keys: Keys, position: Counts, layer: Int[Array, ""]) -> Keys:
+    """Random keys for the eviction at these positions in this layer."""
+    return jax.vmap(lambda key, at: jax.random.fold_in(jax.random.fold_in(key, at), layer))(keys, position)

@@ -4,7 +4,6 @@ The tensor names are the "hf" column of table.py.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from dms_jax.config import (
-    ConfigError,
     DMSConfig,
     Layers,
     ModelConfig,
-    Ratio,
     RopeConfig,
     Size,
     in_file,
@@ -25,8 +22,10 @@ from dms_jax.config import (
     require,
     take,
 )
-from dms_jax.models.gates import GATES, gate_name, gate_of
+from dms_jax.models.gates import gate_of
 from dms_jax.types import Params
+from dms_jax.weights.dms_keys import DMS_KEYS, cr_from_hf, dms_from_hf, with_fastdms
+from dms_jax.weights.json_files import read_json
 from dms_jax.weights.safetensors import Source, WeightError, open_safetensors, write_safetensors
 from dms_jax.weights.table import Spec, read_params, saved, specs
 
@@ -46,21 +45,6 @@ HF_KEYS = {
     "pad_id": "pad_token_id",
     "rope.theta": "rope_theta",
 }
-GATE_KEY = "dms"  # metadata of a gate's file: the config.json keys of its DMSConfig, in JSON
-CR_KEY = "dms_cr"
-# DMSConfig field -> the authors' config key; the last three are ours.
-DMS_KEYS = {
-    "scale": "dms_alpha_scale",
-    "logit_bias": "dms_initial_alpha_offset",
-    "window": "dms_window_size",
-    "per": "dms_alpha_per",
-    "tau": "dms_tau",
-    "decision_offset": "dms_decision_offset",
-    "neuron": "dms_neuron",
-    "sinks": "dms_sinks",
-}
-# What their released code takes an absent key to mean; it reads each decision off the next token.
-DMS_DEFAULTS = {"window": 512, "decision_offset": 1}
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
@@ -193,7 +177,7 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return out
 
 
-def config_to_hf(config: ModelConfig, dms: DMSConfig | None = None, cr: float | None = None) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a model, in the old and the new spelling of RoPE, so that every transformers reads it.
 
     Raises:
@@ -230,49 +214,7 @@ def config_to_hf(config: ModelConfig, dms: DMSConfig | None = None, cr: float | 
         out["attention_bias"] = c.qkv_bias
     if family == "llama":
         out["mlp_bias"] = c.mlp_bias
-    return {**out, **dms_to_hf(dms, cr)}
-
-
-def dms_to_hf(dms: DMSConfig | None, cr: float | None = None) -> dict[str, Any]:
-    """The config.json keys of a retrofitted model; empty if it is not one."""
-    if dms is None:
-        return {}
-    return {**gate_of(dms).foreign, **{key: getattr(dms, field) for field, key in DMS_KEYS.items()}, CR_KEY: cr}
-
-
-def dms_from_hf(raw: Mapping[str, Any]) -> DMSConfig | None:
-    """The DMSConfig in a config.json, or None. Without `dms_decision_offset` it is the authors' o = 1."""
-    gates = {key for gate in GATES.values() for key in gate.foreign}
-    if not {*DMS_KEYS.values(), CR_KEY, *gates} & raw.keys():
-        return None
-    for key in gates:
-        take(raw, key, bool, False)
-    values: dict[str, Any] = {field: raw[key] for field, key in DMS_KEYS.items() if key in raw}
-    return DMSConfig(**{"gate": gate_name(raw), **DMS_DEFAULTS, **values})
-
-
-def cr_from_hf(raw: Mapping[str, Any]) -> float | None:
-    """The compression ratio that the weights were retrofitted for, where a config.json says so."""
-    return take(raw, CR_KEY, Ratio, None)
-
-
-def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
-    """A JSON object, or a ConfigError that names where it stands."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: cannot be read as JSON ({error})") from error
-    require(isinstance(value, dict), str(where), type(value).__name__, "expected a JSON object")
-    return value
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds a JSON object, or a ConfigError that names the file."""
-    require(file.is_file(), str(file), "", "is no regular file")
-    try:
-        return parse_json(file.read_bytes(), file)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error})") from error
+    return out
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, DMSConfig | None, float | None]:
@@ -282,7 +224,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, DMSConfig | None, float | No
       ConfigError: an unsupported or impossible configuration; names the file and its key.
     """
     file, generation = folder / "config.json", folder / "generation_config.json"
-    raw = read_json(file)
+    raw = with_fastdms(read_json(file), folder)
     with in_file(file, HF_KEYS | DMS_KEYS):
         config, dms, cr = config_from_hf(raw), dms_from_hf(raw), cr_from_hf(raw)
         if dms is not None:

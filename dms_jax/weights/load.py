@@ -2,27 +2,22 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flax import traverse_util
 
-from dms_jax.config import ConfigError, Ratio, described, fits, in_file, one_of, require
-from dms_jax.models.gates import gate_of
+from dms_jax import programs
+from dms_jax.config import ConfigError, DMSConfig, Ratio, described, fits, in_file, one_of, require
+from dms_jax.models.gates import AdapterGate, gate_of
+from dms_jax.weights.dms_keys import DMS_KEYS, GATE_KEY, cr_from_hf, dms_from_hf
 from dms_jax.weights.gguf import read_gguf
 from dms_jax.weights.gguf_tokenizer import refused_by_name
-from dms_jax.weights.huggingface import (
-    DMS_KEYS,
-    GATE_KEY,
-    cr_from_hf,
-    dms_from_hf,
-    parse_json,
-    read_config,
-    read_json,
-    read_weights,
-)
+from dms_jax.weights.huggingface import read_config, read_weights
+from dms_jax.weights.json_files import parse_json, read_json
 from dms_jax.weights.lm import LM
-from dms_jax.weights.safetensors import WeightError, open_safetensors
+from dms_jax.weights.safetensors import Source, WeightError, open_safetensors
 from dms_jax.weights.table import DTYPES, gate_specs, read_params
 
 ASSETS = Path(__file__).parents[1] / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
@@ -43,12 +38,15 @@ def load(
 ) -> LM:
     """Loads a model. Nothing but data is read: no torch, no pickle, no code from the source.
 
+    From then on compiled programs are kept on disk for the next process (`programs.keep`).
+
     Args:
       source: a hub name "org/name", an HF folder, a .gguf file, or "mini", the bundled family.
       dtype: of the parameters: "bfloat16", "float16" or "float32".
-      gate: a safetensors file from `save_gate` to lay over base weights; a folder of such files as `scripts.retrofit`
-        writes it, of which `cr` then chooses gate_cr4.safetensors, say; or "smollm2", the bundled gates for
-        SmolLM2-135M-Instruct, of which `cr` then chooses one (None: the original model).
+      gate: a safetensors file to lay over base weights, from `save_gate` or with NVIDIA's names of an adapter; a folder
+        of files of `save_gate` as `scripts.retrofit` writes it, of which `cr` then chooses gate_cr4.safetensors, say;
+        or "smollm2", the bundled gates for SmolLM2-135M-Instruct, of which `cr` then chooses one (None: the original
+        model).
       cr: the member of a retrofitted family to load: the sub-folder "cr4" for 4.
       tokenizer: used instead of the source's own.
       allow_nonfinite: read weights that are NaN or infinite as they are.
@@ -57,6 +55,7 @@ def load(
       WeightError: weights that are damaged or do not fit the configuration.
       FileNotFoundError: no such source.
     """
+    programs.keep()
     one_of("dtype", dtype, DTYPES)
     require(fits(cr, Ratio | None), "cr", cr, f"expected {described(Ratio)}")
     for key, value in (("source", source), ("gate", "none" if gate is None else gate)):
@@ -172,11 +171,7 @@ def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such gate file")
     sources, metadata = open_safetensors(file)
-    if GATE_KEY not in metadata:
-        raise WeightError(f"{file}: no {GATE_KEY!r} in its metadata, not a gate written by save_gate")
-    raw = parse_json(metadata[GATE_KEY], file)
-    with in_file(file, DMS_KEYS):
-        dms, cr = dms_from_hf(raw), cr_from_hf(raw)
+    dms, cr = _said_of_gate(file, sources, metadata)
     gate, mine = gate_of(dms), gate_of(lm.dms)
     require(gate is not None and bool(gate.tensors), "gate", dms and dms.gate, f"{file} holds no gate's parameters")
     # A model that lives with another gate, a borrowed neuron say, is not the one that this was trained over.
@@ -185,3 +180,22 @@ def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
     added = read_params(gate_specs(lm.config, dms), sources, dtype, str(file), nonfinite=nonfinite)
     flat = {**traverse_util.flatten_dict(lm.params), **traverse_util.flatten_dict(added)}
     return dataclasses.replace(lm, params=traverse_util.unflatten_dict(flat), dms=dms, cr=cr)
+
+
+def _said_of_gate(
+    file: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]
+) -> tuple[DMSConfig | None, float | None]:
+    """A gate file's DMSConfig and CR: from its metadata, or for NVIDIA's adapters alone from the config.json beside it.
+
+    Where neither says anything, it is how their recipe trains: see dms_keys.NVIDIA_DEFAULTS.
+    """
+    beside = file.with_name("config.json")
+    if GATE_KEY in metadata:
+        where, raw = file, parse_json(metadata[GATE_KEY], file)
+    elif any(name.endswith(tensor.hf) for name in sources for tensor in AdapterGate.tensors):
+        where = beside if beside.is_file() else file
+        raw = {**(read_json(beside) if beside.is_file() else {}), **AdapterGate.foreign}
+    else:
+        raise WeightError(f"{file}: no {GATE_KEY!r} in its metadata and no adapter's tensors, not a gate")
+    with in_file(where, DMS_KEYS):
+        return dms_from_hf(raw), cr_from_hf(raw)

@@ -1,18 +1,21 @@
-"""Save: a model as a Hugging Face folder, or its gate alone."""
+"""Save: a model as a Hugging Face folder of ours, NVIDIA's or FastDMS's, or its gate alone."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from dms_jax.config import require
+from dms_jax.config import one_of, require
 from dms_jax.models.gates import gate_of
-from dms_jax.weights.huggingface import GATE_KEY, config_to_hf, dms_to_hf, write_weights
+from dms_jax.weights.dms_keys import GATE_KEY, METADATA, dms_to_hf, fastdms_metadata, nvidia_config
+from dms_jax.weights.huggingface import config_to_hf, write_weights
 from dms_jax.weights.lm import LM
 from dms_jax.weights.safetensors import WeightError, open_safetensors
 from dms_jax.weights.table import gate_specs, lookup, specs
 
 WEIGHTS = "model.safetensors"
+FORMATS = ("dms_jax", "nvidia", "fastdms")
 MINE = {"format": "pt", "written_by": "dms_jax"}  # metadata of the weights: such a folder may be written over
 NEW = ".dms_jax-save"  # where a folder's files are written before they take their names
 
@@ -31,28 +34,29 @@ def save_gate(lm: LM, file: str | os.PathLike) -> None:
     write_weights(file, gate_specs(lm.config, lm.dms), lm.params, metadata)
 
 
-def save(lm: LM, folder: str | os.PathLike) -> None:
+def save(lm: LM, folder: str | os.PathLike, format: str = "dms_jax") -> None:
     """Writes a folder that HF transformers loads: configuration, model.safetensors and tokenizer.
+
+    `format` says whose keys tell of the gate: "dms_jax", "nvidia" (Model-Optimizer's Qwen3) or "fastdms". `load` reads
+    all three.
 
     Everything is written beside the folder's files first and moved in at the end, the weights first: a full
     disk or an interruption leaves what was there.
 
     Raises:
-      ConfigError: a model that HF's classes cannot express, or files of these names that `save` did not write.
+      ConfigError: a model that HF's classes or the format cannot express, or files of these names that `save` did not
+        write.
       WeightError: parameters that do not fit the config.
     """
-    raw = config_to_hf(lm.config, lm.dms, lm.cr)
-    raw["dtype"] = str(lookup(lm.params, "embed/embedding").dtype)
-    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    folder = Path(folder)
+    documents, folder = _documents(lm, format), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / NEW
     shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
     new.mkdir()
     try:
         write_weights(new / WEIGHTS, specs(lm.config, lm.dms), lm.params, MINE)
-        (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        (new / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        for name, raw in documents.items():
+            (new / name).write_text(json.dumps(raw, indent=2) + "\n")
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(new)
         files = sorted(new.iterdir(), key=lambda file: file.name != WEIGHTS)
@@ -61,8 +65,27 @@ def save(lm: LM, folder: str | os.PathLike) -> None:
             if file.is_dir():
                 shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
+        if METADATA not in documents:  # of an earlier save in FastDMS's format, it would be believed
+            (folder / METADATA).unlink(missing_ok=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _documents(lm: LM, format: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of a folder by name."""
+    one_of("format", format, FORMATS)
+    raw = config_to_hf(lm.config)
+    raw["dtype"] = str(lookup(lm.params, "embed/embedding").dtype)
+    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    more = {}
+    if format == "dms_jax":
+        raw |= dms_to_hf(lm.dms, lm.cr)
+    elif format == "nvidia":
+        raw |= nvidia_config(lm.config, lm.dms, lm.cr)
+        del raw["architectures"]  # as in their own exports: auto_map says it
+    else:
+        more = {METADATA: fastdms_metadata(lm.config, lm.dms, lm.cr)}
+    return {"config.json": raw, "generation_config.json": generation, **more}
 
 
 def _check_replaceable(folder: Path, files: list[Path]) -> None:

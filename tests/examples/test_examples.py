@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -69,6 +70,42 @@ def test_a_mistral_is_a_llama(tmp_path):
 def test_new_loss():
     losses = load("new_loss").main(steps=10)
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_regressed_gate(tmp_path):
+    """Scores against plain numpy, the fit against unseen chains, and the ratios that the thresholds give."""
+    import dms_jax
+
+    example = load("regressed_gate")
+    family = example.main(documents=4, window=16, longest=448, out=tmp_path)
+    lm = dms_jax.load("mini", dtype="float32")
+    assert dms_jax.load("mini", dtype="float32", gate=tmp_path, cr=4.0).dms == family[4.0].dms
+    chain = dms_jax.generate(lm, [example.PROBLEM], temperature=1.0, max_new_tokens=400, seed=1).tokens[0][0]
+    rows, lengths = example.repeated([np.array([*lm.tokenizer([example.PROBLEM])["input_ids"][0], *chain])], 448)
+    x, target, counted = example.features(lm, rows, lengths)
+    for layer in (0, lm.config.num_layers - 1):
+        kernel = family[4.0].params[f"layers_{layer}"]["attn"]["gate"]["proj"]["kernel"]
+        predicted = np.asarray(x[layer] @ kernel)[counted]
+        assert np.corrcoef(predicted.ravel(), np.asarray(target[layer])[counted].ravel())[0, 1] > 0.5
+    used = {cr: dms_jax.generate(member, [example.PROBLEM], max_new_tokens=320) for cr, member in family.items()}
+    reached = [float(out.achieved_cr[0, 0]) for out in used.values()]
+    assert 1.3 < reached[0] < reached[1] < reached[2]
+
+
+def test_the_score_of_the_regression():
+    """Two copies of three tokens, of which the second has one query for each key: a maximum over queries and heads."""
+    example, (B, S, H, K, D) = load("regressed_gate"), (1, 8, 4, 2, 4)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, S, n, D)).astype(np.float32) for n in (H, K, K))
+    _, (score,) = example.observing(np.array([3]))(0, *map(jnp.asarray, (q, k, v)), None, ())
+    for h in range(K):
+        for i in range(3):
+            weights = []
+            for j in (3, 4, 5):
+                for g in (2 * h, 2 * h + 1):
+                    e = np.exp(k[0, : j + 1, h] @ q[0, j, g] * D**-0.5)
+                    weights.append((e / e.sum())[i])
+            np.testing.assert_allclose(score[0, h, i], max(weights), rtol=1e-5)
 
 
 def test_none_is_left_out():

@@ -1,5 +1,6 @@
 """The commands of all tasks, run whole on a tiny model with random weights: options, stop strings, the table."""
 
+import dataclasses
 import json
 
 import pytest
@@ -45,10 +46,16 @@ def test_several_policies_and_budgets(tiny_family, monkeypatch):
     given = job.Options(model="x", policy=("full", "dms", "tova"), cr=(1.0, 4.0), budget=(0.5, 16), chains=(2, 1))
     models, cells = job.load_models(gsm8k.EXPERIMENT, job.resolve(gsm8k.EXPERIMENT, given))
     assert [model.source for model in models] == ["base/full", "cr4/dms", "base/tova 0.5", "base/tova 16"]
-    assert [model.budget for model in models] == [None, None, 0.5, 16] and {model.chains for model in models} == {2}
+    assert [dict(model.eviction) for model in models] == [{}, {}, {"budget": 0.5}, {"budget": 16}]
+    assert {model.chains for model in models} == {2}
     assert [(cell.policy, cell.cr, cell.chains) for cell in cells] == [
         (policy, cr, chains) for policy, cr in (("full", 1), ("dms", 4), ("tova", 2), ("tova", 64)) for chains in (1, 2)
     ]
+    given = dataclasses.replace(given, policy=("full", "snapkv", "quest"), cr=(), budget=(64,), evict_every=8)
+    models, _ = job.load_models(gsm8k.EXPERIMENT, job.resolve(gsm8k.EXPERIMENT, given))
+    assert {model.source: dict(model.eviction) for model in models} == {
+        "base/full": {}, "base/snapkv 64 every 8": {"budget": 64, "evict_every": 8}, "base/quest 64": {"budget": 64}
+    }  # fmt: skip
     one = job.resolve(gsm8k.EXPERIMENT, job.Options(model="x", policy=("full",), cr=(1.0, 4.0)))
     assert [model.source for model in job.load_models(gsm8k.EXPERIMENT, one)[0]] == ["base/full", "cr4/full"]
 

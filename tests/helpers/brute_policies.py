@@ -16,14 +16,20 @@ class Layer:
     """The full cache; a method overrides who is dropped, or what is read.
 
     q `[T, H, D]`, k, v `[T, K, D]`, logit `[T, K]` eviction logits, chance `[K, T]` numbers in [0, 1).
+    drawn: the random numbers of an eviction at a position; `drawn.uniform(p)` `[K, T]`, `drawn.normal(p)` `[D, R]`.
+    every: steps from one eviction to the next. observed: queries whose attention counts.
     """
 
-    def __init__(self, q, k, v, logit, chance, budget=None, page=None, window=0, offset=0):
+    def __init__(
+        self, q, k, v, logit, chance, budget=None, page=None, window=0, offset=0, drawn=None, every=1, observed=0
+    ):
         self.q, self.k, self.v, self.logit, self.chance = (np.asarray(x, np.float64) for x in (q, k, v, logit, chance))
         self.budget, self.page, self.window, self.offset = budget, page, window, offset
+        self.drawn, self.every, self.observed = drawn, every, observed
         self.heads = range(self.k.shape[1])
         self.group = self.q.shape[1] // self.k.shape[1]
         self.live = [[] for _ in self.heads]
+        self.seen = []  # of each query so far: in each head, the weight of each position
 
     def read(self, p, h, positions):
         """Output `[G, D]` of token p's queries of head h over these positions, and the weights `[G, n]`."""
@@ -45,6 +51,7 @@ class Layer:
                 outs.append(out)
                 last.append(dict(zip(positions[h], weights.sum(axis=0), strict=True)))
             seen.append(sum(map(len, positions)))
+            self.seen.append(last)
         self.after_prompt(start + count - 1, summed, last)
         return np.concatenate(outs).ravel(), seen
 
@@ -52,17 +59,22 @@ class Layer:
         """A decode step: output `[H * D]`, and how many tokens each head read."""
         outs, reads, last = [], [], []
         for h in self.heads:
+            before = len(self.live[h])
             self.make_room(h, p)
+            again = self.rereads * before if len(self.live[h]) < before else 0
             self.live[h].append(p)
             positions = self.visible(h, p)
             out, weights = self.read(p, h, positions)
             outs.append(out)
-            reads.append(self.cost(h, positions))
+            reads.append(self.cost(h, positions) + int(np.ceil(again)))
             last.append(dict(zip(positions, weights.sum(axis=0), strict=True)))
+        self.seen.append(last)
         self.after_step(last)
         return np.concatenate(outs).ravel(), reads
 
     # What a method is
+
+    rereads = 0  # the share of a stored token that an eviction reads again
 
     def visible(self, h, p):
         return list(self.live[h])
@@ -106,11 +118,12 @@ class StreamingLLM(Layer):
 
 
 class Scored(Layer):
-    """Whoever `worst` names leaves, one at a time, until the budget is kept."""
+    """Whoever `worst` names leaves, one at a time, until the budget is kept; every `every` steps."""
 
     def make_room(self, h, p):
-        while len(self.live[h]) >= self.budget:
-            self.live[h].remove(self.worst(h, p))
+        if len(self.live[h]) >= self.budget + self.every - 1:
+            while len(self.live[h]) >= self.budget:
+                self.live[h].remove(self.worst(h, p))
 
     def after_prompt(self, p, summed, last):
         self.look(summed, last)
@@ -164,6 +177,145 @@ class Random(Scored):
 
     def worst(self, h, p):
         return min(self.live[h], key=lambda j: self.chance[h, j])
+
+
+class Ranked(Scored):
+    """All tokens are ranked at an eviction, from what is then live, and the lowest leave together."""
+
+    def make_room(self, h, p):
+        if len(self.live[h]) >= self.budget + self.every - 1:
+            self.keep(h, p, self.budget - 1)
+
+    def after_prompt(self, p, summed, last):
+        self.look(summed, last)
+        for h in self.heads:
+            if len(self.live[h]) > self.budget:
+                self.keep(h, p, self.budget)
+
+    def keep(self, h, p, most):
+        score = {**self.scores(h, p), **dict.fromkeys(self.untouchable(h, p), np.inf)}
+        self.live[h] = sorted(sorted(self.live[h], key=lambda j: (score[j], j))[-most:])
+
+    def untouchable(self, h, p):
+        return ()
+
+
+class KeyDiff(Ranked):
+    """The keys most like the mean of the normalised keys leave."""
+
+    rereads = 0.5
+
+    def scores(self, h, p):
+        unit = {j: self.k[j, h] / np.linalg.norm(self.k[j, h]) for j in self.live[h]}
+        mean = np.mean(list(unit.values()), axis=0)
+        return {j: -(x @ mean) / np.linalg.norm(mean) for j, x in unit.items()}
+
+
+class RandomAttention(Ranked):
+    """The most recent half of the budget stays, and chance decides anew about the others."""
+
+    def scores(self, h, p):
+        drawn = self.drawn.uniform(p)
+        return {j: drawn[h, j] for j in self.live[h]}
+
+    def untouchable(self, h, p):
+        return [j for j in self.live[h] if j > p - self.budget // 2]
+
+
+class Observing(Ranked):
+    """What the last `observed` queries before an eviction attend to, at most as far back as the last eviction.
+
+    Where a prompt ended among these queries, the last `observed` of the prompt count.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.queries = [[] for _ in self.heads]  # indices into `seen`
+
+    def after_prompt(self, p, summed, last):
+        count = min(self.observed, len(summed[0]))
+        of_prompt = [n for n, seen in enumerate(self.seen) if n >= self.read_until][-count:]
+        self.read_until = len(self.seen)
+        for h in self.heads:
+            self.queries[h] += of_prompt
+        super().after_prompt(p, summed, last)
+
+    read_until = 0
+
+    def after_step(self, last):
+        self.read_until = len(self.seen)
+        for h in self.heads:
+            to_go = self.budget + self.every - 1 - len(self.live[h])
+            self.queries[h] = [*self.queries[h], len(self.seen) - 1] if to_go < self.observed else []
+
+    def keep(self, h, p, most):
+        super().keep(h, p, most)
+        if most < self.budget:
+            self.queries[h] = []
+
+    def attention(self, h):
+        """In the order of positions, averaged over queries."""
+        seen = [self.seen[n][h] for n in self.queries[h]]
+        total = np.array([sum(weights.get(j, 0.0) for weights in seen) for j in sorted(self.live[h])])
+        return total / total.sum()
+
+    def neighbours(self, x, width):
+        return [x[max(0, n - width // 2) : n + width // 2 + 1] for n in range(len(x))]
+
+
+class SnapKV(Observing):
+    """Attention, the largest of seven neighbours; the observing tokens stay."""
+
+    def scores(self, h, p):
+        return dict(zip(sorted(self.live[h]), map(max, self.neighbours(self.attention(h), 7)), strict=True))
+
+    def untouchable(self, h, p):
+        return [j for j in self.live[h] if j > p - self.observed]
+
+
+class RKV(SnapKV):
+    """0.1 of that, less 0.9 of the softmax of the mean cosine with other keys."""
+
+    rereads = 0.5
+
+    def scores(self, h, p):
+        live = sorted(self.live[h])
+        unit = self.k[live, h] / np.linalg.norm(self.k[live, h], axis=-1, keepdims=True)
+        cosine = unit @ unit.T
+        for n in range(len(live)):
+            cosine[n, n] = 0.0
+            alike = [m for m in range(len(live)) if cosine[n, m] > 0.5]
+            if alike:
+                cosine[n, alike[-1]] = 0.0
+        redundancy = softmax(cosine.mean(axis=-1))
+        attention = super().scores(h, p)
+        return {j: 0.1 * attention[j] - 0.9 * x for j, x in zip(live, redundancy, strict=True)}
+
+
+class VaSEAttnV(Observing):
+    """Four sinks, the widest values, and of the others a draw by attention averaged over five neighbours."""
+
+    def keep(self, h, p, most):
+        live = sorted(self.live[h])
+        chosen = [j for j in live if j < 4]
+        widest = sorted(live, key=lambda j: -np.ptp(self.v[j, h]))[: self.budget // 4]
+        chosen += [j for j in widest if j not in chosen]
+        chance = dict(zip(live, (sum(x) / 5 for x in self.neighbours(self.attention(h), 5)), strict=True))
+        noise = -np.log(-np.log(self.drawn.uniform(p)[h]))
+        others = sorted((j for j in live if j not in chosen), key=lambda j: -(np.log(chance[j]) + noise[j]))
+        self.live[h] = sorted(chosen + others[: most - len(chosen)])
+        if most < self.budget:
+            self.queries[h] = []
+
+
+class VaSEDKV(Ranked):
+    """The largest products of the squared lengths of projected key and value stay."""
+
+    rereads = 1
+
+    def scores(self, h, p):
+        g = self.drawn.normal(p)
+        return {j: np.sum((self.k[j, h] @ g) ** 2) * np.sum((self.v[j, h] @ g) ** 2) for j in self.live[h]}
 
 
 class Quest(Layer):

@@ -12,6 +12,7 @@ import jax  # noqa: E402
 from dms_jax.config import DMSConfig  # noqa: E402
 from dms_jax.inference import generation  # noqa: E402
 from dms_jax.inference.scheduler import EngineConfig  # noqa: E402
+from dms_jax.policies import KeyDiff  # noqa: E402
 from tests.helpers.models import random_lm, tiny  # noqa: E402
 
 PROMPTS = [[5, 6, 7], [1], [9] * 12, [4, 8], [2] * 20]
@@ -21,12 +22,14 @@ def main() -> None:
     lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3, gate="adapter"))
     lm = dataclasses.replace(lm, cr=2.0)
     out = {}
-    for devices in (None, (2, 2)):  # an engine compiles anew on each group of devices
-        result = generation.generate(
-            lm, PROMPTS, 16, temperature=1.0, chains=2, seed=4, stop=[3, 11, 30], page_size=4, devices=devices,
-            engine=EngineConfig(max_num_seqs=3, steps=8, pages=20),
-        )  # fmt: skip
-        out[str(devices)] = {"tokens": result.tokens, "reads": result.kv_reads.tolist()}
+    for policy in ("dms", KeyDiff(8, evict_every=4)):
+        runs = out[str(policy)] = {}
+        for devices in (None, (2, 2)):  # an engine compiles anew on each group of devices
+            result = generation.generate(
+                lm, PROMPTS, 16, policy=policy, temperature=1.0, chains=2, seed=4, stop=[3, 11, 30], page_size=4,
+                devices=devices, engine=EngineConfig(max_num_seqs=3, steps=8, pages=20),
+            )  # fmt: skip
+            runs[str(devices)] = {"tokens": result.tokens, "reads": result.kv_reads.tolist()}
     print(json.dumps({"devices": len(jax.devices()), "runs": out}))
 
 

@@ -19,6 +19,7 @@ from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
+from dms_jax.policies import KeyDiff
 from tests.helpers.models import prefill, random_lm, spec_for, step, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,10 +180,12 @@ def test_retention_by_head_and_position(wanted):
             assert shares[:, -1].min() == 1, "the newest token is in the window"
 
 
-def test_no_pool_sized_buffer_is_copied():
+@pytest.mark.parametrize("policy", ["dms", KeyDiff(64, evict_every=8)], ids=("one at a time", "several at once"))
+def test_no_pool_sized_buffer_is_copied(policy):
     """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
     lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, logit_bias=0.3))
     spec = spec_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
+    spec = spec if policy == "dms" else dataclasses.replace(spec, policy=policy)
     pages = 3001  # a number that occurs nowhere else
     state = jax.eval_shape(lambda: decode.init(spec, 4, jnp.float32, pages))
     compiled = decode.compiled_chunk(True).lower(spec, lm.params, state, 8, None).compile()
@@ -235,8 +238,9 @@ def test_several_devices_give_the_same_chains():
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["devices"] == 8 and len(record["runs"]) == 2
-    one = record["runs"].pop("None")
-    assert len({len(chain) for chains in one["tokens"] for chain in chains}) > 1
-    for devices, run in record["runs"].items():
-        assert run["tokens"] == one["tokens"], devices
-        np.testing.assert_allclose(run["reads"], one["reads"], rtol=1e-6)
+    for policy, runs in record["runs"].items():
+        one = runs.pop("None")
+        assert len(runs) == 1 and len({len(chain) for chains in one["tokens"] for chain in chains}) > 1
+        for devices, run in runs.items():
+            assert run["tokens"] == one["tokens"], (policy, devices)
+            np.testing.assert_allclose(run["reads"], one["reads"], rtol=1e-6)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
 from dms_jax.training import checkpoint, watch
+from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.data import Batch
 from paper_figures import training_curves
 from scripts import export, pretrain_mini, sample_traces
@@ -47,7 +48,7 @@ def test_exported_is_what_the_run_wrote(run):
     """From the checkpoint at a whole CR comes what the run wrote when it passed there, bit for bit."""
     folder, mode = run
     for cr in (2.0, 3.0):
-        export.main(folder / "run", cr, folder / f"out{cr:g}")
+        export.main(folder / f"out{cr:g}", folder / "run", cr)
         lm = dms_jax.load(folder / f"out{cr:g}")
         if mode == "adapter":
             want = dms_jax.load(folder / "base", gate=folder / "run" / f"gate_cr{cr:g}.safetensors")
@@ -61,7 +62,7 @@ def test_exported_is_what_the_run_wrote(run):
 
 def test_the_card_tells_what_was_done(run):
     folder, mode = run
-    export.main(folder / "run", 2.0, folder / "card")
+    export.main(folder / "card", folder / "run", 2.0)
     card = (folder / "card" / "README.md").read_text()
     figures = export.measured(folder / "run", export.step_of(2.0, export.settings_of_run(folder / "run")))
     assert f"{figures['kl']:.4g} nats" in card and f"{figures['achieved_cr']:.2f}" in card
@@ -74,13 +75,52 @@ def test_the_card_tells_what_was_done(run):
     assert ("the gate, over frozen weights" if mode == "adapter" else "low-rank updates of q, k, v, o, rank 16") in card
 
 
+def test_the_card_says_how_each_program_loads_it(run):
+    """From this folder, from another export, or why not; and the run's settings are there to repeat it."""
+    folder, mode = run
+    export.main(folder / "hf", folder / "run", 3.0, format="hf")
+    card = (folder / "hf" / "README.md").read_text()
+    assert "library_name: transformers" in card and 'pipeline("text-generation", model="this folder"' in card
+    assert 'dms_jax.load("this folder")' in card
+    assert "Not in nvidia: family='llama': NVIDIA's code is for qwen3." in card
+    if mode == "adapter":
+        assert "Not in fastdms: gate='adapter'" in card
+    else:
+        assert '`python -m scripts.export --model "this folder" --format fastdms --out OUT`' in card
+        assert 'LLM("OUT")' in card
+    settings = load_yaml(RetrofitConfig, folder / "hf" / "retrofit.json")
+    assert settings == export.settings_of_run(folder / "run") and "--config retrofit.json" in card
+
+
+def test_a_model_without_a_run(run):
+    """What dms_jax.load reads is exported again, in another format."""
+    folder, mode = run
+    export.main(folder / "first", folder / "run", 2.0)
+    form = "hf" if mode == "adapter" else "fastdms"
+    export.main(folder / "again", model=str(folder / "first"), dtype="float32", format=form)
+    first, again = (dms_jax.load(folder / name, dtype="float32") for name in ("first", "again"))
+    ids = np.arange(12)[None]
+    np.testing.assert_array_equal(again.logits(ids, dms=again.dms), first.logits(ids, dms=first.dms))
+    assert again.dms == first.dms and again.cr == 2.0
+    raw = json.loads((folder / "again" / "config.json").read_text())
+    if form == "hf":
+        assert raw["auto_map"] == {"AutoModelForCausalLM": "modeling_dms.DMSForCausalLM"}
+        shipped = (folder / "again" / "modeling_dms.py").read_text()
+        assert "Apache License" in shipped and shipped == export.MODELLING.read_text()
+        gate = folder / "run" / "gate_cr3.safetensors"
+        export.main(folder / "laid", model=str(folder / "base"), gate=str(gate))
+        assert dms_jax.load(folder / "laid").cr == 3.0
+    card = (folder / "again" / "README.md").read_text()
+    assert f"Made from {folder / 'first'}." in card and "| target compression ratio | 2 |" in card
+
+
 def test_the_adapter_alone(run):
     folder, mode = run
     if mode != "adapter":
-        with pytest.raises(ConfigError, match="form='adapter': the run trained in mode lora"):
-            export.main(folder / "run", 2.0, folder / "alone", form="adapter")
+        with pytest.raises(ConfigError, match="format='adapter': the run trained in mode lora"):
+            export.main(folder / "alone", folder / "run", 2.0, format="adapter")
         return
-    export.main(folder / "run", 2.0, folder / "alone", form="adapter")
+    export.main(folder / "alone", folder / "run", 2.0, format="adapter")
     lm = dms_jax.load(folder / "base", gate=folder / "alone" / "gate.safetensors")
     assert (lm.dms, lm.cr) == (DMSConfig(window=3, gate="adapter"), 2.0)
     assert 'gate="gate.safetensors"' in (folder / "alone" / "README.md").read_text()
@@ -88,23 +128,29 @@ def test_the_adapter_alone(run):
 
 def test_what_cannot_be_exported(run, tmp_path):
     folder, _ = run
+    with pytest.raises(ConfigError, match="model=None: expected a --run or a --model"):
+        export.main(tmp_path)
+    with pytest.raises(ConfigError, match="cr=None: which member"):
+        export.main(tmp_path, folder / "run")
+    with pytest.raises(ConfigError, match="model=.* never retrofitted"):
+        export.main(tmp_path, model=str(folder / "base"))
     with pytest.raises(ConfigError, match="cr=5.0: the family has 2, 3"):
-        export.main(folder / "run", 5.0, tmp_path)
+        export.main(tmp_path, folder / "run", 5.0)
     with pytest.raises(ConfigError, match="run.json"):
-        export.main(folder / "base", 2.0, tmp_path)
+        export.main(tmp_path, folder / "base", 2.0)
     step = export.step_of(2.0, export.settings_of_run(folder / "run"))
     seal = folder / "run" / "checkpoints" / str(step) / checkpoint.SEAL
     sums = seal.read_text()
     try:
         seal.write_text(sums.replace('": [', '": [1'))
         with pytest.raises(checkpoint.CheckpointError, match=f"{step} is damaged"):
-            export.main(folder / "run", 2.0, tmp_path)
+            export.main(tmp_path, folder / "run", 2.0)
     finally:
         seal.write_text(sums)
     (folder / "run" / "checkpoints" / str(step)).rename(folder / "run" / "checkpoints" / "aside")
     try:
         with pytest.raises(checkpoint.CheckpointError, match=f"{step} is not there"):
-            export.main(folder / "run", 2.0, tmp_path)
+            export.main(tmp_path, folder / "run", 2.0)
     finally:
         (folder / "run" / "checkpoints" / "aside").rename(folder / "run" / "checkpoints" / str(step))
 

@@ -11,7 +11,8 @@ import torch
 import dms_jax
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeConfig
 from dms_jax.models.transformer import Block, Decoder, arange_positions, causal
-from dms_jax.weights.huggingface import config_from_hf, config_to_hf, cr_from_hf, dms_from_hf
+from dms_jax.weights.dms_keys import cr_from_hf, dms_from_hf, dms_to_hf
+from dms_jax.weights.huggingface import config_from_hf, config_to_hf
 from tests.helpers import tiny
 
 SHAPE_NAMES = tuple(tiny.SHAPES)
@@ -239,7 +240,7 @@ def test_biases_that_a_family_cannot_express_are_refused():
 )
 def test_dms_config_round_trip(dms):
     config = config_from_hf(QWEN3_8B)
-    written = config_to_hf(config, dms, 2.5)
+    written = {**config_to_hf(config), **dms_to_hf(dms, 2.5)}
     assert dms_from_hf(written) == dms and cr_from_hf(written) == 2.5
     assert config_from_hf(written) == config
 

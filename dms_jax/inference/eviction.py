@@ -1,0 +1,59 @@
+"""Evicting several tokens of a head at once, between decode steps; and a policy's state, layer by layer.
+
+What stays is moved together as at the end of a prompt, by a `write_prefill` without tokens: live slots are again
+`[0, length)`, and pages that become empty go back to the pool.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from dms_jax.cache import KVCache
+from dms_jax.policies import DecodeStep, Policy, Stored
+
+LAYER_AXES = DecodeStep(layer=0, position=None, active=None, live=0, keys=None)  # that of a policy's state is 1
+
+
+def step_of(step: DecodeStep, layers: int | slice) -> DecodeStep:
+    """The step of all layers in one of them, or in several."""
+    return step._replace(layer=step.layer[layers], live=step.live[layers])
+
+
+def layers_of(policy_state, layers: int | slice):
+    """The policy's state of one layer, or of several."""
+    return jax.tree.map(lambda x: x[:, layers], policy_state)
+
+
+def joined(states, together=jnp.stack):
+    """The policy's states of all layers as one: each of one layer, or with jnp.concatenate of several."""
+    return jax.tree.map(lambda *xs: together(xs, axis=1), *states)
+
+
+def prune(
+    policy: Policy, kv_cache: KVCache, cache: Any, states: Any, step: DecodeStep
+) -> tuple[Any, Any, Int[Array, "B L K"]]:
+    """The cache and the policy's states with every head pruned that is due, and the KV tokens read for it.
+
+    Args:
+      states: of all layers. step: of all layers, before the new token is stored.
+    """
+    due = jax.vmap(policy.due, (1, LAYER_AXES))(states, step)
+    run = functools.partial(_prune, policy, kv_cache, step, due)
+    cache, states = jax.lax.cond(due.any(), run, lambda *same: same, cache, states)
+    reread = jnp.where(due, jnp.ceil(policy.rereads * step.live), 0).astype(jnp.int32)
+    return cache, states, jnp.moveaxis(reread, 0, 1)
+
+
+def _prune(policy: Policy, kv_cache: KVCache, step: DecodeStep, due: Bool[Array, "L B K"], cache, states):
+    new = []
+    for layer in range(len(due)):
+        old = kv_cache.view(cache, layer, kv_cache.slots)
+        keep, own = policy.prune(layers_of(states, layer), step_of(step, layer), Stored(old.k, old.v))
+        keep = (keep | ~due[layer][..., None]) & (old.pos >= 0)
+        nothing = old.k[:, :, :0].swapaxes(1, 2)
+        cache, slots = kv_cache.write_prefill(cache, layer, nothing, nothing, old.pos[:, 0, :0], keep, old)
+        new.append(policy.move(own, slots))
+    return cache, joined(new)
