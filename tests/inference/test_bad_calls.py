@@ -17,6 +17,7 @@ NASTY = (
     None, True, -1, 0, 1.5, 53, 2**31, 2**64, float("nan"), float("inf"), -0.5, "", "x", b"x", (), [[1]], [1.5], [True],
     [53], [-1], ["a"], [None], [2**70], {}, {1: 2}, object(), np.float32(0.5), np.zeros((2, 2)), np.float64("nan"),
 )  # fmt: skip
+BUDGETED = ("budget", "protect_prompt", "evict_every")  # options of policies with a budget
 PROMPTS = [value for value in NASTY if not isinstance(value, str) and repr(value) not in ("[[1]]", "['a']")]
 
 
@@ -54,7 +55,7 @@ def test_every_option_with_every_kind_of_value(lm, field):
     """Refused with the option's name, or good enough to build an engine with."""
     related = {"temperature", "top_k", "top_p", "storage", "stop", field}
     for value in NASTY:
-        options = {"policy": "tova", "budget": 16} if field in ("budget", "protect_prompt") else {}
+        options = {"policy": "tova", "budget": 16} if field in BUDGETED else {}
         try:
             config = generation.GenerationConfig(**{**options, field: value})
             sampling.root_key(config.seed)
@@ -62,7 +63,7 @@ def test_every_option_with_every_kind_of_value(lm, field):
         except ConfigError as error:
             assert str(error).partition("=")[0] in related, f"{field}={value!r}: {error}"
         else:
-            fallback = field in ("stop", "policy", "budget", "dms", "engine", "devices") and value is None
+            fallback = field in ("stop", "policy", "dms", "engine", "devices", *BUDGETED[1:]) and value is None
             number = isinstance(value, (int, float, np.floating)) and 0 <= float(value) < 1e300
             assert fallback or number or field == "stop" and value == (), f"{field}={value!r} was accepted"
             assert isinstance(value, bool) == (field == "protect_prompt") or fallback, f"{field}={value!r} was accepted"
