@@ -6,6 +6,7 @@ import reprlib
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Within(NamedTuple):
 HUGE, TINY = 3e38, 1.2e-38  # what float32 holds
 Count = Annotated[int, Within(0, 2**31 - 2)]  # positions are int32
 Size = Annotated[int, Within(1, 2**31 - 2)]
+Seed = Annotated[int, Within(0, 2**32 - 1)]  # of what is drawn in training: JAX's and numpy's generators take all bits
 Layers = Annotated[int, Within(1, 4096)]  # loops run over them before any tensor is compared
 Real = Annotated[float, Within(-HUGE, HUGE)]
 Positive = Annotated[float, Within(TINY, HUGE)]
@@ -89,14 +91,18 @@ def described(kind: Any) -> str:
 def check(config: Any, prefix: str = "") -> None:
     """Raises ConfigError unless each field of a config dataclass is what its annotation says.
 
-    The first line of its `__post_init__`. Numbers of numpy become Python's.
+    The first line of its `__post_init__`. Numbers of numpy become Python's, and whole ones floats where they should be:
+    jitted functions take no whole number beyond 2^31.
     """
     for name, kind in _kinds(type(config)).items():
-        value = getattr(config, name)
+        given = value = getattr(config, name)
         if isinstance(value, np.generic):
             value = value.item()
-            object.__setattr__(config, name, value)
         require(fits(value, kind), prefix + name, value, f"expected {described(kind)}")
+        if type(value) is int and float in _options(kind) and int not in _options(kind):
+            value = float(value)
+        if value is not given:
+            object.__setattr__(config, name, value)
 
 
 @functools.cache
@@ -109,6 +115,7 @@ def load_yaml(cls: type, path: str | Path):
     """An instance of the config dataclass `cls` from a YAML file; an unknown or mistyped key raises ConfigError."""
     import yaml
 
+    require(Path(path).is_file() or not Path(path).exists(), "config", str(path), "is no regular file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -262,6 +269,12 @@ class ModelConfig:
         divides = self.num_heads % self.num_kv_heads == 0
         require(divides, "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE needs an even head dim")
+
+    def check_length(self, length: int) -> None:
+        """Warns where sequences of up to `length` tokens are longer than those the model was trained for."""
+        if length > self.max_positions:
+            stated = f"max_positions={self.max_positions} (max_position_embeddings)"
+            warnings.warn(f"sequences of up to {length} tokens, beyond the model's {stated}", stacklevel=3)
 
     @property
     def group_size(self) -> int:

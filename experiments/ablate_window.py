@@ -29,11 +29,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from dms_jax.config import DMSConfig, load_yaml, require
+from dms_jax.config import Count, DMSConfig, Positive, Ratio, Seed, Share, Size, check, load_yaml, require
 from dms_jax.files import write_atomically
 from experiments import command, report, stats
 from experiments.command import metavar
-from experiments.run import Run, RunError, environment, open_run, read_config, write_json
+from experiments.run import Run, RunError, environment, open_run, read_config, read_json, write_json
 from experiments.variants import batches
 from paper_figures.rows import percent
 
@@ -54,29 +54,27 @@ class Ablation:
     pool: training problems drawn. problems: held-out problems scored; sampled: sequences in one call.
     """
 
-    windows: tuple[int, ...] = (0, 1, 4, 16, 64)
+    windows: tuple[Count, ...] = (0, 1, 4, 16, 64)
     modes: tuple[Literal["delayed", "immediate"], ...] = ("delayed", "immediate")
-    crs: tuple[float, ...] = (2.0, 4.0, 8.0)
-    retire_steps: int = 100
-    steps_per_cr: int = 50
-    learning_rate: float = 5e-4
-    batch_size: int = 128
-    pool: int = 65536
-    slip_rate: float = 0.045
-    problems: int = 512
-    sampled: int = 512
-    max_length: int = 448
-    seed: int = 1
+    crs: tuple[Ratio, ...] = (2.0, 4.0, 8.0)
+    retire_steps: Size = 100
+    steps_per_cr: Size = 50
+    learning_rate: Positive = 5e-4
+    batch_size: Size = 128
+    pool: Size = 65536
+    slip_rate: Share = 0.045
+    problems: Size = 512
+    sampled: Size = 512
+    max_length: Size = 448
+    seed: Seed = 1
 
     def __post_init__(self):
+        check(self)
         for key in ("windows", "modes", "crs"):
             values = getattr(self, key)
             require(len(values) > 0, key, values, "must not be empty")
             require(len(set(values)) == len(values), key, values, "a value occurs twice")
-        require(all(w >= 0 for w in self.windows), "windows", self.windows, "must not be negative")
         require(all(cr > 1 for cr in self.crs), "crs", self.crs, "must be above 1")
-        for key in ("retire_steps", "steps_per_cr", "batch_size", "problems", "sampled", "max_length"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         require(self.pool >= self.batch_size, "pool", self.pool, f"is less than batch_size={self.batch_size}")
 
     def shared(self) -> dict:
@@ -362,7 +360,7 @@ def merged(out: Path, base: dict) -> Iterator[dict]:
         first = next(iter(seen))
         if own != seen[first]:
             raise RunError(f"{path.parent}: made with other settings than {out / first}")
-        for row in json.loads(path.read_text())["rows"]:
+        for row in read_json(path, dict)["rows"]:
             for mode in ("delayed", "immediate") if row["window"] == 0 else (row["mode"],):
                 yield {**row, "mode": mode, "base_accuracy": base["accuracy"]}
 

@@ -36,6 +36,7 @@ from rich.console import Console
 from dms_jax import dms
 from dms_jax.config import require
 from dms_jax.models.transformer import Decoder, arange_positions, causal
+from dms_jax.weights.text import encode, encode_turn, has_chat
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
@@ -114,11 +115,9 @@ def opening_of(tokenizer, chat: str | None) -> tuple[int, ...]:
       ConfigError: a chat, and a tokenizer without a template for one.
     """
     if chat is None:
-        return tuple(tokenizer("")["input_ids"])
-    require(getattr(tokenizer, "chat_template", None), "chat", chat, "the model's tokenizer has no chat template")
-    turn = [{"role": "user", "content": chat}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(encode(tokenizer, ""))
+    require(has_chat(tokenizer), "chat", chat, "the model's tokenizer has no chat template")
+    return tuple(encode_turn(tokenizer, chat))
 
 
 def text_windows(text: str, tokenizer, length: int, prompt: int, limit: int, chat: str | None = None) -> list[Window]:
@@ -131,7 +130,7 @@ def text_windows(text: str, tokenizer, length: int, prompt: int, limit: int, cha
     step = length - len(opening)
     require(step > 1, "length", length, f"too short: {len(opening)} tokens stand before the text")
     require(prompt >= len(opening), "prompt", prompt, f"{len(opening)} tokens stand before the text")
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = tuple(encode(tokenizer, text, begins=False))
     pieces = [ids[n : n + step] for n in range(0, min(len(ids), limit * step), step)]
     windows = [Window(opening + piece, prompt) for piece in pieces if len(piece) == step]
     require(len(windows) > 0, "length", length, f"the text has only {len(ids)} tokens")
@@ -142,8 +141,7 @@ def mini_windows(tokenizer, limit: int) -> list[Window]:
     """Held-out problems of the mini task with their right chains."""
     windows = []
     for problem in aime.mini_problems(limit):
-        prompt = tokenizer(problem.problem)["input_ids"]
-        chain = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+        prompt, chain = encode(tokenizer, problem.problem), encode(tokenizer, problem.solution, begins=False)
         windows.append(Window((*prompt, *chain), len(prompt)))
     return windows
 

@@ -26,6 +26,7 @@ from dms_jax.config import ConfigError, SamplingConfig, require
 from dms_jax.inference import generation, sampling
 from dms_jax.inference.scheduler import Job
 from dms_jax.models.transformer import Decoder
+from dms_jax.weights.text import encode
 from experiments import variants
 from experiments.command import default_dtype
 from experiments.fidelity import reference_hidden
@@ -126,9 +127,7 @@ class DmsLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return encode(self.tokenizer, string, begins=add_special_tokens is not False)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []

@@ -21,6 +21,7 @@ from dms_jax.inference import use_counts as metrics
 from dms_jax.inference.engine import Engine
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import Job, Result
+from dms_jax.weights.text import encode, has_chat, rendered
 from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
@@ -111,11 +112,10 @@ def resolve(experiment: Experiment, config: Config) -> Config:
 
 def encode_with(tokenizer, prompt: str, prefix: str) -> list[int]:
     """Prompt and answer prefix as the model is given them: a chat turn where the tokenizer knows how."""
-    if prefix and getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt + prefix)["input_ids"])
+    if prefix and has_chat(tokenizer):
+        text = rendered(tokenizer, [{"role": "user", "content": prompt}], opens_answer=True)
+        return encode(tokenizer, text + prefix, begins=False)
+    return encode(tokenizer, prompt + prefix)
 
 
 def questions(experiment: Experiment, config: Config, encode: Encode) -> dict[tuple, tuple[list[Sample], int]]:

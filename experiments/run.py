@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dms_jax.files import write_atomically
+
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "math-verify")
 SYNC_SECONDS = 1.0
 
@@ -63,12 +65,14 @@ class Run:
         self.path = path
         self.config = config
         self.samples_path = path / "samples.jsonl"
+        if self.samples_path.exists() and not self.samples_path.is_file():
+            raise RunError(f"{self.samples_path}: no regular file")
         self._file = self.samples_path.open("a+b")
         if not _lock(self._file):
             self._file.close()
             raise RunInUse(f"{path}: another process is writing to this run")
         self._synced = 0.0
-        _drop_truncated_line(self._file)
+        _drop_truncated_line(self._file, self.samples_path)
         try:
             self.samples = read_jsonl(self.samples_path)
         except RunError:
@@ -88,7 +92,7 @@ class Run:
     def started(self, **fields) -> dict:
         """Records that the run was started (again), and returns the entry."""
         path = self.path / "metadata.json"
-        entries = json.loads(path.read_text()) if path.exists() else []
+        entries = read_json(path, list) if path.exists() else []
         entry = {"started": _now(), **environment(), **fields}
         write_json(path, [*entries, entry])
         return entry
@@ -172,31 +176,59 @@ def differences(there: dict, here: dict, free: tuple[str, ...] = ()) -> list[str
 def read_config(path: Path) -> dict | None:
     """The configuration of a run folder; None where there is none that can be read."""
     try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_json(path / "config.json", dict)
+    except RunError:
         return None
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a samples file.
+def read_json(path: Path, kind: type) -> Any:
+    """The dict or list that a file of a run folder holds.
 
     Raises:
-      RunError: a line that is not JSON, with the file and its number.
+      RunError: it cannot be read, or holds something else; names it.
     """
-    rows = []
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, or no regular one")
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise RunError(f"{path}: expected a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a samples file, all of one form.
+
+    Raises:
+      RunError: a line that is not JSON, or not of the form of the first one, with the file and its number.
+    """
+    rows: list[dict] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             raise RunError(f"{path}:{number}: not a line of JSON") from None
+        first = rows[0] if rows else row
+        if not isinstance(row, dict) or row.keys() != first.keys():
+            raise RunError(f"{path}:{number}: not a sample like that of the first line")
+        odd = [key for key, value in row.items() if not _alike(value, first[key])]
+        if odd:
+            raise RunError(f"{path}:{number}: {odd[0]}={row[odd[0]]!r} is of another kind than in the first line")
+        rows.append(row)
     return rows
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values of a field are of one kind; None goes with all."""
+    kinds = [float if type(value) is int else type(value) for value in (a, b)]
+    return kinds[0] == kinds[1] or a is None or b is None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes through a temporary file, so that an interruption leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _lock(file) -> bool:
@@ -207,11 +239,14 @@ def _lock(file) -> bool:
     return True
 
 
-def _drop_truncated_line(file) -> None:
-    """Cuts what follows the last line end: a process that was killed while writing may leave half a line."""
+def _drop_truncated_line(file, path: Path) -> None:
+    """Cuts what follows the last line end, and says so: a process that was killed may leave half a line."""
     file.seek(0)
     content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        print(f"{path}: dropped its last line, which was cut off; that chain runs again", file=sys.stderr)
+        file.truncate(whole)
     file.seek(0, os.SEEK_END)
 
 

@@ -133,15 +133,14 @@ def load(config: Config, cr: float | None):
 def prompt_ids(config: Config, lm, text: str) -> list[int]:
     """Token ids of the prompt. The mini model's problems end in a newline, which is added where it is missing."""
     from dms_jax.config import require
-    from dms_jax.inference import generation
+    from dms_jax.weights.text import encode, encode_turn, has_chat
 
     if config.chat:
-        require(bool(lm.tokenizer.chat_template), "chat", True, "the tokenizer has no chat template")
-        turn = [{"role": "user", "content": text}]
-        return list(lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+        require(has_chat(lm.tokenizer), "chat", True, "the tokenizer has no chat template")
+        return encode_turn(lm.tokenizer, text)
     if config.model == MINI and not text.endswith("\n"):
         text += "\n"
-    return generation.encode(lm, [text])[0]
+    return encode(lm.tokenizer, text)
 
 
 def figures(out, prompt: int) -> str:

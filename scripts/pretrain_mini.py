@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dms_jax.config import ModelConfig, load_yaml
+from dms_jax.config import Count, ModelConfig, Positive, Seed, Share, Size, check, load_yaml
 from dms_jax.models.transformer import Decoder, arange_positions, causal, init
 from dms_jax.training.data import Batch, PoolStream
 from dms_jax.training.loop import Loop
@@ -46,13 +46,16 @@ class PretrainConfig:
     slip_rate: the share of lines in the training chains with a wrong digit.
     """
 
-    steps: int = 3000
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    pool: int = 300_000
-    slip_rate: float = 0.045
-    seed: int = 0
+    steps: Size = 3000
+    batch_size: Size = 128
+    learning_rate: Positive = 2e-3
+    warmup_steps: Count = 100
+    pool: Size = 300_000
+    slip_rate: Share = 0.045
+    seed: Seed = 0
+
+    def __post_init__(self):
+        check(self)
 
 
 def training_pool(seed: int, count: int, slip_rate: float) -> Batch:

@@ -20,7 +20,7 @@ import tyro
 
 import dms_jax
 from dms_jax import sharding
-from dms_jax.config import ConfigError, from_saved, load_yaml, require
+from dms_jax.config import Share, Size, described, fits, from_saved, load_yaml, require
 from dms_jax.files import write_atomically
 from dms_jax.training.config import RetrofitConfig, SourceConfig
 from dms_jax.training.data import PackedStream, PoolStream, Stream
@@ -28,6 +28,7 @@ from dms_jax.training.documents import open_documents
 from dms_jax.training.train import retrofitted, train
 from dms_jax.training.watch import watcher
 from dms_jax.types import Params
+from dms_jax.weights.json_files import read_json
 from scripts import command, pretrain_mini
 
 RUN, FINISHED = "run.json", "finished"
@@ -110,12 +111,7 @@ def read_run(out: Path) -> RetrofitConfig:
     Raises:
       ConfigError: the file is damaged.
     """
-    file = out / RUN
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: cannot be read as the settings of a run ({error})") from error
-    return from_saved(RetrofitConfig, values, file)
+    return from_saved(RetrofitConfig, read_json(out / RUN), out / RUN)
 
 
 def record_run(out: Path, settings: RetrofitConfig) -> None:
@@ -164,6 +160,8 @@ def main(
     """
     if several.distributed:
         jax.distributed.initialize(several.coordinator, several.processes, several.process)
+    for key, value, kind in (("pool", pool, Size), ("slip_rate", slip_rate, Share)):
+        require(fits(value, kind), key, value, f"expected {described(kind)}")
     settings = settings_of(config, overrides)
     out = out or Path(f"runs/retrofit-cr{settings.max_cr:g}")
     with sharding.on_host():

@@ -10,19 +10,23 @@ example:
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 import dms_jax
-from dms_jax.config import ConfigError, require
+from dms_jax.config import Count, in_file, require, take
+from dms_jax.files import write_atomically
 from dms_jax.inference import generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import Job
 from dms_jax.training.config import SourceConfig
 from dms_jax.training.documents import open_rows, prompt_of
+from dms_jax.weights.json_files import parse_json
+from dms_jax.weights.text import encode_turn, has_chat
+from scripts import command
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,25 @@ class Settings:
 
 def encoded(tokenizer: Any, prompt: str) -> list[int]:
     """A user's turn, with what opens the answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(prompt + "\n")["input_ids"])
-    chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode_turn(tokenizer, prompt if has_chat(tokenizer) else prompt + "\n")
 
 
 def resume(out: Path) -> set[tuple[int, int]]:
-    """The rows and chain numbers that are there; a line that was cut off is removed."""
+    """The rows and chain numbers that are there; a line that was cut off is removed.
+
+    Raises:
+      ConfigError: another line that is no chain; names it.
+    """
     if not out.exists():
         return set()
     lines = [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    new = out.with_name(out.name + ".new")
-    new.write_bytes(b"".join(lines))
-    new.replace(out)
-    return {(line["row"], line["chain"]) for line in map(json.loads, lines)}
+    done = set()
+    for number, line in enumerate(lines, 1):
+        with in_file(f"{out}, line {number}"):
+            chain = parse_json(line, "line")
+            done.add((take(chain, "row", Count), take(chain, "chain", Count)))
+    write_atomically(out, b"".join(lines))
+    return done
 
 
 def results(lm: dms_jax.LM, prompts: dict[int, list[int]], config: GenerationConfig):
@@ -92,7 +99,7 @@ def results(lm: dms_jax.LM, prompts: dict[int, list[int]], config: GenerationCon
     return generation.build(lm, max(map(len, prompts.values())) + config.max_new_tokens, config).run(jobs)
 
 
-def main(settings: Settings) -> None:
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
     """Writes OUT, which scripts.retrofit takes as --data."""
     chains, config = settings.chains, settings.generation()
     records = open_rows(SourceConfig(settings.data))
@@ -120,7 +127,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings, description=__doc__))
-    except (ConfigError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command.run(main)

@@ -26,14 +26,16 @@ import pytest
 
 import tests.helpers.checked  # noqa: F401  (the import hook below looks it up by name)
 
+OWN_CHECKS = ("dms_jax.config", "dms_jax.training.config", "dms_jax.kernels", "dms_jax.inference.generation",
+              "dms_jax.inference.chat")  # fmt: skip
+
 
 class Unchecked:
     """Finds first what jaxtyping's hook shall not see: Triton's functions, and what checks its arguments by itself."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        plain = name in ("dms_jax.config", "dms_jax.training.config", "dms_jax.kernels")
-        if plain or name.startswith("dms_jax.kernels.triton_"):
+        if name in OWN_CHECKS or name.startswith("dms_jax.kernels.triton_"):
             return PathFinder.find_spec(name, path, target)
         return None
 

@@ -103,6 +103,8 @@ def test_numbers_of_numpy_become_pythons():
     config = DMSConfig(window=np.int64(3), scale=np.float32(2))
     assert config == DMSConfig(window=3, scale=2.0) and hash(config) == hash(DMSConfig(window=3, scale=2.0))
     assert type(config.window) is int and type(config.scale) is float
+    large = DMSConfig(scale=10**18, window=9)
+    assert type(large.scale) is float and type(large.window) is int
 
 
 def test_a_neuron_outside_the_head_is_refused():

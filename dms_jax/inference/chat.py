@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
-from dms_jax.config import require
-from dms_jax.inference import generation
+from dms_jax.config import Size, described, fits, require
+from dms_jax.inference import generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.runner import Runner
+from dms_jax.weights.text import encode_turn
 
 
 class Conversation:
@@ -32,7 +32,7 @@ class Conversation:
         self.live = np.zeros((1, lm.config.num_layers, lm.config.num_kv_heads), np.int64)
         pages = int(engine.spec.kv_cache.pages_needed(self.live + engine.expected(length)).max())
         self.runner = Runner(engine.spec, engine.params, 1, pages, prefill_chunk=engine.config.prefill_chunk)
-        self.key = np.asarray(jax.random.PRNGKey(config.seed), np.uint32)[None]
+        self.key = np.asarray(sampling.sequence_keys(config.seed, 1, 1))
         self.tokens: list[int] = []  # of all turns; those from the state's position on are not in the cache yet
 
     def say(
@@ -41,13 +41,20 @@ class Conversation:
         max_new_tokens: int = 256,
         on_tokens: Callable[[list[int]], None] | None = None,
     ) -> str | list[int]:
-        """Reads a turn and answers it; text for a model with a tokenizer, token ids without.
+        """Reads a turn and answers it, as text for a model with a tokenizer, as token ids without.
+
+        A turn that is text is a user's in the chat template, where the tokenizer has one.
 
         Raises:
-          ConfigError: the turn and its answer would make the conversation longer than `length`.
-          ValueError: an empty turn, or ids outside the vocabulary.
+          ConfigError: an impossible turn (see `generation.encode`), or one that with its answer would make the
+            conversation longer than `length`.
         """
-        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+        require(fits(max_new_tokens, Size), "max_new_tokens", max_new_tokens, f"expected {described(Size)}")
+        if isinstance(prompt, str):
+            require(bool(prompt), "prompt", prompt, "is empty")
+            prompt = encode_turn(self.lm.tokenizer, prompt, first=not self.tokens)
+            if len(prompt) > 1 and prompt[:1] == self.tokens[-1:]:
+                del prompt[0]  # the end of the answer before, which was generated
         (ids,) = generation.encode(self.lm, [prompt])
         total = len(self.tokens) + len(ids) + max_new_tokens
         require(total <= self.length, "length", self.length, f"this turn may make {total} tokens")

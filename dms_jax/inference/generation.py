@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dms_jax import policies, programs, sharding
 from dms_jax.cache import kv_cache
-from dms_jax.config import CacheConfig, DMSConfig, SamplingConfig, require
+from dms_jax.config import CacheConfig, Count, DMSConfig, SamplingConfig, Size, check, require
 from dms_jax.inference import sampling, use_counts
 from dms_jax.inference.decode import DecodeSpec
 from dms_jax.inference.engine import Engine
@@ -22,6 +22,7 @@ from dms_jax.models.transformer import Decoder
 from dms_jax.policies import Policy
 from dms_jax.types import Keys
 from dms_jax.weights import table
+from dms_jax.weights import text as texts
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,27 @@ class GenerationConfig:
     engine: other settings of the engine; its max_num_seqs counts.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     temperature: float = 0.0
-    chains: int = 1
+    chains: Size = 1
     seed: int = 0
     policy: str | Policy | None = None
     cache: str = "paged"
     dms: DMSConfig | None = None
     budget: int | float | None = None
     protect_prompt: bool | None = None
-    evict_every: int | None = None
+    evict_every: Size | None = None
     top_k: int = 0
     top_p: float = 1.0
-    stop: Sequence[int] | None = None
-    page_size: int = 64
+    stop: tuple[Count, ...] | list[Count] | None = None
+    page_size: Size = 64
     quant: str = "none"
-    max_num_seqs: int = 64
-    devices: tuple[int, int] | None = None
+    max_num_seqs: Size = 64
+    devices: tuple[Size, Size] | None = None
     engine: EngineConfig | None = None
 
     def __post_init__(self):
-        for key in ("max_new_tokens", "chains", "max_num_seqs"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        check(self)
         named = not isinstance(self.policy, Policy)
         for key in ("budget", "protect_prompt", "evict_every"):
             value = getattr(self, key)
@@ -109,7 +109,7 @@ def resolve_policy(config: GenerationConfig, dms: DMSConfig | None, length: int)
     """
     policy = config.policy
     if not isinstance(policy, Policy):
-        name = policy or ("dms" if dms else "full")
+        name = ("dms" if dms else "full") if policy is None else policy
         options = {"protect_prompt": config.protect_prompt, "evict_every": config.evict_every}
         return policies.named(name, dms, config.budget, length, config.page_size, **options)
     same = getattr(policy, "page_size", config.page_size) == config.page_size
@@ -119,26 +119,17 @@ def resolve_policy(config: GenerationConfig, dms: DMSConfig | None, length: int)
     return policy
 
 
-def encode(lm, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Token ids of each prompt, checked.
+def encode(lm, prompts: str | Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Token ids of each prompt, checked; one string is one prompt.
 
     Raises:
-      ValueError: an empty prompt, ids outside the vocabulary, or text for a model without a tokenizer.
+      ConfigError: no prompt, an empty one, what is neither text nor ids of the vocabulary, or text for a model without
+        a tokenizer.
     """
-    V = lm.config.vocab_size
-    encoded = []
-    for n, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise ValueError(f"prompts[{n}] is text, but this model has no tokenizer: pass token ids")
-            prompt = lm.tokenizer(prompt)["input_ids"]
-        ids = [int(t) for t in prompt]
-        if not ids:
-            raise ValueError(f"prompts[{n}] is empty")
-        if min(ids) < 0 or max(ids) >= V:
-            raise ValueError(f"prompts[{n}] has token ids outside 0..{V - 1}")
-        encoded.append(ids)
-    return encoded
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    require(hasattr(prompts, "__len__") and len(prompts) > 0, "prompts", prompts, "expected texts, or lists of ids")
+    ids = [texts.encode(lm.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [lm.checked_ids(prompt, f"prompts[{n}]", "[T]").tolist() for n, prompt in enumerate(ids)]
 
 
 def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, **callbacks) -> Engine:
@@ -153,13 +144,19 @@ def build(lm, length: int, config: GenerationConfig, mesh: Mesh | None = None, *
     programs.release()
     dms = resolve_dms(lm, config.dms)
     policy = resolve_policy(config, dms, length)
+    shape, heads = np.shape(getattr(policy, "budget", 0)), (lm.config.num_layers, lm.config.num_kv_heads)
+    require(shape in ((), heads), "budget", policy, f"expected one number, or one for each layer and KV head, {heads}")
+    stop = tuple(lm.config.eos_ids if config.stop is None else config.stop)
+    if stop:
+        lm.checked_ids(stop, "stop", "[N]")
+    lm.config.check_length(length)
     cache_config = CacheConfig(config.cache, round_up(length), config.page_size, config.quant)
     spec = DecodeSpec(
         model=Decoder(lm.config, dms),
         policy=policy,
         kv_cache=kv_cache(cache_config, 1 if mesh is None else sharding.tensor_ways(mesh)),
         sampling=config.sampling,
-        stop=tuple(lm.config.eos_ids if config.stop is None else config.stop),
+        stop=stop,
     )
     steps = min(EngineConfig.steps, config.max_new_tokens)
     engine = config.engine or EngineConfig(max_num_seqs=config.max_num_seqs, steps=steps)
@@ -178,7 +175,7 @@ def place(lm, mesh: Mesh):
 
 def generate(
     lm,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: str | Sequence[str | Sequence[int]],
     max_new_tokens: int | None = None,
     *,
     config: GenerationConfig | None = None,
@@ -190,20 +187,20 @@ def generate(
 
     Args:
       lm: from `dms_jax.load`.
-      prompts: strings, or lists of token ids.
+      prompts: strings, or lists of token ids; one string is one prompt.
       config, max_new_tokens, options: a GenerationConfig, or its fields by name; both together are the config with
         these fields replaced.
       keys: `[prompts * chains, 2]` raw random keys in place of those made from the seed.
       on_tokens: called with (prompt number, chain number, new tokens) while decoding.
     Raises:
-      ConfigError: an impossible option.  ValueError: bad prompts.
+      ConfigError: an impossible option, or bad prompts.
     """
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     config = dataclasses.replace(config or GenerationConfig(), **options)
     ids = encode(lm, prompts)
-    if not ids:
-        raise ValueError("prompts is empty")
+    many = len(ids) * config.chains
     drawn = sampling.sequence_keys(config.seed, len(ids), config.chains) if keys is None else keys
+    require(np.shape(drawn) == (many, 2), "keys.shape", np.shape(drawn), f"expected {(many, 2)}, {sampling.IMPL} keys")
     drawn = np.asarray(drawn).reshape(len(ids), config.chains, 2)
     length = max(map(len, ids)) + config.max_new_tokens
     jobs = [Job(prompt, drawn[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, UInt32
 
-from dms_jax.config import SamplingConfig, require
+from dms_jax.config import TINY, SamplingConfig, require
 from dms_jax.types import MASK_VALUE, Keys, NextLogits
 
 IMPL = "threefry2x32"  # of the raw keys, whatever jax's default generator is
@@ -51,7 +51,7 @@ def sequence_keys(seed: int, prompts: int, chains: int) -> Keys:
 def sample(logits: NextLogits, keys: Keys, positions: Int[Array, "B"], config: SamplingConfig) -> Int[Array, "B"]:
     """Draws a token for each sequence, `[B]` int32; the noise depends on its key and position only."""
     logits = logits.astype(jnp.float32)
-    if config.temperature == 0:
+    if config.temperature < TINY:  # float32 has no such number: dividing by it would be dividing by 0
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Relative to the largest, so that a small temperature makes the others -inf and never overflows.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / config.temperature

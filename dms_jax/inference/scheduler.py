@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from dms_jax.config import require
+from dms_jax.config import Size, check, require
 from dms_jax.inference import use_counts
 
 BUCKET = 64  # capacities and widths are rounded up to this, so that few shapes are compiled
@@ -91,22 +91,18 @@ class EngineConfig:
     retention: also record which positions live at a chain's end.
     """
 
-    max_num_seqs: int = 16
-    steps: int = 16
-    prefill_chunk: int = 512
-    prefill_tokens: int | None = None
-    pad_rows: int | None = None
+    max_num_seqs: Size = 16
+    steps: Size = 16
+    prefill_chunk: Size = 512
+    prefill_tokens: Size | None = None
+    pad_rows: Size | None = None
     lookahead: bool | None = None
-    pages: int | None = None
-    max_pages: int | None = None
+    pages: Size | None = None
+    max_pages: Size | None = None
     retention: bool = False
 
     def __post_init__(self):
-        for key in ("max_num_seqs", "steps", "prefill_chunk"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
-        for key in ("pages", "max_pages", "prefill_tokens", "pad_rows"):
-            value = getattr(self, key)
-            require(value is None or value > 0, key, value, "must be positive")
+        check(self)
 
     def on(self, backend: str) -> "EngineConfig":
         """The config with what None means on a kind of device."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dms_jax.config import require
+from dms_jax.config import Size, check, require
 from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk
 from dms_jax.types import PerHead, Slots
 
@@ -36,12 +36,13 @@ class Quest(Policy):
     page_size: that of the cache.
     """
 
-    budget: int = 1024
-    page_size: int = 64
+    budget: Size = 1024
+    page_size: Size = 64
     name: ClassVar[str] = "quest"
     selects_pages: ClassVar[bool] = True
 
     def __post_init__(self):
+        check(self)
         whole = f"policy 'quest' reads whole pages of page_size={self.page_size}"
         require(self.budget >= self.page_size, "budget", self.budget, whole)
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dms_jax.config import require
+from dms_jax.config import Size, check, require
 from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, Stored
 from dms_jax.types import Counts, Keys, NewKV, PerHead, SlotFlags, Slots, StoredKV
 
-Budget = int | tuple[tuple[int, ...], ...]
+Budget = Size | tuple[tuple[Size, ...], ...]
 
 
 class Scores(NamedTuple):
@@ -57,13 +57,15 @@ class ScoredPolicy(Policy):
 
     budget: Budget = 1024
     protect_prompt: bool = False
-    evict_every: int = 1
+    evict_every: Size = 1
     max_protected: ClassVar[int] = 0
     ranks_stored: ClassVar[bool] = False
 
     def __post_init__(self):
-        require(self.evict_every >= 1, "evict_every", self.evict_every, "must be at least 1 step")
-        smallest = int(np.min(self.budget))
+        check(self)
+        rows = ((self.budget,),) if isinstance(self.budget, int) else self.budget
+        require(len({len(row) for row in rows}) == 1, "budget", self.budget, "expected as many numbers for each layer")
+        smallest = min((least for row in rows for least in row), default=0)
         held = f"policy {self.name!r} needs more than the {self.num_protected} it never evicts"
         require(smallest > self.num_protected, "budget", self.budget, held)
 

@@ -93,14 +93,14 @@ def seal(folder: Path, step: int) -> None:
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, whose folder is named after its step, or None."""
-    if not (folder / SEAL).exists():
+    if not (folder / SEAL).is_file():
         return INTERRUPTED
     name = SEAL
     try:
         seals = [Seal.read(folder / SEAL)]
         for process in range(1, seals[0].processes):
             name = seal_name(process)
-            if not (folder / name).exists():
+            if not (folder / name).is_file():
                 return INTERRUPTED
             seals.append(Seal.read(folder / name))
     except (ValueError, TypeError):

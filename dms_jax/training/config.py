@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from dms_jax.config import DMSConfig, one_of, require
+from dms_jax.config import Count, DMSConfig, Positive, Ratio, Seed, Size, Within, check, require
 from dms_jax.models.gates import Gate, gate_of
 
-MODES = ("full", "adapter", "lora")
-REMAT = ("none", "dots", "block")
 TARGETS = ("q", "k", "v", "o")
 
 
@@ -18,15 +17,13 @@ class LoraConfig:
     targets: which of q, k, v and o.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
+    rank: Size = 16
+    alpha: Positive = 32.0
+    targets: tuple[Literal["q", "k", "v", "o"], ...] = TARGETS
 
     def __post_init__(self):
-        require(self.rank > 0, "lora.rank", self.rank, "must be positive")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "must be positive")
-        known = bool(self.targets) and set(self.targets) <= set(TARGETS)
-        require(known, "lora.targets", self.targets, f"expected some of {', '.join(TARGETS)}")
+        check(self, "lora.")
+        require(bool(self.targets), "lora.targets", self.targets, f"expected some of {', '.join(TARGETS)}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class SourceConfig:
     """
 
     path: str
-    weight: float = 1.0
+    weight: Positive = 1.0
     split: str = "train"
     subset: str | None = None
     prompt: str = ""
@@ -50,8 +47,8 @@ class SourceConfig:
     text: str = ""
 
     def __post_init__(self):
+        check(self, "data.")
         require(bool(self.path), "data.path", self.path, "names no data set")
-        require(self.weight > 0, "data.weight", self.weight, "must be positive")
         kinds = bool(self.prompt or self.response) + bool(self.messages) + bool(self.text)
         require(kinds <= 1, "data.text", self.text, "give prompt and response, or messages, or text")
         pair = bool(self.prompt) == bool(self.response)
@@ -85,54 +82,45 @@ class RetrofitConfig:
 
     model: str = "mini"
     dms: DMSConfig = field(default_factory=DMSConfig)
-    mode: str = "full"
+    mode: Literal["full", "adapter", "lora"] = "full"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    retire_steps: int = 2000
-    steps_per_cr: int = 100
-    max_cr: float = 8.0
-    crs: tuple[float, ...] = ()
-    hold_steps: int = 0
-    kl: str = "forward"
-    learning_rate: float = 3e-5
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    batch_size: int = 256
-    accumulate: int = 1
-    context: int = 512
-    compute: str = "float32"
-    remat: str = "none"
-    loss_chunk: int = 256
-    mesh: tuple[int, int, int] = (1, 1, 1)
+    retire_steps: Count = 2000
+    steps_per_cr: Size = 100
+    max_cr: Ratio = 8.0
+    crs: tuple[Ratio, ...] = ()
+    hold_steps: Count = 0
+    kl: Literal["forward", "reverse"] = "forward"
+    learning_rate: Positive = 3e-5
+    warmup_steps: Count = 20
+    weight_decay: Annotated[float, Within(0, 1)] = 0.0
+    clip: Positive = 1.0
+    batch_size: Size = 256
+    accumulate: Size = 1
+    context: Size = 512
+    compute: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "block"] = "none"
+    loss_chunk: Size = 256
+    mesh: tuple[Size, Size, Size] = (1, 1, 1)
     data: tuple[SourceConfig, ...] = ()
-    save_every: int = 200
-    log_every: int = 10
-    seed: int = 0
+    save_every: Size = 200
+    log_every: Size = 10
+    seed: Seed = 0
 
     def __post_init__(self):
-        one_of("kl", self.kl, ("forward", "reverse"))
-        one_of("mode", self.mode, MODES)
-        one_of("compute", self.compute, ("float32", "bfloat16"))
-        one_of("remat", self.remat, REMAT)
+        check(self)
         trains = self.mode != "adapter" or bool(self.gate.tensors)
         require(trains, "mode", self.mode, f"there is no adapter to train with gate={self.dms.gate!r}")
-        for key in ("learning_rate", "weight_decay", "clip", "max_cr"):
-            require(math.isfinite(getattr(self, key)), key, getattr(self, key), "must be finite")
-        for key in ("learning_rate", "clip"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
         require(self.max_cr <= self.context, "max_cr", self.max_cr, f"a row has only context={self.context} tokens")
-        for key in ("steps_per_cr", "batch_size", "accumulate", "context", "loss_chunk", "save_every", "log_every"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
-        for key in ("retire_steps", "hold_steps", "warmup_steps"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         divides = self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
-        require(len(self.mesh) == 3 and min(self.mesh) > 0, "mesh", self.mesh, "expected data, fsdp, tensor")
-        reached = all(1 < cr <= self.max_cr for cr in self.crs)
-        require(reached, "crs", self.crs, f"the schedule goes from 1 to max_cr={self.max_cr:g}")
-        apart = len(self.members()) == len({*self.crs, self.max_cr}) or not self.crs
-        require(apart, "crs", self.crs, f"two of them fall on one step with steps_per_cr={self.steps_per_cr}")
+        within = all(1 < cr <= self.max_cr for cr in self.crs)
+        require(within, "crs", self.crs, f"the schedule goes from 1 to max_cr={self.max_cr:g}")
+        for key, crs in (("max_cr", (self.max_cr,)), ("crs", self.crs)):
+            steps = [(cr - 1) * self.steps_per_cr for cr in crs]
+            reached = all(math.isclose(step, round(step), rel_tol=1e-6) for step in steps)
+            reason = f"no whole step reaches it with steps_per_cr={self.steps_per_cr}"
+            require(reached, key, getattr(self, key), reason)
 
     @property
     def gate(self) -> Gate:

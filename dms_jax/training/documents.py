@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from dms_jax.config import ConfigError, require
+from dms_jax.config import ConfigError, in_file, require
 from dms_jax.training.config import SourceConfig
+from dms_jax.weights.text import check_unicode, encode_all, has_chat, rendered
 
 
 class Fields(NamedTuple):
@@ -98,11 +99,14 @@ class ParquetRows:
 
     @classmethod
     def open(cls, path: Path) -> "ParquetRows":
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
 
         try:
-            return cls(parquet.read_table(path, memory_map=True))
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+            table = parquet.read_table(path, memory_map=True)
+            table.validate(full=True)  # or text that is not UTF-8 shows when its row is read
+            table.slice(0, 1).to_pylist()  # and so do names of fields
+            return cls(table)
+        except (OSError, ValueError, ArrowException) as error:
             raise ConfigError(f"{path}: cannot be read as parquet ({error})") from error
 
     def __len__(self) -> int:
@@ -157,9 +161,10 @@ class RenderedDocuments:
         """
         if not rows:
             return []
-        ids = self.tokenizer([self.render(row) for row in rows], add_special_tokens=False)["input_ids"]
-        for row, one in zip(rows, ids, strict=True):
-            if not one:
+        texts = [self.render(row) for row in rows]
+        ids = encode_all(self.tokenizer, texts, begins=not self._by_template)
+        for row, text, one in zip(rows, texts, ids, strict=True):
+            if not text or not one:
                 raise ConfigError(f"{self.path}, row {row}: is empty")
         return [np.asarray(one, np.int32) for one in ids]
 
@@ -172,16 +177,16 @@ class RenderedDocuments:
         else:
             chat = self._chat(values, where)
             text = "\n".join(turn["content"] for turn in chat) + end
-            if getattr(self.tokenizer, "chat_template", None):
-                try:
-                    text = self.tokenizer.apply_chat_template(chat, tokenize=False)
-                except Exception as error:  # a template is a program: it may raise anything
-                    raise ConfigError(f"{where}: the chat template refuses it ({error})") from error
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer takes
-            raise ConfigError(f"{where}: is not Unicode text ({error})") from error
+            if self._by_template:
+                with in_file(where):
+                    text = rendered(self.tokenizer, chat)
+        with in_file(where):
+            check_unicode(text)
         return text
+
+    @property
+    def _by_template(self) -> bool:
+        return self.fields.kind != "text" and has_chat(self.tokenizer)
 
     def _chat(self, values: Sequence[Any], where: str) -> list[dict[str, str]]:
         if self.fields.kind == "pair":

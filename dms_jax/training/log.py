@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dms_jax.config import require
 from dms_jax.files import write_atomically
 
 Watcher = Callable[[dict[str, Any]], None]
@@ -50,6 +51,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Removes the lines of steps that will be run again, and damaged ones; says which."""
     if not path.exists():
         return
+    require(path.is_file(), "log", str(path), "is no regular file")
     lines, damaged = read_log(path)
     kept = [line for line in lines if line["step"] <= step]
     dropped = [f"damaged line {number}" for number in damaged]

@@ -48,6 +48,7 @@ def train(
       ConfigError: a mesh that does not fit.  CheckpointError: a checkpoint cannot be saved, or none is whole.
       FloatingPointError: the loss or the gradient is not finite.
     """
+    model.check_length(config.context)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state, base = initial_state(params, model, config, mesh)

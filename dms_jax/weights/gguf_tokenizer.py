@@ -5,7 +5,7 @@ names stand for are below. An unknown name is an error: a wrong split gives wron
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dms_jax.config import ConfigError, require, take
@@ -48,7 +48,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
             names[name] = tokens[token]
     add_eos = take(metadata, "tokenizer.ggml.add_eos_token", bool, False)
     template = take(metadata, "tokenizer.chat_template", str, None)
-    with refused_by_name("tokenizer.ggml"):
+    with refused_by_name(lambda: "tokenizer.ggml"):
         tokenizer, add_bos = _byte_level(metadata, vocab) if kind == "gpt2" else _sentencepiece(metadata, vocab)
         _add_tokens(tokenizer, metadata)
         _add_ends(tokenizer, vocab, names, take(metadata, "tokenizer.ggml.add_bos_token", bool, add_bos), add_eos)
@@ -60,15 +60,18 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def refused_by_name(where: str) -> Iterator[None]:
-    """Whatever the tokenizer libraries raise on a damaged file, a panic of their Rust part included, as ConfigError."""
+def refused_by_name(where: Callable[[], str]) -> Iterator[None]:
+    """Whatever the tokenizer libraries raise on a damaged file, a panic of their Rust part included, as ConfigError.
+
+    where: what to name; called after an error, and may raise a better one.
+    """
     try:
         yield
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{where}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
+        raise ConfigError(f"{where()}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]):

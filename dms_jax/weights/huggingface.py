@@ -67,7 +67,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=take(raw, "num_key_value_heads", Size, heads),
         head_dim=take(raw, "head_dim", Size, derived),
         mlp_dim=take(raw, "intermediate_size", Size),
-        norm_eps=take(raw, "rms_norm_eps", float, 1e-6),
+        norm_eps=_given(raw, "rms_norm_eps", float, 1e-6),
         rope=_rope_from_hf(raw),
         qk_norm=family == "qwen3",
         qkv_bias=bias or family == "qwen2",
@@ -87,8 +87,13 @@ def eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
+def _given(raw: Mapping[str, Any], key: str, kind: Any, default: Any) -> Any:
+    """The value of a key that may be absent, but not null."""
+    return take(raw, key, kind) if key in raw else default
+
+
 def _max_positions(raw: Mapping[str, Any]) -> int:
-    return take(raw, "max_position_embeddings", Size, 2048 if raw["model_type"] == "llama" else 32768)
+    return _given(raw, "max_position_embeddings", Size, 2048 if raw["model_type"] == "llama" else 32768)
 
 
 def _check_supported(raw: Mapping[str, Any], family: str) -> None:
@@ -126,7 +131,7 @@ def _rope_from_hf(raw: Mapping[str, Any]) -> RopeConfig:
 def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig:
     rope = take(rope, "full_attention", dict, rope)  # spelled once for each kind of layer
     place = rope if "rope_theta" in rope else raw
-    theta = take(place, "rope_theta", float) if "rope_theta" in place else 10000.0
+    theta = _given(place, "rope_theta", float, 10000.0)
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     one_of("rope_type", kind, ("default", "linear", "llama3", "yarn"))
     _check_full_rotation(rope)

@@ -42,14 +42,24 @@ class LM:
         Raises:
           ConfigError: tokens that are no ids of the vocabulary, or a gate in `dms` that the model does not carry.
         """
-        ids = np.asarray(tokens)
-        require(ids.ndim == 2 and ids.size > 0, "tokens.shape", ids.shape, "expected [B, T]")
-        require(ids.dtype.kind in "iu", "tokens.dtype", ids.dtype, "expected whole numbers")
-        low, high, V = int(ids.min()), int(ids.max()), self.config.vocab_size
-        require(low >= 0 and high < V, "tokens", low if low < 0 else high, f"is outside the vocabulary, 0 to {V - 1}")
+        ids = self.checked_ids(tokens, "tokens", "[B, T]")
+        self.config.check_length(ids.shape[1])
         if dms is not None:
             self.check_gate(dms)
-        return _logits(self.params, jnp.asarray(ids, jnp.int32), self.config, self.dms, dms)
+        return _logits(self.params, jnp.asarray(ids), self.config, self.dms, dms)
+
+    def checked_ids(self, tokens: Any, key: str, shape: str) -> np.ndarray:
+        """Token ids as int32; ConfigError unless they have as many axes as `shape` and are in the vocabulary."""
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            ids = np.zeros(())  # rows of different lengths
+        fitting = ids.ndim == len(shape.split(",")) and ids.size > 0
+        require(fitting, f"{key}.shape", ids.shape, f"expected {shape}, and not empty")
+        require(ids.dtype.kind in "iu", f"{key}.dtype", ids.dtype, "expected whole numbers")
+        low, high, V = int(ids.min()), int(ids.max()), self.config.vocab_size
+        require(low >= 0 and high < V, key, low if low < 0 else high, f"is outside the vocabulary, 0 to {V - 1}")
+        return ids.astype(np.int32)
 
     def check_gate(self, dms: DMSConfig) -> None:
         """Raises ConfigError unless the model carries the gate that `dms` describes."""

@@ -22,6 +22,7 @@ from dms_jax.weights.table import DTYPES, gate_specs, read_params
 
 ASSETS = Path(__file__).parents[1] / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
 BUNDLED_GATES = ("smollm2",)
+SAMPLE = "A word."  # what a tokenizer is tried with
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Weights, configuration and tokenizers; no pickles, no code.
 PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
@@ -135,7 +136,7 @@ def _read_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, None if it has none.
 
     Raises:
-      ConfigError: transformers cannot read it.
+      ConfigError: transformers cannot read it; names the file.
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
@@ -143,10 +144,25 @@ def _read_tokenizer(folder: Path) -> Any:
     require(not irregular, str(folder), irregular, "no regular file")  # transformers would wait for a FIFO without end
     from transformers import AutoTokenizer
 
-    with refused_by_name(str(folder)):
+    with refused_by_name(lambda: _damaged(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer.decode(tokenizer("A word.")["input_ids"])  # some damage shows in use only
+        tokenizer.decode(tokenizer(SAMPLE)["input_ids"])  # some damage shows in use only
         return tokenizer
+
+
+def _damaged(folder: Path) -> str:
+    """The file that is to blame for a tokenizer that cannot be read."""
+    for file in sorted(folder.glob("*.json")):
+        if file.name != "config.json" and "index" not in file.name:
+            read_json(file)  # raises
+    file = folder / "tokenizer.json"
+    if file.exists():
+        from tokenizers import Tokenizer
+
+        with refused_by_name(lambda: str(file)):
+            alone = Tokenizer.from_file(str(file))
+            alone.decode(alone.encode(SAMPLE).ids)
+    return str(folder / "tokenizer_config.json")
 
 
 def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:

@@ -3,15 +3,11 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from dms_jax.weights.text import encode_turn, has_chat
 from experiments.judge import Verdict, judge, shared
 from experiments.tasks.data import DataError, Record, Row
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-def has_chat(tokenizer: Any) -> bool:
-    """Whether the model takes its prompts as a chat."""
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +41,7 @@ class Task:
         """A chat turn where the tokenizer knows how to write one, the worked examples otherwise."""
         if not has_chat(tokenizer):
             return self.few_shot(record)
-        turn = [{"role": "user", "content": self.request(record)}]
-        return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return encode_turn(tokenizer, self.request(record))
 
     def stops(self, tokenizer: Any) -> tuple[str, ...]:
         """Strings that end a chain: a model without a chat template goes on with a problem of its own."""

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dms_jax.config import ConfigError
+from dms_jax.weights.text import check_unicode
+
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -39,12 +42,19 @@ class Row(NamedTuple):
         if not isinstance(value, str) or not value.strip():
             wanted = " or ".join(map(repr, names))
             raise DataError(f"{self.where}: {wanted} must be text, got {value!r} (fields: {', '.join(self.fields)})")
-        return value
+        return self._unicode(value)
 
     def identity(self, number: int, *names: str) -> str:
         """The row's name: the first of these fields that is there, or its number."""
         value = next((self.fields[name] for name in names if self.fields.get(name) is not None), number)
-        return str(value)
+        return self._unicode(str(value))
+
+    def _unicode(self, value: str) -> str:
+        try:
+            check_unicode(value)
+        except ConfigError as error:
+            raise DataError(f"{self.where}: {error}") from None
+        return value
 
 
 def collect(pairs: Iterable[tuple[str, Record]], source: str) -> tuple[Record, ...]:
@@ -98,7 +108,7 @@ def _local(path: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
         try:
             listed = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error})") from None
         yield from ((f"{path}[{number}]", fields) for number, fields in enumerate(listed))
     else:
@@ -130,13 +140,15 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         table = parquet.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        table.validate(full=True)
+        listed = table.to_pylist()
+    except (OSError, ValueError, ArrowException) as error:
         raise DataError(f"{path}: cannot be read as parquet ({error})") from error
-    yield from ((f"{path}[{number}]", fields) for number, fields in enumerate(table.to_pylist()))
+    yield from ((f"{path}[{number}]", fields) for number, fields in enumerate(listed))
 
 
 def _hub(source: str, split: str) -> Iterator[tuple[str, Any]]:

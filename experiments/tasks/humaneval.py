@@ -9,9 +9,10 @@ import re
 import secrets
 from typing import Any, ClassVar
 
+from dms_jax.weights.text import has_chat
 from experiments import sandbox
 from experiments.tasks import programs
-from experiments.tasks.base import Record, Row, has_chat
+from experiments.tasks.base import Record, Row
 from experiments.tasks.data import records
 
 HUB = "openai/openai_humaneval"

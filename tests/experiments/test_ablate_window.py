@@ -35,7 +35,7 @@ def test_the_full_grid_is_in_the_config():
     [
         ({"windows": ()}, "windows=.*must not be empty"),
         ({"windows": (4, 4)}, "windows=.*occurs twice"),
-        ({"windows": (-1,)}, "windows=.*negative"),
+        ({"windows": (-1,)}, "windows=.*from 0"),
         ({"crs": (1.0,)}, "crs=.*above 1"),
         ({"problems": 0}, "problems=0"),
         ({"pool": 3}, "pool=3: is less than batch_size=128"),

@@ -108,7 +108,7 @@ def test_pareto_front():
 # ---- the run folder
 
 
-def test_a_run_folder_resumes_and_drops_half_a_line(tmp_path):
+def test_a_run_folder_resumes_and_drops_half_a_line(tmp_path, capsys):
     first = run.open_run(tmp_path, "x", {"a": (1, 2)})
     first.append([{"n": 0}, {"n": 1}])
     first.close()
@@ -116,17 +116,37 @@ def test_a_run_folder_resumes_and_drops_half_a_line(tmp_path):
         file.write(b'{"n": 2, "te')
     again = run.open_run(tmp_path, "x", {"a": (1, 2)})
     assert again.path == first.path and again.samples == [{"n": 0}, {"n": 1}]
+    assert f"{first.samples_path}: dropped its last line, which was cut off" in capsys.readouterr().err
     again.append([{"n": 2}])
     assert run.read_jsonl(again.samples_path) == [{"n": 0}, {"n": 1}, {"n": 2}] == again.samples
     again.close()
 
 
-def test_damage_in_the_middle_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"n"', "not a line of JSON"),
+        ("[" * 9999, "not a line of JSON"),
+        ("[1]", "not a sample like that of the first line"),
+        ('{"m": 1}', "not a sample like that of the first line"),
+        ('{"n": "1"}', "n='1' is of another kind than in the first line"),
+    ],
+)
+def test_damage_in_the_middle_is_an_error(tmp_path, line, message):
     opened = run.open_run(tmp_path, "x", {})
-    opened.samples_path.write_text('{"n": 0}\n{"n"\n{"n": 2}\n')
+    opened.samples_path.write_text(f'{{"n": 0}}\n{line}\n{{"n": 2}}\n')
     opened.close()
-    with pytest.raises(run.RunError, match=r"samples.jsonl:2: not a line of JSON"):
+    with pytest.raises(run.RunError, match=f"samples.jsonl:2: {message}"):
         run.Run(opened.path, {})
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "7", "[" * 9999])
+def test_damaged_metadata_is_named(tmp_path, text):
+    opened = run.open_run(tmp_path, "x", {})
+    (opened.path / "metadata.json").write_text(text)
+    with pytest.raises(run.RunError, match="metadata.json: "):
+        opened.started()
+    opened.close()
 
 
 def test_which_folder_is_opened(tmp_path):

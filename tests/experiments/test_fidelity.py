@@ -83,8 +83,12 @@ def test_measures_against_numpy(dms_lm, tokens):
 
 def test_text_windows():
     class Tokenizer:
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [1] * add_special_tokens + [int(word) for word in text.split()]}
+        bos_token_id = 1
+
+        def __call__(self, texts, add_special_tokens=True):
+            if isinstance(texts, str):
+                return {"input_ids": [1] * add_special_tokens + [int(word) for word in texts.split()]}
+            return {"input_ids": [self(text, add_special_tokens)["input_ids"] for text in texts]}
 
     text = " ".join(map(str, range(10, 21)))
     windows = fidelity.text_windows(text, Tokenizer(), length=5, prompt=2, limit=9)

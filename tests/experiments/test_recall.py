@@ -8,8 +8,10 @@ import pytest
 
 import dms_jax
 from dms_jax.config import ConfigError
+from dms_jax.weights.text import encode
 from experiments import niah, recall, run, variable_tracking, variants
 from experiments.variants import Variant
+from tests.helpers.tokenizers import TEMPLATE, letters
 
 # ---- variants
 
@@ -171,15 +173,6 @@ def test_mistakes_end_with_one_line(job, capsys, arguments, message):
 
 
 def test_a_chat_model_is_given_a_turn_and_the_prefix_begins_its_answer():
-    class Chat:
-        chat_template = "there is one"
-
-        def apply_chat_template(self, turn, add_generation_prompt, tokenize):
-            assert add_generation_prompt and not tokenize
-            return f"<user>{turn[0]['content']}<assistant>"
-
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [add_special_tokens, text]}
-
-    assert recall.encode_with(Chat(), "How?", " So") == [False, "<user>How?<assistant> So"]
-    assert recall.encode_with(Chat(), "How?", "") == [True, "How?"], "a part of a prompt, to be counted"
+    chat = letters("<b>", "", TEMPLATE)
+    assert recall.encode_with(chat, "abc", " d") == encode(chat, "<t>uabc<e> <t>a d", begins=False)
+    assert recall.encode_with(chat, "abc", "") == encode(chat, "abc"), "a part of a prompt, to be counted"

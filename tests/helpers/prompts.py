@@ -14,9 +14,13 @@ class Chat:
 
     chat_template = "there is one"
 
-    def apply_chat_template(self, turn, add_generation_prompt, return_dict):
-        assert add_generation_prompt and return_dict and turn[0]["role"] == "user"
-        return {"input_ids": list(turn[0]["content"].encode())}
+    def apply_chat_template(self, turn, add_generation_prompt, tokenize):
+        assert add_generation_prompt and not tokenize and turn[0]["role"] == "user"
+        return turn[0]["content"]
+
+    def __call__(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [list(text.encode()) for text in texts]}
 
 
 def asked(task, record) -> str:

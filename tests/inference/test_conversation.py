@@ -9,8 +9,11 @@ import pytest
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.inference import decode
 from dms_jax.inference.chat import Conversation
+from dms_jax.inference.generation import generate
 from dms_jax.inference.scheduler import EngineConfig
+from dms_jax.weights.text import encode_turn
 from tests.helpers.models import full_forward, random_lm, tiny
+from tests.helpers.tokenizers import TEMPLATE, letters
 
 DMS = DMSConfig(window=3, scale=3.0, logit_bias=0.3)
 
@@ -43,7 +46,7 @@ def test_a_turn_that_is_too_long_loses_nothing():
     first = talk.say([5, 6], 4)
     with pytest.raises(ConfigError, match="length=20: this turn may make 32 tokens"):
         talk.say([1, 2], 24)
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="not empty"):
         talk.say([], 4)
     assert talk.tokens == [5, 6, *first] and len(talk.say([7], 4)) == 4
 
@@ -83,3 +86,39 @@ def test_a_turn_broken_off_is_read_on(where, monkeypatch):
 def test_several_devices_are_refused():
     with pytest.raises(ConfigError, match="devices=.*one device"):
         Conversation(random_lm(tiny(), DMS), 20, devices=(1, 2))
+
+
+@pytest.mark.parametrize("before", ["<b>", ""])
+@pytest.mark.parametrize("template", [TEMPLATE, "<b>" + TEMPLATE, None])
+def test_turns_are_a_chat_with_one_beginning(before, template):
+    """All turns together are what the template writes of the whole chat, but for the tokens of the answers."""
+    lm = dataclasses.replace(random_lm(tiny()), tokenizer=letters(before, "", template))
+    talk, texts, shown = Conversation(lm, 64, page_size=4, stop=[]), ("ab c", "d", "gh"), []
+    for text in texts:
+        begun = len(talk.tokens)
+        assert talk.say(text, 3) == lm.tokenizer.decode(talk.tokens[-3:], skip_special_tokens=True)
+        turn = encode_turn(lm.tokenizer, text, first=not shown)
+        assert talk.tokens[begun:-3] == turn[bool(shown) and len(turn) > 1 and talk.tokens[begun - 1] == turn[0] :]
+        shown += talk.tokens[begun:-3]
+    assert shown[:1] == [1] if template != TEMPLATE and (template or before) else shown[:1] != [1]
+    assert 1 not in shown[1:]
+
+
+def test_the_end_of_an_answer_is_there_once():
+    """The model made the token that ends its turn; the template writes it, too."""
+    lm = dataclasses.replace(random_lm(tiny()), tokenizer=letters("", "", TEMPLATE))
+    talk = Conversation(lm, 64, page_size=4, stop=[])
+    talk.say("ab", 3)
+    for last, closes in ((2, 0), (5, 1)):
+        talk.tokens[-1] = last
+        begun, closing = len(talk.tokens), encode_turn(lm.tokenizer, "c", first=False)
+        talk.say("c", 2)
+        assert closing[0] == 2 and talk.tokens[begun:-2] == closing[1 - closes :]
+
+
+def test_a_conversation_draws_as_generate_does():
+    """From all bits of the seed, whatever jax's default generator is."""
+    lm = random_lm(tiny())
+    for seed in (3, 2**32 + 3):
+        alone = generate(lm, [[5, 6]], 6, temperature=1.0, seed=seed, stop=[]).tokens[0][0]
+        assert Conversation(lm, 64, temperature=1.0, seed=seed, stop=[]).say([5, 6], 6) == alone

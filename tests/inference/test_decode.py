@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.config import CacheConfig, ConfigError, DMSConfig
+from dms_jax.config import CacheConfig, DMSConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.models import transformer
 from tests.helpers.models import full_forward, prefill, random_lm, spec_for, step, tiny
@@ -193,27 +193,3 @@ def test_greedy_is_the_argmax_of_the_forward():
     logits, _ = full_forward(lm, np.array([prompt + new]))
     assert new == logits[0, 2:-1].argmax(-1).tolist()
     assert len(new) == 12 and len(set(new)) > 2
-
-
-def test_bad_requests_name_the_field():
-    lm = random_lm(tiny(), None)
-    with pytest.raises(ConfigError, match="policy='dms'"):
-        generation.generate(lm, [[1]], policy="dms")
-    with pytest.raises(ConfigError, match="never retrofitted"):
-        generation.generate(lm, [[1]], dms=DMSConfig())
-    with pytest.raises(ConfigError, match="policy='nope'"):
-        generation.generate(lm, [[1]], policy="nope")
-    with pytest.raises(ConfigError, match="cache='nope'"):
-        generation.generate(lm, [[1]], cache="nope")
-    with pytest.raises(ConfigError, match="max_new_tokens=0"):
-        generation.generate(lm, [[1]], max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
-        generation.generate(lm, [[1], []])
-    with pytest.raises(ValueError, match=r"prompts\[0\] has token ids outside 0..52"):
-        generation.generate(lm, [[53]])
-    with pytest.raises(ConfigError, match="budget=0.5: policy 'full' takes none"):
-        generation.generate(lm, [[1]], budget=0.5)
-    with pytest.raises(ConfigError, match="quant='int8': masked storage does not quantize"):
-        generation.generate(lm, [[1]], cache="masked", quant="int8")
-    with pytest.raises(ValueError, match="no tokenizer"):
-        generation.generate(lm, ["text"])

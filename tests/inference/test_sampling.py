@@ -134,6 +134,26 @@ def test_a_draw_does_not_depend_on_the_batch():
     assert len(set(sampling.sample(flat, keys, jnp.full(20, 3), config).tolist())) > 3
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-40, 1e-38, 1.2e-38, 1e-30, 1e-9])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """However small: logits that overflow, or a divisor that float32 rounds to 0, would give token 0."""
+    rows = jnp.asarray(np.random.default_rng(4).permuted(np.tile(np.arange(V) * 1e6, (40, 1)), axis=1), jnp.float32)
+    keys, positions = sampling.sequence_keys(0, 40, 1), jnp.arange(40)
+    got = sampling.sample(rows, keys, positions, SamplingConfig(temperature, top_k=3, top_p=0.9))
+    np.testing.assert_array_equal(got, rows.argmax(-1))
+
+
+def test_all_bits_of_a_seed_count(rng):
+    """No two of many seeds give one key; what has more than 64 bits is refused."""
+    drawn = [int(high) << 32 | int(low) for high, low in rng.integers(0, 2**32, (100, 2), dtype=np.uint64)]
+    seeds = {*(1 << n for n in range(64)), *drawn, 2**64 - 1, 0}
+    keys = {tuple(np.asarray(sampling.sequence_keys(seed, 1, 1))[0].tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match=f"seed={seed}"):
+            sampling.root_key(seed)
+
+
 @pytest.mark.parametrize("field, value", [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)])
 def test_config_names_the_field(field, value):
     with pytest.raises(ConfigError, match=rf"{field}={value}"):

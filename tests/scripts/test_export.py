@@ -224,6 +224,16 @@ def test_prompts_are_needed(tmp_path):
         sample_traces.main(sample_traces.Settings("mini", str(data), out, prompt="nothing"))
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", '{"row": 1}', '{"row": "1", "chain": 0}', '{"row": 1, "chain": -1}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    out = tmp_path / "out.jsonl"
+    out.write_text(f'{{"row": 0, "chain": 1}}\n{line}\n{{"row": 2, "ch')
+    with pytest.raises(ConfigError, match="out.jsonl, line 2: "):
+        sample_traces.resume(out)
+    out.write_text('{"row": 0, "chain": 1}\n{"row": 2, "ch')
+    assert sample_traces.resume(out) == {(0, 1)} and out.read_text() == '{"row": 0, "chain": 1}\n'
+
+
 # Watching, timing
 
 

@@ -59,7 +59,11 @@ def test_script_writes_the_family(mode, gate, folder):
     """The script as it is, on a one-layer model and short problems: what it writes is loaded, and evicts."""
     config = config_file(folder, mode, gate)
     overrides = retrofit.Overrides(model=str(folder / "mini"), learning_rate=0.3)
+    half = "run/.gate_cr2.safetensors.new" if mode == "adapter" else "run/cr2/.dms_jax-save/model.safetensors"
+    (folder / half).parent.mkdir(parents=True)
+    (folder / half).write_text("as a process leaves it that was killed")
     retrofit.main(config, overrides, out=folder / "run", pool=16)
+    assert not list((folder / "run").rglob(".*"))
     ids = np.arange(12)[None]
     base = dms_jax.load(folder / "mini", dtype="float32").logits(ids)
     for cr in (2, 2.5):
@@ -129,6 +133,9 @@ def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
     for arguments, message in (
         ((*run, folder / "file" / "run"), "error: [Errno 20] Not a directory"),
         ((*run, folder / "run", "--max-cr", "1"), "error: max_cr=1.0: must be above 1"),
+        ((*run, folder / "run", "--max-cr", "2.3"), "error: max_cr=2.3: no whole step reaches it"),
+        ((*run, folder / "run", "--slip-rate", "1.5"), "error: slip_rate=1.5: expected a finite number from 0 to 1"),
+        ((*run, folder / "run", "--pool", "0"), "error: pool=0: expected a whole number from 1"),
         ((*run, folder / "run", "--data", folder / "nothing.jsonl"), "error: tokenizer=None: "),
         (("--config", config, "--model", folder / "nothing"), f"error: {folder / 'nothing'}: neither an HF folder"),
         (("--config", folder / "nothing.yaml"), "error: [Errno 2] No such file or directory"),

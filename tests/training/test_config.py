@@ -3,11 +3,17 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from dms_jax.config import ConfigError, DMSConfig, load_yaml
-from dms_jax.training.config import RetrofitConfig
+from dms_jax.inference.scheduler import EngineConfig
+from dms_jax.policies import TOVA, Quest
+from dms_jax.training.config import LoraConfig, RetrofitConfig, SourceConfig
+from experiments.ablate_window import Ablation
 from scripts import pretrain_mini
+from scripts.pretrain_mini import PretrainConfig
 from tests.helpers.training import CONFIG
 
 
@@ -27,12 +33,49 @@ from tests.helpers.training import CONFIG
         ("crs", (2.0, 9.0)),
         ("crs", (1.0,)),
         ("crs", (2.0, 2.001)),
+        ("crs", (2.005,)),
+        ("max_cr", 3.001),
     ],
 )
 def test_config_names_the_field(field, value):
     with pytest.raises(ConfigError) as error:
         RetrofitConfig(**{field: value})
     assert str(error.value).startswith(f"{field}={value!r}: ")
+
+
+VALUES = (None, True, "", "x", -1, 0, 0.5, 1.5, 10**18, 1e300, math.nan, math.inf, np.float32(2), (), (1,), (-1, 2, 3),
+          ("q",), ((),), ((9,), (9, 9)), [1], {}, object())  # fmt: skip
+NUMBERS = (int, float, np.float32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [RetrofitConfig(), LoraConfig(), SourceConfig("a.jsonl"), EngineConfig(), PretrainConfig(), Ablation(), TOVA(9),
+     Quest(64)],
+    ids=lambda config: type(config).__name__,
+)  # fmt: skip
+def test_every_field_with_every_kind_of_value(config):
+    """Refused, with the name of the field or of one that it has to agree with; or of the default's kind, and finite."""
+    for field in dataclasses.fields(config):
+        default = getattr(config, field.name)
+        for value in VALUES:
+            try:
+                changed = dataclasses.replace(config, **{field.name: value})
+            except ConfigError as error:
+                key, related = (
+                    str(error).partition("=")[0].split(".")[-1],
+                    {"accumulate", "pool", "max_cr", "text", "response"},
+                )
+                assert key in {field.name, *related}, f"{field.name}={value!r}: {error}"
+                continue
+            except TypeCheckError:  # the tests' own check of annotations, which comes first
+                continue
+            got, number = getattr(changed, field.name), isinstance(value, NUMBERS) and not isinstance(value, bool)
+            assert isinstance(got, type(default)) or None in (got, default) or number, f"{field.name}={value!r}"
+            if number:
+                assert 0 <= got < (1e38 if isinstance(default, float) else 2**32), f"{field.name}={value!r}"
+                assert type(got) in (int, float), f"{field.name}={value!r}"
+            assert value is not True or isinstance(default, bool) or default is None, f"{field.name}={value!r}"
 
 
 def test_config_files_are_read_and_checked(tmp_path):

@@ -85,8 +85,8 @@ class Words:
         assert not add_special_tokens
         return {"input_ids": [[33 if c == "!" else ord(c) - 96 for c in text] for text in texts]}
 
-    def apply_chat_template(self, chat, tokenize):
-        assert not tokenize
+    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
+        assert not tokenize and not add_generation_prompt
         return "".join({"user": "u", "assistant": "a", "system": "s"}[turn["role"]] + turn["content"] for turn in chat)
 
 
@@ -96,7 +96,7 @@ class Characters(Words):
     def __call__(self, texts, add_special_tokens):
         return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
-    def apply_chat_template(self, chat, tokenize):
+    def apply_chat_template(self, chat, tokenize, add_generation_prompt):
         return "".join(turn["role"] + turn["content"] for turn in chat)
 
 
@@ -160,14 +160,14 @@ def test_parquet_and_jsonl_read_alike(tmp_path):
         ("[1]", {}, "row 0.*list"),
         ("{", {}, "row 0.*JSON"),
         ("[" * 10_000, {}, "row 0: cannot be read as JSON"),
-        ('{"text": "\\ud800"}', {}, "row 0: is not Unicode text"),
+        ('{"text": "\\ud800"}', {}, "row 0: text=.*is not Unicode text"),
         ('{"text": 7}', {"text": "text"}, "row 0, text=7: expected text"),
         ('{"messages": [{"role": "user"}]}', {}, r"row 0, messages\[0\]: has no field content"),
         ('{"messages": [{"role": "user", "content": null}]}', {}, r"row 0, messages\[0\].content=None: expected text"),
         ('{"messages": "hello"}', {}, "row 0, messages='hello': expected a list of turns"),
         ('{"chat": "hello"}', {"messages": "chat"}, "row 0, chat='hello': expected a list of turns"),
         ('{"messages": ["hello"]}', {}, r"row 0, messages\[0\]='hello': expected a turn"),
-        ('{"messages": [{"role": "tool", "content": "a"}]}', {}, "row 0: the chat template refuses it .*tool"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', {}, "row 0: chat=.*the chat template refuses it .*tool"),
         ('{"question": "a", "answer": ["b"]}', {}, r"row 0, answer=\['b'\]: expected text"),
         ('{"text": "", "messages": []}', {"text": "text"}, "row 0: is empty"),
     ],

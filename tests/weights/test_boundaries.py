@@ -55,6 +55,8 @@ def change_config(folder: Path, **values) -> None:
         ({"num_key_value_heads": 7}, "num_key_value_heads=7: must divide num_heads=2"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None: the file needs it"),
+        ({"max_position_embeddings": None}, "max_position_embeddings=None: the file needs it"),
         ({"rope_theta": 0, "rope_parameters": None}, "rope_theta=0"),
         ({"rope_theta": None, "rope_parameters": None}, "rope_theta=None"),
         ({"rope_theta": "", "rope_parameters": None}, "rope_theta=''"),
