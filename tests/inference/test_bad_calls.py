@@ -15,7 +15,7 @@ from tests.helpers.tokenizers import letters
 
 NASTY = (
     None, True, -1, 0, 1.5, 53, 2**31, 2**64, float("nan"), float("inf"), -0.5, "", "x", b"x", (), [[1]], [1.5], [True],
-    [53], [-1], ["a"], [None], [2**70], {}, {1: 2}, object(), np.float32(0.5), np.zeros((2, 2)), np.float64("nan"),
+    [53], [-1], ["a"], [None], [2**70], {}, {1: 2}, Ellipsis, np.float32(0.5), np.zeros((2, 2)), np.float64("nan"),
 )  # fmt: skip
 BUDGETED = ("budget", "protect_prompt", "evict_every")  # options of policies with a budget
 PROMPTS = [value for value in NASTY if not isinstance(value, str) and repr(value) not in ("[[1]]", "['a']")]
