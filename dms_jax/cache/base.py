@@ -69,6 +69,13 @@ class KVCache(abc.ABC):
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> Arrays:
         """An empty cache of `batch` rows; a paged one has `pages` pages in each device's pool."""
 
+    def center(self, cache: Arrays, offset: Float[Array, "L K D"]) -> Arrays:
+        """The empty cache, whose quantized keys will be stored less this offset; of no meaning for others.
+
+        An offset common to all keys of a head changes no softmax, so attention never adds it back.
+        """
+        return cache
+
     @abc.abstractmethod
     def can_append(self, cache: Arrays, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
         """Which of the active sequences have room for one more token in every head."""

@@ -35,6 +35,7 @@ class PagedArrays(NamedTuple):
     pos: Int[Array, "N page"]
     k_scale: Float[Array, "N page"] | None  # only where keys and values are quantized
     v_scale: Float[Array, "N page"] | None
+    k_offset: Float[Array, "L K D"] | None  # subtracted from keys before they are quantized
     table: Int[Array, "L B K P"]  # page ids; arbitrary past the head's pages
     length: Int[Array, "L B K"]
     free: Int[Array, "N"]  # a stack of page ids, of which free[:top] are free
@@ -64,11 +65,15 @@ class PagedCache(KVCache):
             pos=jnp.full((N, page), -1, jnp.int32),
             k_scale=jnp.zeros((N, page)) if quantized else None,
             v_scale=jnp.zeros((N, page)) if quantized else None,
+            k_offset=jnp.zeros((L, K, D)) if quantized else None,
             table=jnp.zeros((L, batch, K, self.table_width), jnp.int32),
             length=jnp.zeros((L, batch, K), jnp.int32),
             free=jnp.arange(N, dtype=jnp.int32),
             top=jnp.asarray(N, jnp.int32),
         )
+
+    def center(self, cache: PagedArrays, offset: Float[Array, "L K D"]) -> PagedArrays:
+        return cache if cache.k_offset is None else cache._replace(k_offset=offset.astype(jnp.float32))
 
     def can_append(self, cache: PagedArrays, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
         """Those, from the first, whose heads all find a fresh page if they need one; the others wait.
@@ -104,7 +109,7 @@ class PagedCache(KVCache):
             attended, pages = kernels.paged_decode_attention_update(q, k, v, pages, slots, layer, weights=weights)
             return cache._replace(k=pages.k, v=pages.v), attended.out, attended.weights
         table, length, slot = cache.table[layer], cache.length[layer], slots[layer % len(slots)]
-        cache = self._write(cache, _page_of(cache, table, slot), slot % page_size(cache), k, v)
+        cache = self._write(cache, layer, (_page_of(cache, table, slot), slot % page_size(cache)), k, v)
         pages = kernels.Pages(cache.k, cache.v, table, length, cache.k_scale, cache.v_scale)
         attended = kernels.paged_decode_attention(q, pages, readable=readable, weights=weights)
         return cache, attended.out, attended.weights
@@ -120,7 +125,9 @@ class PagedCache(KVCache):
         k_scale, v_scale = (None if x is None else read(x) for x in (cache.k_scale, cache.v_scale))
         pos = jnp.where(jnp.arange(width) < cache.length[layer][..., None], read(cache.pos), -1)
         dtype = cache.k.dtype if cache.k_scale is None else jnp.float32
-        return View(quant.decode(read(cache.k), k_scale, dtype), quant.decode(read(cache.v), v_scale, dtype), pos)
+        k = quant.decode(read(cache.k), k_scale, dtype)
+        k = k if cache.k_offset is None else k + cache.k_offset[layer][:, None]
+        return View(k, quant.decode(read(cache.v), v_scale, dtype), pos)
 
     def write_prefill(
         self,
@@ -144,7 +151,7 @@ class PagedCache(KVCache):
         target = jnp.take_along_axis(table, jnp.clip(new.slot // page, 0, P - 1), axis=-1)
         target = jnp.where(new.slot >= 0, target, len(cache.free))
         cache = cache._replace(pos=cache.pos.at[target, new.slot % page].set(new.pos, mode="drop"))
-        return self._write(cache, target, new.slot % page, new.k, new.v), slots
+        return self._write(cache, layer, (target, new.slot % page), new.k, new.v), slots
 
     def live(self, cache: PagedArrays) -> Int[Array, "L B K"]:
         return cache.length
@@ -218,15 +225,16 @@ class PagedCache(KVCache):
         new = jnp.arange(N, pages, dtype=jnp.int32)
         return _give_pages(cache, new, jnp.ones(more, bool))
 
-    def _write(self, cache: PagedArrays, page, offset, k, v) -> PagedArrays:
-        """Writes keys and values `[..., D]` at (page, offset); page N is out of range and dropped."""
+    def _write(self, cache: PagedArrays, layer: int, at, k, v) -> PagedArrays:
+        """Writes keys and values `[B, K, ..., D]` at (page, place in it); page N is out of range and dropped."""
 
         def put(target, value):
-            return target.at[page, offset].set(value.astype(target.dtype), mode="drop")
+            return target.at[at].set(value.astype(target.dtype), mode="drop")
 
-        kind = self.config.quant
-        if kind == "none":
+        kind, offset = self.config.quant, cache.k_offset
+        if offset is None:
             return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
+        k -= jnp.expand_dims(offset[layer], range(1, k.ndim - 2))
         (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
         cache = cache._replace(k=put(cache.k, k), v=put(cache.v, v))
         return cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))

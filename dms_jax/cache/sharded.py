@@ -41,8 +41,9 @@ class ShardedPagedCache(KVCache):
 
     @property
     def letters(self) -> PagedArrays:
-        scale = None if self.config.quant == "none" else "N p"
-        return PagedArrays("N p D", "N p D", "N p", scale, scale, "L B K P", "L B K", "N", "N")
+        quantized = self.config.quant != "none"
+        scale, offset = ("N p", "L K D") if quantized else (None, None)
+        return PagedArrays("N p D", "N p D", "N p", scale, scale, offset, "L B K P", "L B K", "N", "N")
 
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> PagedArrays:
         K = model.num_kv_heads
@@ -55,6 +56,9 @@ class ShardedPagedCache(KVCache):
             return cache._replace(top=cache.top[None])
 
         return sharding.per_device(empty, ("",), self.letters)(jnp.zeros(()))
+
+    def center(self, cache, offset):
+        return self.local.center(cache, offset)
 
     def can_append(self, cache, active):
         def local(cache, active):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax.inference import decode
 from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, PromptChunk
 from dms_jax.inference.scheduler import Copy, padded_count, padded_length, round_up
+from dms_jax.models.transformer import mean_key_bias
 from dms_jax.types import Params
 
 
@@ -55,6 +56,9 @@ class Runner:
         self.prefill_chunk, self.pad_rows, self.max_pages = prefill_chunk, pad_rows, max_pages
         dtype = params["embed"]["embedding"].dtype
         self.state = self._call(decode.init, spec, rows, dtype, pages)
+        offset = mean_key_bias(params, spec.model.config, spec.kv_cache.slots)
+        if offset is not None:
+            self.state = self.state._replace(cache=spec.kv_cache.center(self.state.cache, offset))
 
     def _call(self, function, *arguments):
         """Everything that runs on the devices goes through here: under the mesh, where there is one."""

@@ -225,3 +225,18 @@ def init(key: Array, config: ModelConfig, dms_config: DMSConfig | None = None) -
     model = Decoder(config, dms_config)
     variables: Any = model.init(key, tokens, tokens, causal, method="logits")
     return variables["params"]
+
+
+def mean_key_bias(params: Params, config: ModelConfig, length: int) -> Float[Array, "L K D"] | None:
+    """What the biases add to the keys after RoPE, averaged over `length` positions; None where they add nothing fixed.
+
+    Qwen2's key biases are large (145 where keys are around 10) in the dims that RoPE hardly turns.
+    """
+    if not config.qkv_bias or config.qk_norm:
+        return None
+    inverse, scale = layers.rope_frequencies(config.rope, config.head_dim)
+    angles = np.arange(length)[:, None] * inverse
+    cos, sin = (jnp.asarray(scale * turned.mean(axis=0), jnp.float32) for turned in (np.cos(angles), np.sin(angles)))
+    biases = jnp.stack([params[f"layers_{n}"]["attn"]["k"]["bias"] for n in range(config.num_layers)])
+    first, second = jnp.split(biases.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -4,6 +4,7 @@ A history of random queries, keys, values and eviction logits is fed in turns (c
 different for each sequence); every attention output is compared with dense attention over the whole history.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,7 @@ from dms_jax.cache import DecodeQuery, kv_cache, paged
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import EvictionMask, attention
+from dms_jax.models import layers, transformer
 from dms_jax.policies import DecodeStep, DelayedEviction, NewToken, PrefillChunk
 
 B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
@@ -136,6 +138,43 @@ def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     np.testing.assert_allclose(out, want[:, 0], atol=1e-5)
     assert weights.shape == (B, K, store.slots)
     np.testing.assert_array_equal(weights[0, 0] > 0, np.pad(pages, (0, store.slots - T)))
+
+
+def test_keys_far_from_zero_keep_their_precision_where_the_offset_is_known(rng):
+    """Keys of Qwen2, in which a few dims are 145 beside others around 1: a chunk and a step, attention and view."""
+    T, common = 7, np.zeros((L, K, D), np.float32)
+    common[:, :, -2:] = rng.choice([-145.0, 120.0], (L, K, 2))
+    common = jnp.asarray(common)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (K * G, K, K))
+    k += common[1]
+    position, keep = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1)), jnp.ones((B, K, T - 1), bool)
+
+    def attended(quant, offset):
+        store = kv_cache(CacheConfig("paged", 8, 4, quant))
+        cache = store.center(store.allocate(MODEL, B, jnp.float32, 2 * L * B * K), offset)
+        cache, _ = store.write_prefill(cache, 1, k[:, :-1], v[:, :-1], position, keep)
+        cache, slot = store.append(cache, 1, jnp.full(B, T - 1), jnp.full((1, B, K), -1), jnp.ones(B, bool))
+        cache, out, _ = store.attend(cache, 1, DecodeQuery(q[:, -1], k[:, -1], v[:, -1], slot), False)
+        return out, store.view(cache, 1, T).k
+
+    exact, keys = attended("none", common)
+    np.testing.assert_allclose(keys, k.swapaxes(1, 2), atol=1e-6)
+    errors = [np.abs(attended("int8", offset)[0] - exact).max() for offset in (0 * common, common)]
+    assert errors[1] < 0.03 and errors[1] < errors[0] / 5
+    np.testing.assert_allclose(attended("int8", common)[1], keys, atol=0.05)
+
+
+def test_the_offset_of_keys_is_their_mean_rotated_bias(rng):
+    config = dataclasses.replace(MODEL, qkv_bias=True)
+    params = transformer.init(jax.random.key(0), config)
+    want = np.zeros((L, K, D))
+    for n in range(L):
+        bias = rng.normal(size=(K, D)).astype(np.float32)
+        params[f"layers_{n}"]["attn"]["k"]["bias"] = jnp.asarray(bias)
+        at = jnp.arange(TOTAL)[None]
+        want[n] = layers.apply_rope(jnp.broadcast_to(bias, (1, TOTAL, K, D)), at, config.rope)[0].mean(axis=0)
+    np.testing.assert_allclose(transformer.mean_key_bias(params, config, TOTAL), want, atol=1e-5)
+    assert transformer.mean_key_bias(params, MODEL, TOTAL) is None
 
 
 STATIC = [(0, 0), (0, 1), (3, 0), (3, 2), (3, 4), (16, 1), (50, 0)]
