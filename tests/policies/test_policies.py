@@ -428,7 +428,7 @@ def test_options_that_a_policy_has_not():
         policies.named("quest", None, 8, CAPACITY, PAGE, evict_every=4)
     with pytest.raises(ConfigError, match="queries=0: must be at least 1"):
         policies.RKV(16, queries=0)
-    with pytest.raises(ConfigError, match="evict_every=0: must be at least 1"):
+    with pytest.raises(ConfigError, match="evict_every=0: expected a whole number from 1"):
         policies.named("tova", None, 16, evict_every=0)
 
 
