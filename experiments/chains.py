@@ -29,7 +29,7 @@ from experiments.stops import StopStrings
 from experiments.tasks.base import Task
 from experiments.tasks.data import Record
 
-PROBLEMS_PER_BLOCK = 16
+PROBLEMS_PER_BLOCK = 32
 FINGERPRINTED = 2**20  # parameters with more elements are left out of the fingerprint
 JUDGES = max(2, (os.cpu_count() or 2) // 2)  # verdicts at the same time
 

@@ -185,7 +185,7 @@ class _Run:
             index[: len(group)] = [self.logits[copy.source][1] for copy in group]
             keys = np.stack([p.job.keys[copy.number] for p, copy in zip(prompts, group, strict=True)])
             width = max(len(p.job.prompt) for p in prompts)
-            started = self.runner.fork(made.logits[index], group, keys, width)
+            started = self.runner.fork((made, index), group, keys, width)
             rows = [copy.target for copy in group]
             self.made.append(_Begun(rows, self.scheduler.chains_started(group), started))
             emptied = [copy.source for copy in group if copy.moved]

@@ -34,6 +34,12 @@ class Started(NamedTuple):
     done: Bool[Array, "A"]
 
 
+@jax.jit
+def pick(arrays, rows: Int[Array, "A"]):
+    """These rows of every array; indexing outside of a compiled function costs milliseconds of tracing."""
+    return jax.tree.map(lambda x: x[rows], arrays)
+
+
 class Runner:
     """`rows` rows of one DecodeSpec, with a pool of `pages` pages on each device of `mesh`.
 
@@ -114,8 +120,9 @@ class Runner:
             live[rows] = wanted[rows]
             if start + C < tokens.shape[1]:
                 live[rows] = self.live()[rows]
-        after = self._call(decode.live_tokens, self.spec, self.state)[np.minimum(padded, self.rows - 1)]
-        return Prefilled(logits, jnp.concatenate(seen, axis=1), after)
+        live_now = self._call(decode.live_tokens, self.spec, self.state)
+        after = self._call(pick, live_now, np.minimum(padded, self.rows - 1))
+        return Prefilled(logits, seen[0] if len(seen) == 1 else jnp.concatenate(seen, axis=1), after)
 
     def _batch(self, rows: list[int], prompts: list[list[int]]):
         """Right-padded tokens `[A, T]`, counts `[A]` and rows `[A]`; few sizes, so that few programs are compiled."""
@@ -129,9 +136,10 @@ class Runner:
             tokens[n, : len(prompt)] = prompt
         return tokens, counts, padded
 
-    def fork(self, logits: Float[Array, "A V"], copies: list[Copy], keys: np.ndarray, width: int) -> Started:
-        """Copies parked rows; `logits[n]` and `keys[n]` are of the n-th copy, the rest of the A is padding."""
-        A = len(logits)
+    def fork(self, read: tuple[Prefilled, np.ndarray], copies: list[Copy], keys: np.ndarray, width: int) -> Started:
+        """Copies parked rows; read: what was prefilled, and which of its logits are each copy's, padded to A."""
+        made, index = read
+        logits, A = self._call(pick, made.logits, index), len(index)
         source, target, moved = np.full(A, self.rows), np.full(A, self.rows), np.zeros(A, bool)
         all_keys = np.zeros((A, 2), np.uint32)
         all_keys[: len(copies)] = keys
@@ -141,7 +149,7 @@ class Runner:
         rows = Copies(source, target, moved, all_keys)
         self.state = self._call(decode.fork, self.spec, self.state, logits, rows, width)
         at = np.minimum(target, self.rows - 1)
-        return Started(self.state.token[at], self.state.done[at])
+        return Started(*self._call(pick, (self.state.token, self.state.done), at))
 
     def decode(self, steps: int, batch: int | None = None) -> Chunk:
         """One chunk of steps for the first `batch` rows."""
