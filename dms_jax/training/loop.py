@@ -5,6 +5,7 @@ import functools
 import json
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class Loop:
           FloatingPointError: the loss or the gradient is not finite. Nothing is saved, and the batch is left in the
             folder.
           SystemExit: code 0, after SIGTERM and a checkpoint.
+          KeyboardInterrupt: after Ctrl-C, at the end of the step; a second one ends it at once.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(self.folder / "checkpoints", always=self.keep)
@@ -130,19 +132,36 @@ class Loop:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[Callable[[int], bool]]:
-    """A function that says whether SIGTERM came; processes of one run agree on the step."""
+    """A function that says whether SIGTERM came, and raises KeyboardInterrupt after a Ctrl-C.
+
+    Raised where it comes, inside a library's callback, Python would drop it; a second Ctrl-C is. Processes of one run
+    agree on the step.
+    """
     if jax.process_count() > 1:  # jax's coordination service has the signal
         from jax.experimental import multihost_utils
 
         yield multihost_utils.reached_preemption_sync_point
         return
-    came = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    except ValueError:  # not in the main thread, which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield lambda step: False
         return
+    came: set[int] = set()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _) -> None:
+        came.add(number)
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+
+    def terminated(step: int) -> bool:
+        if signal.SIGINT in came:
+            raise KeyboardInterrupt
+        return signal.SIGTERM in came
+
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield lambda step: bool(came)
+        yield terminated
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -202,6 +202,7 @@ def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) 
         pos=jnp.zeros((pages, page), jnp.int32),
         k_scale=None,
         v_scale=None,
+        k_offset=None,
         table=jnp.asarray(table),
         length=jnp.asarray(live, jnp.int32),
         free=jnp.asarray(np.concatenate([ids[used:], ids[:used]])),
