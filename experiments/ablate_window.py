@@ -2,21 +2,22 @@
 
 A cell is a window and a mode: one short retrofit of the mini model whose schedule passes the compression ratios,
 with a snapshot at each, which is then scored on held-out problems as `experiments.aime` scores (one chain, sampled
-at temperature 1). The query neuron is given up once, before any cell: that depends on neither window nor mode.
+at temperature 1). The query neuron is given up once a seed, before any cell: that depends on neither window nor mode.
 With window 0 the two modes are the same model, which is trained once and reported under both.
 
 examples:
   python -m experiments.ablate_window --jobs 9
-  python -m experiments.ablate_window --windows 16 --modes immediate --out runs/ablate_window
+  python -m experiments.ablate_window --windows 16 --modes immediate --seeds 1 --out runs/ablate_window
 
-OUT holds a folder for the shared start and one for each cell; what is finished there is not run again, and
-OUT/results.json has a row for each (window, mode, ratio) of all cells in it.
+OUT holds a folder for the shared start of each seed and one for each cell; what is finished there is not run again,
+and OUT/results.json has a row for each (window, mode, ratio) of all cells in it, the mean of its seeds.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,16 +34,17 @@ from dms_jax.config import Count, DMSConfig, Positive, Ratio, Seed, Share, Size,
 from dms_jax.files import write_atomically
 from experiments import command, report, stats
 from experiments.command import metavar
-from experiments.run import Run, RunError, environment, open_run, read_config, read_json, write_json
+from experiments.run import Run, RunError, environment, open_run, read_config, read_json, read_jsonl, write_json
 from experiments.variants import batches
 from paper_figures.rows import percent
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate_window.yaml"
+POOL = "pool.npz"
 PADDED = 64  # lengths of training sequences are cut to a multiple of this
 POLL = 2.0  # seconds between two looks at the cells that run
 CAPTION = (
-    f"Accuracy of one sampled chain a problem, with its 95% interval ({stats.METHOD}). Achieved CR: tokens seen over "
-    f"tokens live at the end of a chain, the window included."
+    f"Accuracy of one sampled chain a problem, mean of the seeds (each a retrofit of its own), with its 95% interval "
+    f"({stats.METHOD}). Achieved CR: tokens seen over tokens live at the end of a chain, the window included."
 )
 
 
@@ -51,6 +53,7 @@ class Ablation:
     """The grid, and how a cell is trained and scored; fields as in RetrofitConfig and `experiments.aime`.
 
     modes: "delayed" reads the decision off the token itself (o = 0), "immediate" off the one `window` later (o = w).
+    seeds: retrofits of each cell, each with its own training problems, order and noise.
     pool: training problems drawn. problems: held-out problems scored; sampled: sequences in one call.
     """
 
@@ -58,7 +61,7 @@ class Ablation:
     modes: tuple[Literal["delayed", "immediate"], ...] = ("delayed", "immediate")
     crs: tuple[Ratio, ...] = (2.0, 4.0, 8.0)
     retire_steps: Size = 100
-    steps_per_cr: Size = 50
+    steps_per_cr: Size = 150
     learning_rate: Positive = 5e-4
     batch_size: Size = 128
     pool: Size = 65536
@@ -66,11 +69,11 @@ class Ablation:
     problems: Size = 512
     sampled: Size = 512
     max_length: Size = 448
-    seed: Seed = 1
+    seeds: tuple[Seed, ...] = (1, 2, 3)
 
     def __post_init__(self):
         check(self)
-        for key in ("windows", "modes", "crs"):
+        for key in ("windows", "modes", "crs", "seeds"):
             values = getattr(self, key)
             require(len(values) > 0, key, values, "must not be empty")
             require(len(set(values)) == len(values), key, values, "a value occurs twice")
@@ -78,8 +81,8 @@ class Ablation:
         require(self.pool >= self.batch_size, "pool", self.pool, f"is less than batch_size={self.batch_size}")
 
     def shared(self) -> dict:
-        """What the shared start depends on."""
-        keys = ("retire_steps", "learning_rate", "batch_size", "pool", "slip_rate", "seed")
+        """What the shared starts depend on, besides their seeds."""
+        keys = ("retire_steps", "learning_rate", "batch_size", "pool", "slip_rate")
         return {key: getattr(self, key) for key in keys}
 
     def scoring(self) -> dict:
@@ -97,8 +100,10 @@ class Config:
     """delayed, immediate"""
     crs: Annotated[tuple[float, ...], metavar("CR ...")] = ()
     """compression ratios that the schedule passes"""
+    seeds: Annotated[tuple[int, ...], metavar("SEED ...")] = ()
+    """retrofits of each cell"""
     retire_steps: Annotated[int | None, metavar("N")] = None
-    """steps over which the query neuron is given up, once for all cells"""
+    """steps over which the query neuron is given up, once for all cells of a seed"""
     steps_per_cr: Annotated[int | None, metavar("N")] = None
     """steps in which the compression ratio rises by 1"""
     batch_size: Annotated[int | None, metavar("N")] = None
@@ -120,10 +125,16 @@ class Cell(NamedTuple):
 
     window: int
     mode: str
+    seed: int
 
     @property
     def name(self) -> str:
-        return f"w{self.window}-{self.mode}"
+        return f"w{self.window}-{self.mode}-seed{self.seed}"
+
+    @property
+    def start(self) -> str:
+        """The folder of the shared start."""
+        return f"start-seed{self.seed}"
 
     @property
     def dms(self) -> DMSConfig:
@@ -132,8 +143,8 @@ class Cell(NamedTuple):
 
 def grid(settings: Ablation) -> list[Cell]:
     """The cells to train, widest window first: theirs take longest."""
-    cells = {Cell(w, mode if w else "delayed") for w in settings.windows for mode in settings.modes}
-    return sorted(cells, reverse=True)
+    grid = itertools.product(settings.windows, settings.modes, settings.seeds)
+    return sorted({Cell(w, mode if w else "delayed", seed) for w, mode, seed in grid}, reverse=True)
 
 
 def cell_identity(settings: Ablation, cell: Cell) -> dict:
@@ -150,7 +161,7 @@ def cell_identity(settings: Ablation, cell: Cell) -> dict:
 # ---- the shared start
 
 
-def retrofit_config(settings: Ablation, dms: DMSConfig):
+def retrofit_config(settings: Ablation, dms: DMSConfig, seed: int):
     """The retrofit of a cell; its first `retire_steps` steps are the shared ones."""
     from dms_jax.training.config import RetrofitConfig
 
@@ -162,28 +173,28 @@ def retrofit_config(settings: Ablation, dms: DMSConfig):
         crs=settings.crs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
-        seed=settings.seed,
+        seed=seed,
     )
 
 
-def train_cell(settings: Ablation, lm: Any, dms: DMSConfig, folder: Path, pool: Path, **options) -> None:
+def train_cell(settings: Ablation, cell: Cell, lm: Any, folder: Path, **options) -> None:
     """The retrofit of a cell in `folder`, from its newest checkpoint; `options` are those of `train`."""
     from dms_jax.training.data import PoolStream
     from dms_jax.training.train import train
 
-    config = retrofit_config(settings, dms)
-    stream = PoolStream(read_pool(pool), config.batch_size, config.seed).packed
-    train(lm.params, lm.config, config, stream, folder, **options)
+    config = retrofit_config(settings, cell.dms, cell.seed)
+    pool = read_pool(folder.parent / cell.start / POOL)
+    train(lm.params, lm.config, config, PoolStream(pool, config.batch_size, config.seed).packed, folder, **options)
 
 
-def make_pool(settings: Ablation, path: Path) -> None:
+def make_pool(settings: Ablation, seed: int, path: Path) -> None:
     """Draws the training problems that all cells share, and writes them in one piece."""
     from experiments.tasks import mini
 
     workers = min(os.cpu_count() or 1, -(-settings.pool // mini.CHUNK))
     tokenizer = mini.build_tokenizer()
     drawn = mini.generate_pool(
-        tokenizer, "train", settings.seed, settings.pool, mini.LENGTH, workers, slip_rate=settings.slip_rate
+        tokenizer, "train", seed, settings.pool, mini.LENGTH, workers, slip_rate=settings.slip_rate
     )
     width = -(-int(drawn.total_lengths.max()) // PADDED) * PADDED
     arrays = {"tokens": drawn.tokens[:, :width], "prompts": drawn.prompt_lengths, "lengths": drawn.total_lengths}
@@ -199,25 +210,23 @@ def read_pool(path: Path):
 
 
 def prepare(settings: Ablation, out: Path) -> dict:
-    """The pool, the retired state and the base model's score in OUT/start; returns the score.
+    """The base model's score in OUT/base, which it returns; each seed's pool and retired state in OUT/start-seed1, ....
 
     Raises:
       RunError: OUT was made with other settings.
     """
     import dms_jax
 
-    identity = {**settings.shared(), **settings.scoring()}
-    run = open_run(out, "start", identity, out / "start")
-    try:
-        lm = dms_jax.load("mini", dtype="float32")
-        pool = run.path / "pool.npz"
-        if not pool.exists():
-            make_pool(settings, pool)
-        train_cell(settings, lm, DMSConfig(window=0), run.path, pool, until=settings.retire_steps)
+    lm = dms_jax.load("mini", dtype="float32")
+    for seed in settings.seeds:
+        cell = Cell(0, "delayed", seed)
+        with contextlib.closing(open_run(out, "start", settings.shared(), out / cell.start)) as run:
+            if not (run.path / POOL).exists():
+                make_pool(settings, seed, run.path / POOL)
+            train_cell(settings, cell, lm, run.path, until=settings.retire_steps)
+    with contextlib.closing(open_run(out, "base", settings.scoring(), out / "base")) as run:
         score_member(settings, run, lm, None, "base")
         return summarize(run.samples, "base")
-    finally:
-        run.close()
 
 
 # ---- a cell
@@ -245,8 +254,8 @@ def run_cell(settings: Ablation, cell: Cell, out: Path) -> None:
         def write_member(cr: float, params: Any) -> None:
             dms_jax.save(retrofitted(lm, params, cell.dms, cr, "float32"), run.path / f"cr{cr:g}")
 
-        begin_cell(settings, out / "start", run.path)
-        train_cell(settings, lm, cell.dms, run.path, out / "start" / "pool.npz", on_member=write_member)
+        begin_cell(settings, out / cell.start, run.path)
+        train_cell(settings, cell, lm, run.path, on_member=write_member)
         trained = time.monotonic()
         rows = []
         for cr in sorted(settings.crs):
@@ -347,22 +356,46 @@ def run_cells(settings: Ablation, cells: Sequence[Cell], out: Path, jobs: int) -
                         raise RunError(f"cell {cell.name}: {error}; see {out / cell.name}.log") from error
 
 
-def merged(out: Path, base: dict) -> Iterator[dict]:
-    """Rows of every finished cell in OUT; window 0 stands for both modes.
+def finished_rows(out: Path) -> Iterator[dict]:
+    """Rows of every finished cell in OUT, each with what its chains came to, `right` by problem.
 
     Raises:
       RunError: cells that were trained or scored differently.
     """
     seen: dict[str, dict] = {}
     for path in sorted(out.glob("w*/results.json")):
-        own = {k: v for k, v in read_config(path.parent).items() if k not in ("window", "mode", "crs")}
+        own = {k: v for k, v in read_config(path.parent).items() if k not in (*Cell._fields, "crs")}
         seen[path.parent.name] = own
         first = next(iter(seen))
         if own != seen[first]:
             raise RunError(f"{path.parent}: made with other settings than {out / first}")
+        samples = read_jsonl(path.parent / "samples.jsonl")
         for row in read_json(path, dict)["rows"]:
-            for mode in ("delayed", "immediate") if row["window"] == 0 else (row["mode"],):
-                yield {**row, "mode": mode, "base_accuracy": base["accuracy"]}
+            right = {s["id"]: s["correct"] for s in samples if s["source"] == f"cr{row['cr']:g}"}
+            yield {**row, "right": right}
+
+
+def merged(out: Path, base: dict) -> Iterator[dict]:
+    """A row for each (window, mode, ratio): the mean of its seeds, and each of them; window 0 stands for both modes.
+
+    Raises:
+      RunError: as `finished_rows`.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in finished_rows(out):
+        groups.setdefault((row["window"], row["mode"], row["cr"]), []).append(row)
+    for (window, mode, cr), rows in groups.items():
+        right = [np.mean([row["right"][problem] for row in rows]) for problem in rows[0]["right"]]
+        row = {
+            "cr": cr,
+            "accuracy": stats.bootstrap(right)._asdict(),
+            "achieved_cr": float(np.mean([row["achieved_cr"] for row in rows])),
+            "by_seed": [{k: row[k] for k in ("seed", "accuracy", "achieved_cr")} for row in rows],
+            "problems": len(right),
+            "base_accuracy": base["accuracy"],
+        }
+        for shown in ("delayed", "immediate") if window == 0 else (mode,):
+            yield {"window": window, "mode": shown, **row}
 
 
 COLUMNS = (  # as in report.py
@@ -370,6 +403,7 @@ COLUMNS = (  # as in report.py
     ("mode", "left", True, lambda row: row["mode"]),
     ("CR", "right", True, lambda row: f"{row['cr']:g}"),
     ("accuracy %", "right", True, lambda row: percent(row["accuracy"])),
+    ("each seed %", "left", False, lambda row: ", ".join(f"{100 * s['accuracy']['mean']:.1f}" for s in row["by_seed"])),
     ("achieved CR", "right", True, lambda row: f"{row['achieved_cr']:.2f}"),
     ("problems", "right", True, lambda row: str(row["problems"])),
 )
