@@ -11,22 +11,22 @@ from dms_jax import sharding
 from dms_jax.config import ConfigError
 from dms_jax.training import checkpoint
 from dms_jax.training.step import initial_state
-from experiments import ablate_window, run
-from experiments.ablate_window import Ablation, Cell
+from experiments import ablate_window, run, window_cells
+from experiments.window_cells import Ablation, Cell
 
 
 def test_cells_and_modes():
-    cells = ablate_window.grid(Ablation(windows=(0, 4), modes=("delayed", "immediate"), seeds=(1,)))
+    cells = window_cells.grid(Ablation(windows=(0, 4), modes=("delayed", "immediate"), seeds=(1,)))
     assert cells == [Cell(4, "immediate", 1), Cell(4, "delayed", 1), Cell(0, "delayed", 1)], "window 0 is one model"
     assert [(c.dms.window, c.dms.decision_offset) for c in cells] == [(4, 4), (4, 0), (0, 0)]
-    two = ablate_window.grid(Ablation(windows=(0,), modes=("immediate",), seeds=(3, 5)))
+    two = window_cells.grid(Ablation(windows=(0,), modes=("immediate",), seeds=(3, 5)))
     assert two == [Cell(0, "delayed", 5), Cell(0, "delayed", 3)]
 
 
 def test_the_full_grid_is_in_the_config():
     settings = ablate_window.load_settings(ablate_window.Config())
     assert settings == Ablation()
-    assert len(ablate_window.grid(settings)) == 27 and settings.crs == (2, 4, 8)
+    assert len(window_cells.grid(settings)) == 27 and settings.crs == (2, 4, 8)
     few = ablate_window.load_settings(ablate_window.Config(windows=(16,), crs=(3.0,), problems=5))
     assert (few.windows, few.crs, few.problems, few.batch_size) == ((16,), (3,), 5, settings.batch_size)
 
@@ -88,7 +88,7 @@ def test_the_ablation_from_end_to_end(job, monkeypatch, capsys):
     assert (member.dms.window, member.dms.decision_offset, member.cr) == (3, 3, 2)
 
     trained = []
-    monkeypatch.setattr(ablate_window, "train_cell", lambda *arguments, **options: trained.append(options))
+    monkeypatch.setattr(window_cells, "train_cell", lambda *arguments, **options: trained.append(options))
     job("--windows", "1", "--modes", "delayed", "--seeds", "1", status=2)
     assert "w1-delayed-seed1/cr2: neither" in capsys.readouterr().err
     assert [sorted(options) for options in trained] == [["until"], ["on_member"]]
@@ -106,10 +106,10 @@ def test_every_cell_begins_with_the_shared_start(job, tiny_family, tmp_path, mon
     lm = tiny_family("mini")
     settings = ablate_window.load_settings(ablate_window.Config(crs=(2.0, 3.0), retire_steps=2, batch_size=2, pool=8))
     cell = Cell(3, "immediate", 1)
-    config = ablate_window.retrofit_config(settings, cell.dms, cell.seed)
+    config = window_cells.retrofit_config(settings, cell.dms, cell.seed)
     fresh, _ = initial_state(lm.params, lm.config, config, sharding.make_mesh(config.mesh))
     for _ in range(2):
-        ablate_window.begin_cell(settings, tmp_path / cell.start, tmp_path / "cell")
+        window_cells.begin_cell(settings, tmp_path / cell.start, tmp_path / "cell")
 
     def newest(name):
         with checkpoint.Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
