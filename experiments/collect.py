@@ -7,6 +7,7 @@ example:
   python -m experiments.collect runs/gsm8k-full runs/gsm8k-dms runs/gsm8k-tova --out gsm8k.json
 """
 
+import operator
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,6 +20,7 @@ from experiments.command import metavar
 from experiments.run import RunError, differences, read_config, read_json, read_jsonl, write_json
 
 COMMON = ("problems", "seed", "temperature", "top_p", "stop")  # of a run's config.json
+RUN = ("run", "left", True, operator.itemgetter("run"))  # a column, as in report.py
 SHOWN = ("gate", "window", "budget", "protect_prompt", "evict_every")  # of a run, beside each of its rows
 
 
@@ -103,14 +105,8 @@ def main(runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...
     write_json(out, outcome)
     columns = report.PASS_COLUMNS if outcome["rows"] and "pass_at" in outcome["rows"][0] else report.COLUMNS
     title = f"{outcome['task']}: {outcome['problems']} problems that all {len(runs)} runs finished"
-    report.print_results(
-        Console(width=report.WIDE), outcome["rows"], title, (("run", "left", True, run_name), *columns)
-    )
+    report.print_results(Console(width=report.WIDE), outcome["rows"], title, (RUN, *columns[1:]))
     return 0
-
-
-def run_name(row: dict) -> str:
-    return row["run"]
 
 
 if __name__ == "__main__":
