@@ -105,7 +105,7 @@ def main(runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...
     write_json(out, outcome)
     columns = report.PASS_COLUMNS if outcome["rows"] and "pass_at" in outcome["rows"][0] else report.COLUMNS
     title = f"{outcome['task']}: {outcome['problems']} problems that all {len(runs)} runs finished"
-    report.print_results(Console(width=report.WIDE), outcome["rows"], title, (RUN, *columns[1:]))
+    report.print_results(Console(width=report.WIDE), outcome["rows"], title, (RUN, *columns[1:-2]))
     return 0
 
 
