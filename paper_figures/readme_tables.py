@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from paper_figures import baseline_tables, decode_speed, style
+from paper_figures import baseline_tables, decode_speed, real_model_tables, style
 from paper_figures.decode_speed import series_of
 from paper_figures.rows import device, interval, markdown, percent
 
@@ -38,34 +38,6 @@ def mini() -> str:
         f"{config['temperature']:g}, 95% intervals by bootstrap over problems; made by `{results['command']}`."
     )
     header = ["L-W-CR", "model", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def gsm8k() -> str:
-    """A real model on GSM8K, as far as it was run."""
-    results = json.loads((RESULTS / "h100" / "gsm8k_qwen2.5_coder_0.5b.json").read_text())
-    rows = [
-        [
-            "vanilla"
-            if row["policy"] == "full"
-            else row["policy"].upper() + (f" CR{row['cr']:g}" if row["cr"] else ""),
-            str(row["chains"]),
-            percent(row["accuracy"]),
-            percent(row["gain"], "+"),
-            f"{row['kv_reads']:,.0f}",
-            f"{row['peak_tokens']:,.0f}",
-            f"{row['achieved_cr']:.2f}",
-        ]
-        for row in results["rows"]
-    ]
-    about = results["environment"]
-    note = (
-        f"{results['model']} (GGUF, SHA-256 {results['gguf_sha256'][:12]}), {results['problems']} problems drawn with "
-        f"seed {results['seed']} (the run stopped {results['stopped']}), at most {results['rows'][0]['max_length']} "
-        f"new tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals "
-        f"by {results['interval']}, gains paired with the first row. {about['device']}, jax {about['jax']}."
-    )
-    header = ["model", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
     return f"{markdown(header, rows)}\n\n{note}"
 
 
@@ -238,7 +210,7 @@ def sweep() -> str:
 
 def read_fidelity(kind: str = "") -> tuple[dict, dict]:
     """The record, and its rows by policy and target CR."""
-    results = json.loads((RESULTS / "h200" / f"fidelity_smollm2{kind}.json").read_text())
+    results = json.loads((RESULTS / "h100" / f"fidelity_smollm2{kind}.json").read_text())
     return results, {(row["policy"], row["cr"] or 1 / (row["budget"] or 1)): row for row in results["rows"]}
 
 
@@ -309,7 +281,6 @@ def ruler() -> str:
 
 
 TABLES = {
-    "gsm8k": gsm8k,
     "job": job,
     "fidelity": fidelity,
     "mini": mini,
@@ -322,6 +293,7 @@ TABLES = {
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
     "regressed": baseline_tables.regressed,
+    **real_model_tables.TABLES,
 }
 
 
