@@ -34,6 +34,7 @@ MODES = {
     "fastdms_fp8": {"FASTDMS_FP8_WEIGHTS": "1", "FASTDMS_FP8_WEIGHT_SCOPE": "mlp_lm_head"},
 }
 PREFILL_SEQUENCES = 8  # prompts read at once
+MAX_POSITIONS = 131072  # the engine cuts longer sequences off
 WARM_UP = 16  # steps that capture graphs and grow buffers
 SECONDS = 300  # of one process
 
@@ -66,6 +67,7 @@ def write_model(model: torch.nn.Module, folder: Path) -> None:
             neurons = layer.self_attn.q_proj.weight.view(-1, group, D, c.hidden_size)[:, 0, D - 1]
             neurons.zero_()
             neurons[:, 0] = 1
+    c.max_position_embeddings = MAX_POSITIONS
     model.save_pretrained(folder)
     words = Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)
