@@ -358,6 +358,7 @@ def execute(experiment: Experiment, options: Any, console: Console, start: float
         entry = run.started(**much, model_sha256=file_digest(options.model))
         chains = len(problems) * sum(model.chains for model in models)
         seconds = options.minutes and 60 * options.minutes
+        begun = time.monotonic()
         try:
             with report.ProgressBar(console, chains, seconds, start) as bar:
                 sample(options, run, task, problems, models, bar)
@@ -365,6 +366,9 @@ def execute(experiment: Experiment, options: Any, console: Console, start: float
             console.print(f"interrupted; the same command continues {run.path}", soft_wrap=True)
             return 130
         outcome = results(experiment, options, run, task, cells, entry)
+        # Of this start alone: before the first engine is built, and from there on with compiling and judging.
+        spent = {"loading": begun - start, "sampling": time.monotonic() - begun}
+        outcome |= {"seconds": spent, "new_tokens": bar.tokens}
         run.finish(outcome)
         show(console, experiment, options, run, task, outcome)
         return 0

@@ -131,6 +131,7 @@ def table(samples: Iterable[dict], cells: Sequence[Cell], metric: str = "vote") 
         rows.append(
             {
                 "config": cell.name,
+                "source": cell.source,
                 "policy": cell.policy,
                 "cr": cell.cr,
                 "chains": cell.chains,

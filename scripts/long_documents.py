@@ -24,7 +24,8 @@ class Settings:
     """What to join.
 
     problems: JSONL files with problem and solution, or question and answer. texts: plain text files. characters:
-    length of a document. held_out: the share of each text file, from its end, that is left out.
+    length of a document. held_out: the share of each text file, from its end, that is left out. bare: passages are
+    text alone, not the answer in a chat.
     """
 
     problems: tuple[Path, ...] = ()
@@ -32,6 +33,7 @@ class Settings:
     out: Path = Path("long.jsonl")
     characters: int = 4000
     held_out: float = 0.2
+    bare: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -64,13 +66,14 @@ def chats(settings: Settings) -> Iterator[dict]:
 
 
 def passages(settings: Settings) -> Iterator[dict]:
-    """Pieces of the first part of each text file, each a chat of one turn, so that all rows have one form."""
+    """Pieces of the first part of each text file: each a chat of one turn, or as it is."""
     for path in settings.texts:
         text = path.read_text()
         text = text[: round(len(text) * (1 - settings.held_out))]
         for start in range(0, len(text), settings.characters):
             piece = text[start : start + settings.characters]
-            yield {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": piece}]}
+            chat = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": piece}]
+            yield {"text": piece} if settings.bare else {"messages": chat}
 
 
 def main(settings: Settings) -> None:

@@ -46,6 +46,11 @@ class Overrides:
     weights: tuple[float, ...] = ()
     """the shares of --data in the documents; default: equal"""
     mode: Literal["full", "adapter", "lora"] | None = None
+    gate: Literal["query", "adapter"] | None = None
+    """what the eviction logits are read from; this and the next two replace fields of `dms`"""
+    window: int | None = None
+    decision_offset: int | None = None
+    """0 or 1: the decision is read off the token itself or the next (delayed eviction); the window: immediate"""
     max_cr: float | None = None
     crs: tuple[float, ...] = ()
     """the members that are written besides the highest; default: every whole CR"""
@@ -82,6 +87,7 @@ class Processes:
 def settings_of(config: Path, overrides: Overrides) -> RetrofitConfig:
     """The config file with what the command line replaces."""
     changes = {key: value for key, value in vars(overrides).items() if value not in (None, ())}
+    dms = {key: changes.pop(key) for key in ("gate", "window", "decision_offset") if key in changes}
     weights = changes.pop("weights", ())
     if "data" in changes:
         paths = changes["data"]
@@ -90,7 +96,8 @@ def settings_of(config: Path, overrides: Overrides) -> RetrofitConfig:
         changes["data"] = tuple(SourceConfig(p, w) for p, w in zip(paths, weights or [1.0] * len(paths), strict=True))
     else:
         require(not weights, "weights", weights, "belong to --data")
-    return dataclasses.replace(load_yaml(RetrofitConfig, config), **changes)
+    settings = load_yaml(RetrofitConfig, config)
+    return dataclasses.replace(settings, dms=dataclasses.replace(settings.dms, **dms), **changes)
 
 
 def stream_of(settings: RetrofitConfig, lm: dms_jax.LM, pool: int, slip_rate: float) -> Stream:

@@ -37,6 +37,7 @@ class Settings:
       model: what `dms_jax.load` takes; it runs with the full cache.
       data: JSONL or parquet file, or hub name, with the prompts.
       prompt: the field with the prompt; default: the first of problem, question, prompt and instruction.
+      instruction: what stands on a line of its own after each prompt, such as the one of the task to come.
       limit: how many rows are used.
       chains: chains a prompt.
       max_num_seqs: chains that are decoded at the same time.
@@ -47,6 +48,7 @@ class Settings:
     data: str
     out: Path
     prompt: str = ""
+    instruction: str = ""
     limit: int | None = None
     chains: int = 1
     max_num_seqs: int = 64
@@ -108,6 +110,8 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
     done = resume(settings.out)
     rows = [row for row in range(count) if not all((row, chain) in done for chain in range(chains))]
     texts = {row: prompt_of(records[row], settings.prompt, f"{settings.data}, row {row}") for row in rows}
+    if settings.instruction:
+        texts = {row: f"{text.strip()}\n{settings.instruction}" for row, text in texts.items()}
     if not texts:
         return
     lm = dms_jax.load(settings.model, dtype=settings.dtype)

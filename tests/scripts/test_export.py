@@ -212,8 +212,10 @@ def test_the_mini_model_writes_chains(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Let a = 123."}) + "\n")
     out = tmp_path / "out.jsonl"
     data = str(tmp_path / "data.jsonl")
-    sample_traces.main(sample_traces.Settings("mini", data, out, max_new_tokens=4, finished_only=False))
+    settings = sample_traces.Settings("mini", data, out, max_new_tokens=4, finished_only=False, instruction="Be brief.")
+    sample_traces.main(settings)
     (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["messages"][0]["content"] == "Let a = 123.\nBe brief."
     assert line["tokens"] == 4 and line["messages"][1]["content"]
 
 

@@ -95,6 +95,16 @@ def test_a_run_goes_on_with_what_may_change(folder):
         retrofit.record_run(folder, dataclasses.replace(settings, dms=DMSConfig(window=4)))
 
 
+def test_fields_of_the_eviction_are_replaced_too(folder):
+    """Also by 0, which is a window and an offset."""
+    config = config_file(folder)
+    overrides = retrofit.Overrides(gate="adapter", window=0, decision_offset=0, max_cr=2.0)
+    settings = retrofit.settings_of(config, overrides)
+    assert settings.dms == DMSConfig(window=0, gate="adapter") and settings.max_cr == 2
+    with pytest.raises(ConfigError, match="decision_offset=9"):
+        retrofit.settings_of(config, retrofit.Overrides(decision_offset=9))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"max_cr": 0}', '{"unknown": 1}', "[" * 5000])
 def test_damaged_settings_are_named(folder, text):
     (folder / "run.json").write_text(text)

@@ -11,7 +11,7 @@ from dms_jax.config import ConfigError, DMSConfig, load_yaml
 from dms_jax.inference.scheduler import EngineConfig
 from dms_jax.policies import TOVA, Quest
 from dms_jax.training.config import LoraConfig, RetrofitConfig, SourceConfig
-from experiments.ablate_window import Ablation
+from experiments.window_cells import Ablation
 from scripts import pretrain_mini
 from scripts.pretrain_mini import PretrainConfig
 from tests.helpers.training import CONFIG

@@ -1,0 +1,113 @@
+"""One table of several runs on the same problems: every row over the problems that all of them finished.
+
+A comparison of many models or policies is often sampled in parts, on several devices or with options that differ
+from policy to policy. The first row of the first run is what gains are paired with.
+
+example:
+  python -m experiments.collect runs/gsm8k-full runs/gsm8k-dms runs/gsm8k-tova --out gsm8k.json
+"""
+
+import operator
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from rich.console import Console
+
+from experiments import report, stats
+from experiments.command import metavar
+from experiments.run import RunError, differences, read_config, read_json, read_jsonl, write_json
+
+COMMON = ("problems", "seed", "temperature", "top_p", "stop")  # of a run's config.json
+RUN = ("run", "left", True, operator.itemgetter("run"))  # a column, as in report.py
+SHOWN = ("gate", "window", "budget", "protect_prompt", "evict_every")  # of a run, beside each of its rows
+
+
+class Part(NamedTuple):
+    """A finished run: its folder, and what stands in its files."""
+
+    folder: Path
+    config: dict
+    results: dict
+    samples: list[dict]
+
+    def cells(self, number: int) -> list[stats.Cell]:
+        """The rows of its table, with sources that no other part has."""
+        rows = self.results["rows"]
+        return [
+            stats.Cell(r["config"], f"{number}/{r['source']}", *(r[f] for f in stats.Cell._fields[2:])) for r in rows
+        ]
+
+
+def read_part(folder: Path) -> Part:
+    """A run folder.
+
+    Raises:
+      RunError: it is none, or its run is not finished.
+    """
+    config = read_config(folder)
+    if config is None:
+        raise RunError(f"{folder}: not a run folder")
+    if not (folder / "results.json").exists():
+        raise RunError(f"{folder}: this run is not finished; its own command continues it")
+    return Part(folder, config, read_json(folder / "results.json", dict), read_jsonl(folder / "samples.jsonl"))
+
+
+def collect(parts: list[Part]) -> dict[str, Any]:
+    """The content of a results.json with the rows of all parts.
+
+    Raises:
+      RunError: parts on other problems, or whose chains were drawn otherwise.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        mine, theirs = ({key: p.config.get(key) for key in COMMON} for p in (part, first))
+        changed = differences(mine, theirs)
+        if changed or part.results["task"] != first.results["task"]:
+            raise RunError(f"{part.folder}: {', '.join(changed) or 'its task'}: not as in {first.folder}")
+    cells = [cell for n, part in enumerate(parts) for cell in part.cells(n)]
+    samples = [{**s, "source": f"{n}/{s['source']}"} for n, part in enumerate(parts) for s in part.samples]
+    rows = stats.table(samples, cells, "pass" if "pass_at" in first.results["rows"][0] else "vote")
+    for row in rows:
+        number, _, row["source"] = row["source"].partition("/")
+        row["run"] = parts[int(number)].folder.name
+    copied = {key: first.results[key] for key in ("experiment", "task", "form", "seed", "interval", "caption")}
+    runs = {
+        part.folder.name: {
+            "command": part.results["command"],
+            **{key: part.config.get(key) for key in SHOWN},
+            "environment": part.results["environment"],
+        }
+        for part in parts
+    }
+    return {
+        **copied,
+        "problems": rows[0]["problems"] if rows else 0,
+        "config": first.config,
+        "runs": runs,
+        "rows": rows,
+    }
+
+
+def main(runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...")]], out: Path) -> int:
+    """Writes OUT, which the scripts of paper_figures draw, and prints its table.
+
+    Args:
+      runs: finished run folders of one task.
+      out: the JSON file.
+    """
+    try:
+        outcome = collect([read_part(folder) for folder in runs])
+    except RunError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    write_json(out, outcome)
+    columns = report.PASS_COLUMNS if outcome["rows"] and "pass_at" in outcome["rows"][0] else report.COLUMNS
+    title = f"{outcome['task']}: {outcome['problems']} problems that all {len(runs)} runs finished"
+    report.print_results(Console(width=report.WIDE), outcome["rows"], title, (RUN, *columns[1:-2]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, description=__doc__, prog="python -m experiments.collect"))

@@ -1,0 +1,70 @@
+"""Runs collected into one table: rows over common problems, gains paired with the first row, and what is refused."""
+
+import json
+
+import pytest
+
+from experiments import collect, run, stats
+
+CONFIG = {"problems": "abc", "seed": 0, "temperature": 0.6, "top_p": 0.95, "stop": [], "gate": None}
+COUNTS = ("kv_reads", "prefill_reads", "peak_tokens", "tokens", "achieved_cr", "finished")
+
+
+def finished_run(folder, source, answers, chains=(1,), metric="vote", **changes):
+    """A finished run of one model; answers: problem -> whether each of its chains is right."""
+    folder.mkdir()
+    config = {**CONFIG, **changes}
+    samples = [
+        {"source": source, "id": p, "chain": n, "answer": str(right), "correct": right, **dict.fromkeys(COUNTS, 1.0)}
+        for p, verdicts in answers.items()
+        for n, right in enumerate(verdicts)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    run.write_json(folder / "config.json", config)
+    cells = [stats.Cell(f"1-{w}-1", source, "full", 1.0, w, 64) for w in chains]
+    about = dict.fromkeys(("experiment", "task", "form", "interval", "caption", "command", "environment"), "x")
+    run.write_json(folder / "results.json", {**about, "seed": 0, "rows": stats.table(samples, cells, metric)})
+    return folder
+
+
+def test_rows_are_over_the_common_problems_and_gains_are_paired(tmp_path):
+    one = finished_run(
+        tmp_path / "one", "base/full", {"1": [True, False], "2": [False, False], "3": [True, True]}, (1, 2)
+    )
+    two = finished_run(tmp_path / "two", "base/full", {"1": [True], "2": [True]}, gate="g", protect_prompt=True)
+    assert collect.main((one, two), tmp_path / "all.json") == 0
+    outcome = json.loads((tmp_path / "all.json").read_text())
+    assert outcome["problems"] == 2 and [row["run"] for row in outcome["rows"]] == ["one", "one", "two"]
+    assert {row["source"] for row in outcome["rows"]} == {"base/full"}
+    assert [row["accuracy"]["mean"] for row in outcome["rows"]] == [0.5, 0.5, 1.0]
+    assert [row["gain"]["mean"] for row in outcome["rows"]] == [0.0, 0.0, 0.5]
+    assert outcome["runs"]["two"]["gate"] == "g" and outcome["runs"]["two"]["protect_prompt"] is True
+
+
+def test_programs_keep_pass_at_k(tmp_path):
+    one = finished_run(tmp_path / "one", "base/full", {"1": [True, False]}, (2,), "pass")
+    assert collect.main((one, one), tmp_path / "all.json") == 0
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert [row["pass_at"]["1"]["mean"] for row in rows] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"problems": "other"}, "problems: not as in"), ({"temperature": 1.0}, "temperature: not as in")],
+)
+def test_other_problems_or_other_sampling_are_refused(tmp_path, capsys, changes, message):
+    runs = (
+        finished_run(tmp_path / "one", "a", {"1": [True]}),
+        finished_run(tmp_path / "b", "a", {"1": [True]}, **changes),
+    )
+    assert collect.main(runs, tmp_path / "all.json") == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "all.json").exists()
+
+
+def test_unfinished_runs_are_named(tmp_path, capsys):
+    folder = finished_run(tmp_path / "one", "a", {"1": [True]})
+    (folder / "results.json").unlink()
+    assert collect.main((folder,), tmp_path / "all.json") == 2
+    assert "one: this run is not finished" in capsys.readouterr().err
+    assert collect.main((tmp_path / "none",), tmp_path / "all.json") == 2
+    assert "none: not a run folder" in capsys.readouterr().err
