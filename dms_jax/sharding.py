@@ -7,10 +7,12 @@ An axis that does not divide a dim leaves it whole.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -141,12 +143,31 @@ def per_device(function, inputs, outputs):
     """`function` run by each device along tensor on its own heads and its own pool; for the cache while decoding.
 
     inputs, outputs: trees of letters ("B K D"); a tensor without a letter of CACHE is given to each device whole.
+
+    XLA's compiler (jaxlib 0.11.2) dies of an empty input of such a computation: each device makes its own, and
+    `function` may close over no empty constant.
     """
 
     def specs(tree):
         return jax.tree.map(lambda letters: PartitionSpec(*(CACHE.get(letter) for letter in letters.split())), tree)
 
-    return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+    def run(*arrays):
+        mesh = jax.sharding.get_abstract_mesh()
+        leaves, tree = jax.tree.flatten(arrays)
+        places = jax.tree.leaves(specs(inputs))
+        shapes = [NamedSharding(mesh, spec).shard_shape(x.shape) for x, spec in zip(leaves, places, strict=True)]
+        parts = [jax.ShapeDtypeStruct(shape, x.dtype) for x, shape in zip(leaves, shapes, strict=True)]
+        given, in_specs = zip(*((x, spec) for x, spec in zip(leaves, places, strict=True) if x.size), strict=True)
+        local = functools.partial(_with_empty_parts, function, tree, parts)
+        return jax.shard_map(local, in_specs=in_specs, out_specs=specs(outputs), check_vma=False)(*given)
+
+    return run
+
+
+def _with_empty_parts(function, tree, parts: Sequence[jax.ShapeDtypeStruct], *given: jax.Array):
+    """`function` of the `tree` of `parts`, of which those that are not empty are given."""
+    full = iter(given)
+    return function(*jax.tree.unflatten(tree, [next(full) if x.size else jnp.zeros(x.shape, x.dtype) for x in parts]))
 
 
 def all_agree(flags: jax.Array) -> jax.Array:

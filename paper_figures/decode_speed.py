@@ -13,6 +13,8 @@ from paper_figures import style
 
 def series_of(row: dict) -> str:
     """What a row is a point of."""
+    if row.get("mode", "").startswith("fastdms"):
+        return f"FastDMS CR{row['cr']:g}{row['mode'].removeprefix('fastdms').replace('_', ' ')}"
     if "cr" not in row:
         return ", ".join(["transformers", *([row["mode"]] if "mode" in row else [])])
     return "vanilla" if row["cr"] == 1 else f"DMS CR{row['cr']:g}"

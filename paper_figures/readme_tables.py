@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from paper_figures import baseline_tables, decode_speed, real_model_tables, style
+from paper_figures import baseline_tables, decode_speed, offload_table, real_model_tables, style
 from paper_figures.decode_speed import series_of
-from paper_figures.rows import device, interval, markdown, percent
+from paper_figures.rows import device, interval, markdown, milliseconds, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +95,7 @@ def decode_row(row: dict) -> list[str]:
     )
     if "seconds_per_step" in row:
         floor = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
-        numbers = [f"{1e3 * row['seconds_per_step']:.1f}", floor, f"{row['tokens_per_second']:,.0f}"]
+        numbers = [milliseconds(row["seconds_per_step"]), floor, f"{row['tokens_per_second']:,.0f}"]
     else:
         numbers = ["failed" if row.get("fits", True) else "does not fit", "", ""]
     needs = f"{row['bytes_needed'] / 1e9:,.1f}" if "bytes_needed" in row else ""
@@ -290,6 +290,7 @@ TABLES = {
     "gpu_headline": gpu_headline,
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,
+    "offload": offload_table.offload,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
     "regressed": baseline_tables.regressed,

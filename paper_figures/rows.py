@@ -14,6 +14,11 @@ def interval(value: dict, scale: float = 1.0) -> str:
     return f"{scale * value['mean']:.3g} [{scale * value['low']:.3g}, {scale * value['high']:.3g}]"
 
 
+def milliseconds(seconds: float) -> str:
+    """`1.38` or `59.2`."""
+    return f"{1e3 * seconds:.2f}" if seconds < 0.01 else f"{1e3 * seconds:,.1f}"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table with its first column to the left and the others to the right."""
     rule = [":--", *["--:"] * (len(header) - 1)]

@@ -16,6 +16,7 @@ beforehand which sequences surely have room for a step, and a caller of `write_p
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -99,7 +100,8 @@ class PagedCache(KVCache):
         slot = jnp.where(active[:, None], jnp.where(grows, length, victim), P * page)
         at = _page_of(cache, table[layers], slot), slot % page
         pos = cache.pos.at[at].set(jnp.broadcast_to(position[:, None], slot.shape), mode="drop")
-        length = cache.length.at[layers].add(grows.astype(jnp.int32))
+        # Not `.at[layers].add`: in all layers that is a scatter at an empty array of indices, see sharding.per_device.
+        length = jax.lax.dynamic_update_slice_in_dim(cache.length, length + grows, layer, axis=0)
         return cache._replace(table=table, pos=pos, length=length), slot
 
     def attend(self, cache: PagedArrays, layer: int, query: DecodeQuery, weights: bool):

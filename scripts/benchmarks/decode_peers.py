@@ -1,4 +1,4 @@
-"""Decode steps of Hugging Face transformers at the shapes of bench_decode, timed.
+"""Decode steps of Hugging Face transformers, and of FastDMS, at the shapes of bench_decode, timed.
 
 SDPA attention, a StaticCache of the context and the steps timed, random weights and random keys and values, all made
 on the device: no prefill runs. A step is the model and the greedy choice of the next token, fed to the next step. With
@@ -9,13 +9,18 @@ modes: "eager"; "compiled" is torch.compile(mode="reduce-overhead", fullgraph=Tr
 with a static cache; "graph" replays the eager step as one CUDA graph, which costs no compilation.
 
     python -m scripts.benchmarks.decode_peers --model qwen3_8b --cells 8x8192 maxx32768 --out peers.json
+
+With --fastdms, the folder of a clone of FastDMS, that is timed too, in the modes that fastdms_peer names.
+scripts/benchmarks/small_batches.sh runs ours, transformers and FastDMS side by side.
 """
 
 import contextlib
 import dataclasses
 import gc
 import inspect
+import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +35,7 @@ from transformers.initialization import no_init_weights
 from dms_jax.config import ModelConfig
 from dms_jax.weights.huggingface import config_to_hf
 from experiments.run import environment
+from scripts.benchmarks import fastdms_peer
 from scripts.benchmarks.bench_decode import MODELS
 from scripts.benchmarks.records import Record
 
@@ -40,6 +46,7 @@ class Settings:
 
     cells: BATCHxCONTEXT; a batch of "max" is the largest that fits in --memory. steps: decode steps in one timed
     round, after a round to warm up. memory: bytes of the device that may be used, None for all that is free.
+    fastdms: a clone of FastDMS; its cells hold context / cr tokens a head.
     out: JSON file, complete after every row; rows already there and not asked for stay.
     """
 
@@ -52,6 +59,9 @@ class Settings:
     device: str = "cuda"
     memory: int | None = None
     seed: int = 0
+    fastdms: Path | None = None
+    fastdms_modes: tuple[str, ...] = tuple(fastdms_peer.MODES)
+    cr: float = 8.0
     out: Path | None = None
 
 
@@ -230,6 +240,23 @@ def rows_of(settings: Settings, model: torch.nn.Module, cell: tuple[str, int], m
     freed()
 
 
+def fastdms_rows(settings: Settings, model: torch.nn.Module, cells: list[tuple[str, int]]) -> Iterator[dict]:
+    """A row for each cell and mode of FastDMS, each from a process of its own; `model` is changed and moved to the CPU.
+
+    A batch of "max" is left out: the engine does not say what it needs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fastdms_peer.write_model(model.cpu(), Path(folder))
+        freed()
+        for (batch, context), mode in itertools.product(cells, settings.fastdms_modes):
+            if batch == "max":
+                continue
+            source = str(settings.fastdms.resolve())
+            cell = fastdms_peer.Cell(source, folder, mode, int(batch), context, settings.cr, settings.seed)
+            row = {"cell": f"{batch}x{context}", "batch": int(batch), "largest_batch": False, "context": context}
+            yield fastdms_peer.measure(cell, row | {"cr": settings.cr, "fits": True, "mode": mode})
+
+
 def parse(cell: str) -> tuple[str, int]:
     """BATCHxCONTEXT, as in 8x8192 or maxx32768."""
     batch, context = cell.rsplit("x", 1)
@@ -245,11 +272,15 @@ def main(settings: Settings) -> None:
     about = environment() | {"torch": torch.__version__}
     if on_gpu:
         about["device"] = f"1 x gpu {torch.cuda.get_device_name()}"
-    run = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": about}
+    unsaid = {"out": None, "fastdms": None}  # places on one machine
+    run = {"settings": dataclasses.asdict(settings) | unsaid, "environment": about}
     record = Record(settings.out, run | {"memory_limit": memory})
     model = random_model(MODELS[settings.model], settings.dtype, settings.device, settings.seed)
     for cell in cells:
         for row in rows_of(settings, model, cell, memory):
+            record.add(row)
+    if settings.fastdms:
+        for row in fastdms_rows(settings, model, cells):
             record.add(row)
 
 

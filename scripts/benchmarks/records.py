@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.run import write_json
 
-VARYING = ("cells", "modes", "out")  # settings in which the runs of one file may differ
+VARYING = ("cells", "modes", "fastdms_modes", "out")  # settings in which the runs of one file may differ
 
 
 class Record:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from paper_figures import readme_tables
+from paper_figures import decode_speed, offload_table, readme_tables, style
 
 
 def test_tables_are_drawn_from_the_results():
@@ -71,3 +71,34 @@ def test_the_headline_is_against_vanilla_at_its_context(tmp_path, monkeypatch):
         "",
         "NVIDIA X, bfloat16, random weights.",
     ]
+
+
+def test_offload_rows(tmp_path, monkeypatch):
+    run = {"settings": {"model": "m", "dtype": "bfloat16", "page_size": 64, "rounds": 3, "steps": 8}}
+    run |= {"environment": {"device": "1 x gpu NVIDIA X", "jax": "1"}}
+    run |= {"copy_bytes_per_second": 3e12, "link_bytes_per_second": 5e10}
+    row = {"batch": 8, "context": 8192, "cr": 8.0, "fits": True}
+    timed = {"seconds_per_step": 0.0425, "over_floor": 1.25, "tokens_per_second": 188.0}
+    rows = [
+        {**row, "mode": "device", "fits": False},
+        {**row, "mode": "dms", **timed, "seconds_per_step": 0.0016},
+        {**row, "mode": "streamed", **timed, "crossing_bytes": 2.1e9},
+        {**row, "mode": "quest", "error": "x"},
+    ]
+    monkeypatch.setattr(style, "RESULTS", tmp_path)
+    assert offload_table.offload() == ""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "offload_m.json").write_text(json.dumps({"runs": [run], "rows": rows}))
+    *lines, _, note = offload_table.offload().splitlines()
+    assert lines[2:] == [
+        "| 8,192 | 8 | vanilla, GPU memory | does not fit |  |  |  |",
+        "| 8,192 | 8 | DMS CR8, GPU memory | 1.60 | 1.25 | 188 |  |",
+        "| 8,192 | 8 | vanilla, streamed | 42.5 | 1.25 | 188 | 2.10 |",
+        "| 8,192 | 8 | Quest, reads 1/8 | failed |  |  |  |",
+    ]
+    assert "from pinned memory 50 GB/s, on the device 3.00 TB/s. NVIDIA X" in note
+
+
+def test_rows_of_fastdms_are_named():
+    names = {mode: decode_speed.series_of({"cr": 8.0, "mode": mode}) for mode in ("fastdms", "fastdms_each_step")}
+    assert names == {"fastdms": "FastDMS CR8", "fastdms_each_step": "FastDMS CR8 each step"}

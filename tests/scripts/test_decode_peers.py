@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from dms_jax.weights.huggingface import config_to_hf
-from scripts.benchmarks import decode_peers
+from scripts.benchmarks import decode_peers, fastdms_peer
 from scripts.benchmarks.bench_decode import MODELS
 
 TIED = dataclasses.replace(MODELS["tiny"], family="llama", qk_norm=False, tie_embeddings=True)
@@ -133,3 +133,46 @@ def test_memory_that_is_not_there_is_a_row(tmp_path, monkeypatch):
 def test_a_cell_that_is_none():
     with pytest.raises(SystemExit, match="BATCHxCONTEXT"):
         decode_peers.parse("largex8192")
+
+
+def test_fastdms_decides_by_token(config, tmp_path):
+    """The neuron of each group's first query head is negative for the token that is kept, in every layer."""
+    fastdms_peer.write_model(decode_peers.random_model(config, "bfloat16", "cpu", seed=3), tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    made = []
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, given, out: made.append(out))
+    cell = fastdms_peer.Cell("", str(tmp_path), "fastdms", batch=1, context=2048, cr=4.0)
+    tokens = torch.tensor([fastdms_peer.prompt(cell, config.vocab_size, number=0)])
+    with torch.inference_mode():
+        model(tokens)
+    kept = (tokens == fastdms_peer.KEPT)[0]
+    group = config.num_heads // config.num_kv_heads
+    assert len(made) == config.num_layers
+    for queries in made:
+        neurons = queries.view(-1, config.num_kv_heads, group, config.head_dim)[:, :, 0, -1]
+        assert torch.equal(neurons < 0, kept[:, None].expand_as(neurons)) and (neurons != 0).all()
+    window = fastdms_peer.WINDOW
+    assert int(kept[: -window - 1].sum()) + window + 1 == 2048 / 4 and not kept[-window - 1 :].any()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, use_fast=True)
+    assert (
+        tokenizer.eos_token_id == 0
+        and json.loads((tmp_path / "dms_metadata.json").read_text())["window_size"] == window
+    )
+
+
+def test_attention_in_place_of_flash_attn():
+    q, k = torch.randn(2 * 6, 4, 8), torch.randn(2 * 6, 2, 8)
+    out = fastdms_peer.sdpa_varlen(q, k, k, torch.tensor([0, 6, 12]), 6, 0.5, True, cu_seqlens_k=None, max_seqlen_k=6)
+    for b, h, t in ((0, 0, 0), (1, 3, 4)):
+        keys = k[6 * b : 6 * b + t + 1, h // 2]
+        wanted = torch.softmax(0.5 * keys @ q[6 * b + t, h], 0) @ keys
+        torch.testing.assert_close(out[6 * b + t, h], wanted)
+
+
+def test_fastdms_that_is_not_there_is_a_row(tmp_path):
+    settings = small(tmp_path, cells=("2x32",), fastdms=tmp_path / "nothing", fastdms_modes=("fastdms_fp8",), cr=2.0)
+    eager, fastdms = rows(settings)
+    assert eager["mode"] == "eager" and "error" not in eager
+    assert fastdms["mode"] == "fastdms_fp8" and "No module named 'fastdms'" in fastdms["error"] and fastdms["cr"] == 2
+    assert str(tmp_path) not in settings.out.read_text().replace(fastdms["error"], "")
