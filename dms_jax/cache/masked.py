@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache.base import DecodeQuery, KVCache, View
 from dms_jax.config import ModelConfig
-from dms_jax.types import MASK_VALUE, Counts, NewKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.types import MASK_VALUE, Counts, NewKeys, NewValues, Positions, SlotFlags, Slots, StoredValues
 
 
 class MaskedArrays(NamedTuple):
     """Keys and values: one array a layer, the batch its leading axis."""
 
     k: tuple[Float[Array, "B K D S"], ...]
-    v: tuple[StoredKV, ...]  # [B, K, S, D]
+    v: tuple[StoredValues, ...]  # [B, K, S, D]
     pos: Int[Array, "L B K S"]  # -1 for empty or hidden
     used: Int[Array, "L B K"]  # the next fresh slot
 
@@ -84,8 +84,8 @@ class MaskedCache(KVCache):
         self,
         cache: MaskedArrays,
         layer: int,
-        k: NewKV,
-        v: NewKV,
+        k: NewKeys,
+        v: NewValues,
         position: Positions,
         keep: SlotFlags,
         old: View | None = None,

@@ -24,7 +24,7 @@ from dms_jax import kernels
 from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View, compacted
 from dms_jax.config import CacheConfig, ModelConfig
 from dms_jax.kernels import quant
-from dms_jax.types import Counts, NewKV, Positions, SlotFlags, Slots
+from dms_jax.types import Counts, NewKeys, NewValues, Positions, SlotFlags, Slots
 
 
 class PagedArrays(NamedTuple):
@@ -133,8 +133,8 @@ class PagedCache(KVCache):
         self,
         cache: PagedArrays,
         layer: int,
-        k: NewKV,
-        v: NewKV,
+        k: NewKeys,
+        v: NewValues,
         position: Positions,
         keep: SlotFlags,
         old: View | None = None,

@@ -17,7 +17,8 @@ class Pages(NamedTuple):
     """Keys and values in pages, and where those of each head lie: of one layer, or stacked for L layers.
 
     Attributes:
-      k, v: the pool of all layers; float32, bfloat16, float16, or int8 and float8_e4m3fn with scales.
+      k, v: the pool of all layers; float32, bfloat16, float16, or int8 and float8_e4m3fn with scales. A v whose pages
+        have no slots, `[N, 0, U]`, says that a value is the first U numbers of its key (latent attention).
       table: page ids of each head; slot s lies in page `table[b, k, s // page]` at `s % page`. Entries past the pages
         in use are not followed.
       lengths: live slots of each head, always the slots [0, length).
@@ -25,11 +26,16 @@ class Pages(NamedTuple):
     """
 
     k: Shaped[Array, "N page D"]
-    v: Shaped[Array, "N page D"]
+    v: Shaped[Array, "N vpage U"]
     table: Int[Array, "*L B K P"]
     lengths: Int[Array, "*L B K"]
     k_scale: Float[Array, "N page"] | None = None
-    v_scale: Float[Array, "N page"] | None = None
+    v_scale: Float[Array, "N vpage"] | None = None
+
+    @property
+    def latent(self) -> bool:
+        """Whether values are a part of the keys."""
+        return self.v.shape[1] == 0
 
     def of_layer(self, layer: int) -> "Pages":
         """Those of one of L layers."""
@@ -44,12 +50,14 @@ class Pages(NamedTuple):
         heads = table.shape[:-1]
         require(self.lengths.shape == heads, "pages.lengths", self.lengths.shape, f"expected {heads}")
         shapes, dtypes = (self.k.shape, self.v.shape), (str(self.k.dtype), str(self.v.dtype))
-        same = shapes[0] == shapes[1] and self.k.ndim == 3 and shapes[0][2] == head_dim
-        require(same, "pages.k, pages.v", shapes, f"expected [N, page, D] twice with D = {head_dim}")
+        same = self.k.ndim == self.v.ndim == 3 and shapes[0][2] == head_dim
+        own = shapes[1] in (shapes[0], (shapes[0][0], 0, min(shapes[1][-1], head_dim)))
+        expected = f"expected [N, page, D] twice with D = {head_dim}, or [N, 0, U] for values that are a part of the keys"
+        require(same and own, "pages.k, pages.v", shapes, expected)
         known = dtypes[0] == dtypes[1] and dtypes[0] in PAGE_DTYPES
         require(known, "pages.k, pages.v", dtypes, f"expected one dtype of {PAGE_DTYPES}")
-        wanted = shapes[0][:2] if dtypes[0] in QUANTIZED else None
-        for name, scale in (("pages.k_scale", self.k_scale), ("pages.v_scale", self.v_scale)):
+        for name, scale, pool in (("pages.k_scale", self.k_scale, self.k), ("pages.v_scale", self.v_scale, self.v)):
+            wanted = pool.shape[:2] if dtypes[0] in QUANTIZED else None
             shape = None if scale is None else scale.shape
             require(shape == wanted, name, shape, f"expected {wanted} for pages of {dtypes[0]}")
 
@@ -58,13 +66,13 @@ class DecodeAttention(NamedTuple):
     """Attention of one query token a sequence.
 
     Attributes:
-      out: `[B, H, D]` in q's dtype; 0 where a head has no live slot.
+      out: `[B, H, U]` in q's dtype; 0 where a head has no live slot.
       lse: `[B, H]` float32, natural log of the sum of exp(score); -inf where a head has no live slot.
       weights: `[B, K, P * page]` float32, the softmax weight of each slot summed over the G query heads of its KV
         head, 0 for slots not read; None unless asked for.
     """
 
-    out: Float[Array, "B H D"]
+    out: Float[Array, "B H U"]
     lse: Float[Array, "B H"]
     weights: Float[Array, "B K S"] | None
 
@@ -91,14 +99,15 @@ def paged_decode_attention(
     if readable is not None:
         live &= jnp.repeat(readable, page, axis=2)
     k = gather_pages(pages.k, pages.table, live, pages.k_scale)
-    v = gather_pages(pages.v, pages.table, live, pages.v_scale)
+    v = k if pages.latent else gather_pages(pages.v, pages.table, live, pages.v_scale)
+    v = v[..., : pages.v.shape[2]]
     queries = q.reshape(B, K, H // K, D).astype(jnp.float32)
     scores = jnp.einsum("BKGD,BKSD->BKGS", queries, k, precision="highest") * D**-0.5
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
     p = jnp.where(live[:, :, None], jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
-    out = jnp.einsum("BKGS,BKSD->BKGD", p, v, precision="highest")
-    return DecodeAttention(out.reshape(B, H, D).astype(q.dtype), lse.reshape(B, H), p.sum(axis=2) if weights else None)
+    out = jnp.einsum("BKGS,BKSU->BKGU", p, v, precision="highest").reshape(B, H, -1)
+    return DecodeAttention(out.astype(q.dtype), lse.reshape(B, H), p.sum(axis=2) if weights else None)
 
 
 def write_token(

@@ -18,11 +18,13 @@ from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.models import layers
 from dms_jax.models.gates import Gate, gate_of
 from dms_jax.types import (
+    Attended,
     GateLogits,
     Lengths,
     Logits,
     LogKeepProb,
-    NewKV,
+    NewKeys,
+    NewValues,
     Params,
     Positions,
     Queries,
@@ -41,8 +43,8 @@ class Attend(Protocol):
     """What a layer calls. `logit` is None where the model has no gate; `state` is any pytree."""
 
     def __call__(
-        self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State
-    ) -> tuple[Queries, State]: ...
+        self, layer: int, q: Queries, k: NewKeys, v: NewValues, logit: GateLogits | None, state: State
+    ) -> tuple[Attended, State]: ...
 
 
 Scale = float | Float[Array, ""]  # of the neuron that a gate borrows: 1 as it was, 0 hidden from attention
@@ -168,14 +170,14 @@ def unembedding(params: Params, config: ModelConfig) -> Float[Array, "E V"]:
 
 def self_attention(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: NewKeys,
+    v: NewValues,
     positions: Positions,
     log_keep_prob: LogKeepProb,
     window: int | Array,
     segments: Segments | None = None,
     hard: bool = False,
-) -> Queries:
+) -> Attended:
     """Attention of whole rows to themselves: what every forward pass over given tokens goes through.
 
     positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0. hard: log_keep_prob
@@ -191,7 +193,7 @@ def self_attention(
     return sharding.by_heads(local, letters)(*given)
 
 
-def causal(layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State) -> tuple[Queries, State]:
+def causal(layer: int, q: Queries, k: NewKeys, v: NewValues, logit: GateLogits | None, state: State) -> tuple[Attended, State]:
     """An `Attend`: plain causal attention over the tokens given, nothing evicted."""
     return packed_causal(arange_positions(q[..., 0, 0]), None)(layer, q, k, v, logit, state)
 
