@@ -55,9 +55,17 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     return Tiling(block)
 
 
-def latent_tiling(group: int) -> Tiling:
-    """Tiles of 32 tokens, 36 KB of 576 numbers; see docs/kernels.md."""
-    return Tiling(32, heads=16)
+def latent_tiling(group: int, itemsize: int) -> Tiling:
+    """Tiles of 64 tokens, 72 KB of 576 numbers, of which one is worked on while the next is on its way.
+
+    A program's sums are a row of U float32 numbers for each query head: with 16 of them two programs run on a
+    multiprocessor, with more, or with pages to be widened in registers, tiles of half the size are what fits.
+    """
+    if itemsize == 2 and group <= 16:
+        block, stages = 64, 2
+    else:
+        block, stages = {1: (32, 3), 2: (32, 2), 4: (16, 2)}[itemsize]
+    return Tiling(block, num_stages=stages, programs=2 * multiprocessors(), heads=16 if group <= 16 else 32)
 
 
 @triton.jit
@@ -324,7 +332,8 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     """
     (B, H, D), K, page = q.shape, pages.table.shape[-2], pages.k.shape[1]
     own = pages.lengths if layer is None else pages.lengths[layer]
-    tiles = tiles or (latent_tiling(H // K) if pages.latent else tiling(D, pages.k.dtype.itemsize))
+    itemsize = pages.k.dtype.itemsize
+    tiles = tiles or (latent_tiling(H // K, itemsize) if pages.latent else tiling(D, itemsize))
     tiles = tiles._replace(programs=tiles.programs or 3 * multiprocessors())
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.

@@ -34,6 +34,7 @@ SHAPES = {
     "MiniCPM3-4B": (40, 1, 288, 256),
     "DeepSeek-V3": (128, 1, 576, 512),
 }
+QUANTIZED = ("Qwen3-8B", "Youtu-LLM-2B")  # whose pages are also compiled in fewer bits
 ARCHS = (80, 90)  # A100; H100 and H200
 TYPES = {
     "int": "i32",
@@ -150,7 +151,7 @@ def main(settings: Settings) -> None:
     jobs = []
     for model in settings.models:
         shape = SHAPES[model]
-        for pages in ("bfloat16", "int8", "float8_e4m3fn") if model == "Qwen3-8B" else ("bfloat16",):
+        for pages in ("bfloat16", "int8", "float8_e4m3fn") if model in QUANTIZED else ("bfloat16",):
             jobs += [(model, pages, launch) for launch in decode_launches(shape, settings.context, pages)]
         flash = flash_launches(shape, settings.context, settings.backward) if shape[2] == shape[3] else []
         jobs += [(model, "bfloat16", launch) for launch in flash]
