@@ -56,16 +56,14 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
 
 
 def latent_tiling(group: int, itemsize: int) -> Tiling:
-    """Tiles of 64 tokens, 72 KB of 576 numbers, of which one is worked on while the next is on its way.
+    """Tiles of 32 tokens, 36 KB of 576 numbers, of which two are on their way, or one beside many query heads.
 
-    A program's sums are a row of U float32 numbers for each query head: with 16 of them two programs run on a
-    multiprocessor, with more, or with pages to be widened in registers, tiles of half the size are what fits.
+    The queries lie in shared memory, and a program's sums, a row of U float32 numbers for each of its query heads, in
+    registers: two programs run on a multiprocessor.
     """
-    if itemsize == 2 and group <= 16:
-        block, stages = 64, 2
-    else:
-        block, stages = {1: (32, 3), 2: (32, 2), 4: (16, 2)}[itemsize]
-    return Tiling(block, num_stages=stages, programs=2 * multiprocessors(), heads=16 if group <= 16 else 32)
+    few = group <= 16
+    block, stages = (16, 2) if itemsize > 2 else (32, 3 if few else 2)
+    return Tiling(block, num_stages=stages, programs=2 * multiprocessors(), heads=16 if few else 32)
 
 
 @triton.jit
