@@ -55,15 +55,16 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     return Tiling(block)
 
 
-def latent_tiling(group: int, itemsize: int) -> Tiling:
-    """Tiles of 32 tokens, 36 KB of 576 numbers, of which two are on their way, or one beside many query heads.
+def latent_tiling(group: int, value_dim: int, itemsize: int) -> Tiling:
+    """Tiles of 32 tokens of 576 numbers (36 KB of bfloat16), two of them in flight; half as many for more heads.
 
     The queries lie in shared memory, and a program's sums, a row of U float32 numbers for each of its query heads, in
     registers: two programs run on a multiprocessor.
     """
     few = group <= 16
-    block, stages = (16, 2) if itemsize > 2 else (32, 3 if few else 2)
-    return Tiling(block, num_stages=stages, programs=2 * multiprocessors(), heads=16 if few else 32)
+    numbers = (16384 if few else 8192) * 2 // max(itemsize, 2)
+    block = min(max(numbers // power_of_two(value_dim, 16), 16), 64)
+    return Tiling(block, programs=2 * multiprocessors(), heads=16 if few else 32)
 
 
 @triton.jit
@@ -331,7 +332,7 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     (B, H, D), K, page = q.shape, pages.table.shape[-2], pages.k.shape[1]
     own = pages.lengths if layer is None else pages.lengths[layer]
     itemsize = pages.k.dtype.itemsize
-    tiles = tiles or (latent_tiling(H // K, itemsize) if pages.latent else tiling(D, itemsize))
+    tiles = tiles or (latent_tiling(H // K, pages.v.shape[2], itemsize) if pages.latent else tiling(D, itemsize))
     tiles = tiles._replace(programs=tiles.programs or 3 * multiprocessors())
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.
