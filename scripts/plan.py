@@ -184,10 +184,10 @@ def scratch(model: ModelConfig, config: RetrofitConfig, found: dict[str, float])
     size = jnp.dtype(config.compute).itemsize
     rows = config.batch_size // config.accumulate // (data_axis * fsdp)
     tokens = rows * config.context
-    heads, mlp = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) / tensor, c.mlp_dim / tensor
+    heads, mlp = attention_numbers(c) / tensor, c.mlp_dim / tensor
     dots = c.model_dim * 3 + heads + 2 * mlp
     kept = {"none": c.model_dim + 2 * dots, "dots": c.model_dim + dots, "block": c.model_dim}[config.remat]
-    weights = (c.model_dim * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.model_dim * c.mlp_dim) / tensor
+    weights = (flops.weight_products(c) - c.model_dim * c.vocab_size) / c.num_layers / tensor
     kernel = c.model_dim * c.vocab_size / tensor
     full, split = config.mode == "full", data_axis * fsdp > 1
     return {
@@ -200,6 +200,15 @@ def scratch(model: ModelConfig, config: RetrofitConfig, found: dict[str, float])
         + 4 * rows * config.loss_chunk * c.vocab_size / tensor * 4
         + 3 * tokens * c.model_dim * size,
     }
+
+
+def attention_numbers(model: ModelConfig) -> int:
+    """What the products of attention with weights make of a token: queries, keys and values, or by way of vectors."""
+    c, latent = model, model.latent
+    if latent is None:
+        return c.head_dim * (c.num_heads + 2 * c.num_kv_heads)
+    expanded = c.num_heads * (latent.nope_dim + latent.rope_dim)
+    return (latent.query_rank or 0) + expanded + c.head_dim + c.num_heads * (c.head_dim + c.value_dim)
 
 
 def estimate(

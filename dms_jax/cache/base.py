@@ -182,7 +182,9 @@ class Written(NamedTuple):
     pos: Slots
 
 
-def compacted(k: NewKeys, v: NewValues, position: Positions, keep: SlotFlags, old: View | None) -> tuple[Slots, Written]:
+def compacted(
+    k: NewKeys, v: NewValues, position: Positions, keep: SlotFlags, old: View | None
+) -> tuple[Slots, Written]:
     """`write_prefill` where live slots are always [0, length): the new slots, and what is to be written."""
     width = keep.shape[-1] - position.shape[1]
     slots, written = _new_slots(keep, width)

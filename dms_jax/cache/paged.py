@@ -28,10 +28,13 @@ from dms_jax.types import Counts, NewKeys, NewValues, Positions, SlotFlags, Slot
 
 
 class PagedArrays(NamedTuple):
-    """The pool (N pages), and for each layer, sequence and head its pages and its length."""
+    """The pool (N pages), and for each layer, sequence and head its pages and its length.
+
+    Where a value is the first U numbers of its key, the pages of v have no slots, `[N, 0, U]`.
+    """
 
     k: Num[Array, "N page D"]
-    v: Num[Array, "N page D"]
+    v: Num[Array, "N page U"]
     pos: Int[Array, "N page"]
     k_scale: Float[Array, "N page"] | None  # only where keys and values are quantized
     v_scale: Float[Array, "N page"] | None
@@ -57,14 +60,15 @@ class PagedCache(KVCache):
 
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> PagedArrays:
         L, K, D, N, page = model.num_layers, model.num_kv_heads, model.head_dim, pages, self.config.page_size
+        own = 0 if model.latent else page
         quantized = self.config.quant != "none"
         stored = quant.STORED[self.config.quant] if quantized else dtype
         return PagedArrays(
             k=jnp.zeros((N, page, D), stored),
-            v=jnp.zeros((N, page, D), stored),
+            v=jnp.zeros((N, own, model.value_dim), stored),
             pos=jnp.full((N, page), -1, jnp.int32),
             k_scale=jnp.zeros((N, page)) if quantized else None,
-            v_scale=jnp.zeros((N, page)) if quantized else None,
+            v_scale=jnp.zeros((N, own)) if quantized else None,
             k_offset=jnp.zeros((L, K, D)) if quantized else None,
             table=jnp.zeros((L, batch, K, self.table_width), jnp.int32),
             length=jnp.zeros((L, batch, K), jnp.int32),
@@ -122,11 +126,14 @@ class PagedCache(KVCache):
         def read(pool):
             return jnp.take(pool, ids, axis=0, mode="clip").reshape(B, K, P * page, *pool.shape[2:])[:, :, :width]
 
-        k_scale, v_scale = (None if x is None else read(x) for x in (cache.k_scale, cache.v_scale))
+        k_scale = None if cache.k_scale is None else read(cache.k_scale)
         pos = jnp.where(jnp.arange(width) < cache.length[layer][..., None], read(cache.pos), -1)
         dtype = cache.k.dtype if cache.k_scale is None else jnp.float32
         k = quant.decode(read(cache.k), k_scale, dtype)
+        if not cache.v.shape[1]:
+            return View(k, k[..., : cache.v.shape[2]], pos)
         k = k if cache.k_offset is None else k + cache.k_offset[layer][:, None]
+        v_scale = None if cache.v_scale is None else read(cache.v_scale)
         return View(k, quant.decode(read(cache.v), v_scale, dtype), pos)
 
     def write_prefill(
@@ -232,12 +239,16 @@ class PagedCache(KVCache):
             return target.at[at].set(value.astype(target.dtype), mode="drop")
 
         kind, offset = self.config.quant, cache.k_offset
-        if offset is None:
-            return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
-        k -= jnp.expand_dims(offset[layer], range(1, k.ndim - 2))
-        (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
-        cache = cache._replace(k=put(cache.k, k), v=put(cache.v, v))
-        return cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
+        if offset is not None and cache.v.shape[1]:
+            k -= jnp.expand_dims(offset[layer], range(1, k.ndim - 2))
+        for name, x in (("k", k), ("v", v)):
+            if not getattr(cache, name).shape[1]:
+                continue
+            if kind != "none":
+                x, scale = quant.encode(x, kind)
+                cache = cache._replace(**{f"{name}_scale": put(getattr(cache, f"{name}_scale"), scale)})
+            cache = cache._replace(**{name: put(getattr(cache, name), x)})
+        return cache
 
 
 def pages_of(tokens, page: int):
@@ -252,8 +263,8 @@ def page_size(cache: PagedArrays) -> int:
 def bytes_per_page(model: ModelConfig, config: CacheConfig, dtype) -> int:
     """Keys, values, scales and positions of one page."""
     itemsize = 1 if config.quant != "none" else jnp.dtype(dtype).itemsize
-    scales = 8 if config.quant != "none" else 0
-    return config.page_size * (2 * model.head_dim * itemsize + scales + 4)
+    scales = 0 if config.quant == "none" else 4 if model.latent else 8
+    return config.page_size * (model.entry_numbers * itemsize + scales + 4)
 
 
 def _take_pages(cache: PagedArrays, wanted: Bool[Array, "..."]) -> tuple[PagedArrays, Int[Array, "..."]]:

@@ -52,7 +52,9 @@ class Pages(NamedTuple):
         shapes, dtypes = (self.k.shape, self.v.shape), (str(self.k.dtype), str(self.v.dtype))
         same = self.k.ndim == self.v.ndim == 3 and shapes[0][2] == head_dim
         own = shapes[1] in (shapes[0], (shapes[0][0], 0, min(shapes[1][-1], head_dim)))
-        expected = f"expected [N, page, D] twice with D = {head_dim}, or [N, 0, U] for values that are a part of the keys"
+        expected = (
+            f"expected [N, page, D] twice with D = {head_dim}, or [N, 0, U] for values that are a part of the keys"
+        )
         require(same and own, "pages.k, pages.v", shapes, expected)
         known = dtypes[0] == dtypes[1] and dtypes[0] in PAGE_DTYPES
         require(known, "pages.k, pages.v", dtypes, f"expected one dtype of {PAGE_DTYPES}")

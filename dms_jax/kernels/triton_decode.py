@@ -149,10 +149,7 @@ def attend_tiles(
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         denominator = denominator * shrink + tl.sum(weights, 1)
-        if LATENT:
-            values = keys
-        else:
-            values = load_rows(v_pages, row, live, queries, D, D)
+        values = keys if LATENT else load_rows(v_pages, row, live, queries, D, D)
         if QUANTIZED:
             weights *= tl.load((k_scale if LATENT else v_scale) + row, mask=live, other=0.0)[None, :]
         acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -207,10 +204,10 @@ def split_kv(
 ):  # fmt: skip
     """Attention over this program's share of the tiles, one split for each head that it touches.
 
-    A value has D numbers, a key D + R. "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
+    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
     layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
     over: its length, or with ORDERED the whole pages that `order` lists. `tile_ends` counts the tiles up to each head's
-    last.
+    last. A value has D numbers, a key D + R.
     """
     program = tl.program_id(1)
     table += first * PAGES

@@ -39,8 +39,9 @@ GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # sums over thousands 
 class Settings:
     """What to measure.
 
-    kernels: of "decode", "latent" (decoding where a value is a part of its key) and "flash". check: only compare with the reference, every shape in float32 and bfloat16.
-    tune: sweep tile sizes, warps and stages, and print the best. quick: fewer shapes, repeats and candidates.
+    kernels: of "decode", "latent" (decoding where a value is a part of its key) and "flash". check: only compare with
+    the reference, every shape in float32 and bfloat16. tune: sweep tile sizes, warps and stages, and print the best.
+    quick: fewer shapes, repeats and candidates.
     peers: also measure PyTorch and cuDNN. repeats: timings of which the median is taken. out: JSON file of the record.
     """
 

@@ -147,7 +147,7 @@ def decode(quick: bool) -> list[Decode]:
 
 
 def latent(quick: bool) -> list[Decode]:
-    """Latent attention: 16 query heads on 576 numbers a token (Youtu-LLM), which is the target; MiniCPM3; DeepSeek-V3."""
+    """Latent attention. The first is the target: 16 query heads on 576 numbers a token, as in Youtu-LLM."""
     youtu = {"B": 64, "K": 1, "G": 16, "D": 576, "U": 512}
     found = [Decode(**youtu)]
     if not quick:

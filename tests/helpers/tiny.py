@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 HF_CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+LATENT_CLASSES = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "youtu": "Youtu", "minicpm3": "MiniCPM3"}
 
 # Odd shapes: G = 1, 3, 7; a head dim that is not model_dim / heads.
 SHAPES = {
@@ -11,6 +12,13 @@ SHAPES = {
     "G3": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16},
     "G7": {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 10},
 }
+# Queries by way of a vector or not, dims that are all different (and keys of an even width, which torch needs for V2).
+LATENT_SHAPES = {
+    "ranked": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20,
+               "kv_lora_rank": 26, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 14},
+    "whole": {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": None,
+              "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 9},
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROPES = {
     "default": {"rope_type": "default"},
@@ -29,7 +37,7 @@ def hf_config(family: str, shape: str = "G3", rope: str = "default", **changes):
     import transformers
 
     values = {
-        **SHAPES[shape],
+        **(SHAPES | LATENT_SHAPES)[shape],
         "vocab_size": 97,
         "num_hidden_layers": 2,
         "intermediate_size": 40,
@@ -39,14 +47,17 @@ def hf_config(family: str, shape: str = "G3", rope: str = "default", **changes):
         "eos_token_id": 2,
         **changes,
     }
-    return getattr(transformers, f"{HF_CLASSES[family]}Config")(**values)
+    if family.startswith("deepseek"):
+        values = {"first_k_dense_replace": values["num_hidden_layers"], **values}
+    return getattr(transformers, f"{(HF_CLASSES | LATENT_CLASSES)[family]}Config")(**values)
 
 
 def hf_model(config, seed: int = 0):
     """A float32 torch model; every weight, norm and bias is random and large enough to matter."""
     import transformers
 
-    model = getattr(transformers, f"{HF_CLASSES[config.model_type]}ForCausalLM")(config).float().eval()
+    name = (HF_CLASSES | LATENT_CLASSES)[config.model_type]
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

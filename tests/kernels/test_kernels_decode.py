@@ -202,7 +202,13 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
 
 @pytest.mark.parametrize(
     "version, layer, own, latent",
-    [("0.3", 0, True, {}), ("0.3", 1, False, {}), ("0.4", 2, False, {}), ("0.3", 1, False, LATENT), ("0.4", 0, True, LATENT)],
+    [
+        ("0.3", 0, True, {}),
+        ("0.3", 1, False, {}),
+        ("0.4", 2, False, {}),
+        ("0.3", 1, False, LATENT),
+        ("0.4", 0, True, LATENT),
+    ],
 )
 def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own, latent):
     """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written.

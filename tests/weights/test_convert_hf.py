@@ -51,7 +51,7 @@ def hidden_states(lm, ids):
 
     (logits, _), state = run(lm.params)
     blocks = [state["intermediates"][f"layers_{n}"]["__call__"][0][0] for n in range(lm.config.num_layers)]
-    return [lm.params["embed"]["embedding"][ids], *blocks], logits
+    return [lm.config.embed_scale * lm.params["embed"]["embedding"][ids], *blocks], logits
 
 
 def test_hidden_states_and_logits_equal_transformers_and_back(pair):
