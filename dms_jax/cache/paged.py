@@ -68,7 +68,7 @@ class PagedCache(KVCache):
             v=jnp.zeros((N, own, model.value_dim), stored),
             pos=jnp.full((N, page), -1, jnp.int32),
             k_scale=jnp.zeros((N, page)) if quantized else None,
-            v_scale=jnp.zeros((N, own)) if quantized else None,
+            v_scale=jnp.zeros((N, page)) if quantized else None,
             k_offset=jnp.zeros((L, K, D)) if quantized else None,
             table=jnp.zeros((L, batch, K, self.table_width), jnp.int32),
             length=jnp.zeros((L, batch, K), jnp.int32),
@@ -126,15 +126,15 @@ class PagedCache(KVCache):
         def read(pool):
             return jnp.take(pool, ids, axis=0, mode="clip").reshape(B, K, P * page, *pool.shape[2:])[:, :, :width]
 
-        k_scale = None if cache.k_scale is None else read(cache.k_scale)
+        k_scale, v_scale = (None if x is None else read(x) for x in (cache.k_scale, cache.v_scale))
+        U, D, latent = cache.v.shape[2], cache.k.shape[2], not cache.v.shape[1]
+        if latent and k_scale is not None:
+            k_scale = quant.joined(v_scale, k_scale, U, D)
         pos = jnp.where(jnp.arange(width) < cache.length[layer][..., None], read(cache.pos), -1)
         dtype = cache.k.dtype if cache.k_scale is None else jnp.float32
         k = quant.decode(read(cache.k), k_scale, dtype)
-        if not cache.v.shape[1]:
-            return View(k, k[..., : cache.v.shape[2]], pos)
         k = k if cache.k_offset is None else k + cache.k_offset[layer][:, None]
-        v_scale = None if cache.v_scale is None else read(cache.v_scale)
-        return View(k, quant.decode(read(cache.v), v_scale, dtype), pos)
+        return View(k, k[..., :U] if latent else quant.decode(read(cache.v), v_scale, dtype), pos)
 
     def write_prefill(
         self,
@@ -238,17 +238,14 @@ class PagedCache(KVCache):
         def put(target, value):
             return target.at[at].set(value.astype(target.dtype), mode="drop")
 
-        kind, offset = self.config.quant, cache.k_offset
-        if offset is not None and cache.v.shape[1]:
+        kind, offset, latent = self.config.quant, cache.k_offset, not cache.v.shape[1]
+        if offset is not None:
             k -= jnp.expand_dims(offset[layer], range(1, k.ndim - 2))
-        for name, x in (("k", k), ("v", v)):
-            if not getattr(cache, name).shape[1]:
-                continue
-            if kind != "none":
-                x, scale = quant.encode(x, kind)
-                cache = cache._replace(**{f"{name}_scale": put(getattr(cache, f"{name}_scale"), scale)})
-            cache = cache._replace(**{name: put(getattr(cache, name), x)})
-        return cache
+            k = k[..., v.shape[-1] :] if latent else k
+            (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
+            k = jnp.concatenate([v, k], axis=-1) if latent else k
+            cache = cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
+        return cache._replace(k=put(cache.k, k), v=cache.v if latent else put(cache.v, v))
 
 
 def pages_of(tokens, page: int):
@@ -263,7 +260,7 @@ def page_size(cache: PagedArrays) -> int:
 def bytes_per_page(model: ModelConfig, config: CacheConfig, dtype) -> int:
     """Keys, values, scales and positions of one page."""
     itemsize = 1 if config.quant != "none" else jnp.dtype(dtype).itemsize
-    scales = 0 if config.quant == "none" else 4 if model.latent else 8
+    scales = 8 if config.quant != "none" else 0
     return config.page_size * (model.entry_numbers * itemsize + scales + 4)
 
 

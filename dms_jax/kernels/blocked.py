@@ -39,9 +39,9 @@ def paged_attention(
     S = (P + pad) * page
     grouped = q.reshape(B, K, G, D)
 
-    def read(pool, scale, ids):
-        x = jnp.take(pool, ids, axis=0, mode="clip")
-        scale = None if scale is None else jnp.take(scale, ids, axis=0, mode="clip")
+    def read(pool, scales, ids):
+        x, *scales = (jnp.take(x, ids, axis=0, mode="clip") for x in (pool, *scales) if x is not None)
+        scale = None if not scales else scales[0] if len(scales) == 1 else quant.joined(*scales, U, D)
         return quant.decode(x, scale, q.dtype).reshape(B, K, n * page, pool.shape[2])
 
     def block(i, sums: _Sums) -> _Sums:
@@ -51,13 +51,13 @@ def paged_attention(
         if readable is not None:
             flags = jnp.take(readable, slot // page, axis=2, mode="fill", fill_value=False)
             valid &= flags
-        k = read(pages.k, pages.k_scale, ids)
+        k = read(pages.k, (pages.v_scale, pages.k_scale) if pages.latent else (pages.k_scale,), ids)
         scores = jnp.einsum("BKGD,BKSD->BKGS", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
         scores = jnp.where(valid[:, :, None], scores, MASK_VALUE)
         top = jnp.maximum(sums.top, scores.max(axis=-1))
         p = jnp.where(valid[:, :, None], jnp.exp(scores - top[..., None]), 0.0)
         shrink = jnp.exp(sums.top - top)
-        v = k[..., :U] if pages.latent else read(pages.v, pages.v_scale, ids)
+        v = k[..., :U] if pages.latent else read(pages.v, (pages.v_scale,), ids)
         added = jnp.einsum("BKGS,BKSU->BKGU", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
         kept = sums.scores
         if kept is not None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.config import require
+from dms_jax.kernels import quant
 from dms_jax.types import PerHead
 
 PAGE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
@@ -22,7 +23,8 @@ class Pages(NamedTuple):
       table: page ids of each head; slot s lies in page `table[b, k, s // page]` at `s % page`. Entries past the pages
         in use are not followed.
       lengths: live slots of each head, always the slots [0, length).
-      k_scale, v_scale: float32 factor of each stored token, for quantized pages.
+      k_scale, v_scale: float32 factor of each stored token, for quantized pages; of latent entries v_scale is that of
+        the first U numbers and k_scale that of the others.
     """
 
     k: Shaped[Array, "N page D"]
@@ -30,7 +32,7 @@ class Pages(NamedTuple):
     table: Int[Array, "*L B K P"]
     lengths: Int[Array, "*L B K"]
     k_scale: Float[Array, "N page"] | None = None
-    v_scale: Float[Array, "N vpage"] | None = None
+    v_scale: Float[Array, "N page"] | None = None
 
     @property
     def latent(self) -> bool:
@@ -58,8 +60,8 @@ class Pages(NamedTuple):
         require(same and own, "pages.k, pages.v", shapes, expected)
         known = dtypes[0] == dtypes[1] and dtypes[0] in PAGE_DTYPES
         require(known, "pages.k, pages.v", dtypes, f"expected one dtype of {PAGE_DTYPES}")
-        for name, scale, pool in (("pages.k_scale", self.k_scale, self.k), ("pages.v_scale", self.v_scale, self.v)):
-            wanted = pool.shape[:2] if dtypes[0] in QUANTIZED else None
+        wanted = shapes[0][:2] if dtypes[0] in QUANTIZED else None
+        for name, scale in (("pages.k_scale", self.k_scale), ("pages.v_scale", self.v_scale)):
             shape = None if scale is None else scale.shape
             require(shape == wanted, name, shape, f"expected {wanted} for pages of {dtypes[0]}")
 
@@ -85,9 +87,8 @@ def gather_pages(
     """The stored keys or values of each head in slot order, float32, 0 in dead slots (their pages hold anything)."""
     B, K, P = table.shape
     _, page, D = pages.shape
-    rows = jnp.take(pages, table, axis=0, mode="clip").astype(jnp.float32)
-    if scale is not None:
-        rows = rows * jnp.take(scale, table, axis=0, mode="clip")[..., None]
+    rows = jnp.take(pages, table, axis=0, mode="clip")
+    rows = quant.decode(rows, None if scale is None else jnp.take(scale, table, axis=0, mode="clip"), jnp.float32)
     return jnp.where(live[..., None], rows.reshape(B, K, P * page, D), 0.0)
 
 
@@ -100,9 +101,11 @@ def paged_decode_attention(
     live = jnp.arange(P * page)[None, None, :] < pages.lengths[..., None]
     if readable is not None:
         live &= jnp.repeat(readable, page, axis=2)
-    k = gather_pages(pages.k, pages.table, live, pages.k_scale)
-    v = k if pages.latent else gather_pages(pages.v, pages.table, live, pages.v_scale)
-    v = v[..., : pages.v.shape[2]]
+    U, k_scale = pages.v.shape[2], pages.k_scale
+    if pages.latent and k_scale is not None:
+        k_scale = quant.joined(pages.v_scale, k_scale, U, D)
+    k = gather_pages(pages.k, pages.table, live, k_scale)
+    v = k[..., :U] if pages.latent else gather_pages(pages.v, pages.table, live, pages.v_scale)
     queries = q.reshape(B, K, H // K, D).astype(jnp.float32)
     scores = jnp.einsum("BKGD,BKSD->BKGS", queries, k, precision="highest") * D**-0.5
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)

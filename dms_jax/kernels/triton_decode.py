@@ -135,12 +135,16 @@ def attend_tiles(
             live = live & (slot != new_slot)
         keys = load_rows(k_pages, row, live, queries, D, D + R)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if QUANTIZED:
+            scores *= tl.load((v_scale if LATENT else k_scale) + row, mask=live, other=0.0)[None, :]
         if R > 0:
             turned = load_rows(k_pages + D, row, live, rest, R, D + R)
-            scores = tl.dot(rest, tl.trans(turned), scores, input_precision="ieee")
+            if QUANTIZED:
+                own = tl.dot(rest, tl.trans(turned), input_precision="ieee")
+                scores += own * tl.load(k_scale + row, mask=live, other=0.0)[None, :]
+            else:
+                scores = tl.dot(rest, tl.trans(turned), scores, input_precision="ieee")
         scores *= SCALE
-        if QUANTIZED:
-            scores *= tl.load(k_scale + row, mask=live, other=0.0)[None, :]
         scores = tl.where(live[None, :], scores, DEAD)
         if SCORES:
             target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
@@ -151,7 +155,7 @@ def attend_tiles(
         denominator = denominator * shrink + tl.sum(weights, 1)
         values = keys if LATENT else load_rows(v_pages, row, live, queries, D, D)
         if QUANTIZED:
-            weights *= tl.load((k_scale if LATENT else v_scale) + row, mask=live, other=0.0)[None, :]
+            weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
         acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
         top = higher
     return top, denominator, acc
@@ -358,7 +362,7 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
         *(q.astype(compute), pages.k, unused(pages.v.dtype) if pages.latent else pages.v),
         *(pages.table, pages.lengths, work.spans, work.tile_ends),
         *(unused() if work.order is None else work.order,),
-        *(x if x is not None and x.size else unused(f32) for x in (pages.k_scale, pages.v_scale)),
+        *(unused(f32) if scale is None else scale for scale in (pages.k_scale, pages.v_scale)),
         *(k_new, v_new, slots, work.first),
         out=(shape((splits, G, U), f32), shape((splits, G), f32), shape((splits, G), f32), scores, *pools),
         grid=(-(-G // g_pad), tiles.programs),

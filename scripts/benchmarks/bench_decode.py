@@ -7,6 +7,7 @@ bytes of the weights and of the live keys and values over the rate of a device c
 
     python -m scripts.benchmarks.bench_decode --model qwen3_8b --cells 8x8192x1 8x8192x8 --out bench.json
     python -m scripts.benchmarks.bench_decode --model qwen3_8b --cells maxx32768x1 maxx32768x8
+    python -m scripts.benchmarks.bench_decode --model youtu_2b --cells 64x8192x1 64x8192x4 64x8192x8
 """
 
 import dataclasses

@@ -51,7 +51,7 @@ class Decode:
     def live_bytes(self) -> int:
         """Of the keys and values that one step must read, with their scales."""
         size = jnp.dtype(self.pages or self.dtype).itemsize
-        return int(self.lengths().sum()) * (1 if self.U else 2) * (self.D * size + (4 if size == 1 else 0))
+        return int(self.lengths().sum()) * ((1 if self.U else 2) * self.D * size + (8 if size == 1 else 0))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one, on purpose: a sweep uses it again and again)
     def inputs(self) -> tuple[jax.Array, kernels.Pages]:
@@ -75,11 +75,9 @@ class Decode:
         scales = ()
         if pages.itemsize == 1:
             scales = jnp.asarray(rng.uniform(0.5, 1, (2, N, self.page)) / 60, jnp.float32)
-        k, table, lengths = pool(0), jnp.asarray(table), jnp.asarray(lengths)
-        if not self.U:
-            return q, kernels.Pages(k, pool(1), table, lengths, *scales)
-        scales = () if len(scales) == 0 else (scales[0], scales[1, :, :0])
-        return q, kernels.Pages(k, k[:, :0, : self.U], table, lengths, *scales)
+        k = pool(0)
+        v = k[:, :0, : self.U] if self.U else pool(1)
+        return q, kernels.Pages(k, v, jnp.asarray(table), jnp.asarray(lengths), *scales)
 
     def attend(self, q, pages: kernels.Pages, tiles=None):
         if tiles is None:

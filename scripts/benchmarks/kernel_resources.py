@@ -91,7 +91,7 @@ def decode_launches(shape: tuple[int, ...], context: int, pages: str = "bfloat16
     B, N = 16, 4096
     spec = jax.ShapeDtypeStruct
     pools = spec((N, page, D), jnp.dtype(pages)), spec((N, 0 if U < D else page, U), jnp.dtype(pages))
-    scales = [spec(x.shape[:2], jnp.float32) if pages != "bfloat16" else None for x in pools]
+    scales = [spec((N, page), jnp.float32) if pages != "bfloat16" else None] * 2
 
     def call(q, k, v, table, lengths, k_scale, v_scale):
         pages = kernels.Pages(k, v, table, lengths, k_scale, v_scale)

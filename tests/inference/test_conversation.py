@@ -42,7 +42,8 @@ def test_three_turns_are_one_sequence(cache, model, rule):
     seen = (np.arange(64) <= last) & ((last - np.arange(64) <= DMS.window) | ~alpha[:, 0])
     live = talk.runner.spec.kv_cache.live(talk.runner.state.cache)[:, 0]
     np.testing.assert_array_equal(jnp.stack(live), seen.sum(-1))
-    assert cache == "masked" or talk.runner.spec.kv_cache.pool(talk.runner.state.cache).size > size
+    # Of one head a page each is enough for all turns.
+    assert cache == "masked" or model.latent or talk.runner.spec.kv_cache.pool(talk.runner.state.cache).size > size
 
 
 def test_a_turn_that_is_too_long_loses_nothing():

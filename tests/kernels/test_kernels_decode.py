@@ -9,7 +9,7 @@ import pytest
 
 from dms_jax import kernels
 from dms_jax.config import ConfigError
-from dms_jax.kernels import Pages, reference
+from dms_jax.kernels import Pages, quant, reference
 from scripts.benchmarks import interpreted_jax_triton
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
@@ -41,7 +41,7 @@ def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None, U
     q = jnp.asarray(rng.normal(size=(B, K * G, D)), dtype)
     k, v, *scales = pools(rng, N, page, D, jnp.dtype(pages or dtype))
     if U is not None:
-        v, scales = v[:, :0, :U], [None if x is None else x[:, : page * (n == 0)] for n, x in enumerate(scales)]
+        v = v[:, :0, :U]
     return q, Pages(k, v, jnp.asarray(table), jnp.asarray(lengths), *scales)
 
 
@@ -136,7 +136,11 @@ def test_values_that_are_a_part_of_the_keys(rng, few_programs, lengths, shape):
     """As with a pool of values of their own, and that as from loops above."""
     q, pages = inputs(rng, lengths, **shape)
     got = compare((q, pages), weights=True)
-    wide = reference.paged_decode_attention(q, pages._replace(v=pages.k, v_scale=pages.k_scale))
+    if pages.k_scale is not None:
+        pages = pages._replace(
+            k=quant.decode(pages.k, quant.joined(pages.v_scale, pages.k_scale, shape["U"], q.shape[2]), q.dtype)
+        )
+    wide = reference.paged_decode_attention(q, pages._replace(v=pages.k, k_scale=None, v_scale=None))
     close(got.out, wide.out[..., : shape["U"]], TOLERANCE[str(q.dtype)])
     assert got.out.shape == (*q.shape[:2], shape["U"])
 
