@@ -207,10 +207,11 @@ def _options(kind: Any) -> tuple:
 class RopeConfig:
     """Rotary position embedding; the field names are those of HF's `rope_parameters`.
 
-    kind: "default", "linear", "llama3" or "yarn". Fields that a kind does not use keep their defaults.
+    kind: "default", "linear", "llama3", "yarn", or "longrope" within the context the model was first trained with.
+    Fields that a kind does not use keep their defaults.
     """
 
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     theta: Annotated[float, Within(1, HUGE)] = 10000.0
     factor: Annotated[float, Within(1, HUGE)] = 1.0
     low_freq_factor: Positive = 1.0  # llama3
@@ -222,6 +223,7 @@ class RopeConfig:
     mscale: Positive | None = None  # yarn
     mscale_all_dim: Positive | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dims
+    short_factor: tuple[Positive, ...] = ()  # longrope: what each frequency is divided by
 
     def __post_init__(self):
         check(self, "rope.")
@@ -302,6 +304,9 @@ class ModelConfig:
             require(inside, key, value, f"is outside the vocabulary of {self.vocab_size} tokens")
         divides = self.num_heads % self.num_kv_heads == 0
         require(divides, "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
+        factors, pairs = self.rope.short_factor, (self.latent.rope_dim if self.latent else self.head_dim) // 2
+        fits = len(factors) == (pairs if self.rope.kind == "longrope" else 0)
+        require(fits, "rope.short_factor", factors, f"longrope, and no other, needs {pairs} of them")
         if self.latent is None:
             require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE needs an even head dim")
             return

@@ -55,7 +55,7 @@ def _prune(policy: Policy, kv_cache: KVCache, step: DecodeStep, due: Bool[Array,
         old = kv_cache.view(cache, layer, kv_cache.slots)
         keep, own = policy.prune(layers_of(states, layer), step_of(step, layer), Stored(old.k, old.v))
         keep = (keep | ~due[layer][..., None]) & (old.pos >= 0)
-        nothing = old.k[:, :, :0].swapaxes(1, 2)
-        cache, slots = kv_cache.write_prefill(cache, layer, nothing, nothing, old.pos[:, 0, :0], keep, old)
+        k, v = (x[:, :, :0].swapaxes(1, 2) for x in (old.k, old.v))  # no token is new
+        cache, slots = kv_cache.write_prefill(cache, layer, k, v, old.pos[:, 0, :0], keep, old)
         new.append(policy.move(own, slots))
     return cache, joined(new)

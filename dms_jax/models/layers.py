@@ -72,11 +72,14 @@ class MLP(nn.Module):
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies `[D / 2]` (radians a token) and the scale of cos and sin.
 
-    linear: Chen et al. 2023; llama3: the Llama 3.1 release; yarn: Peng et al. 2023 (arXiv 2309.00071).
+    linear: Chen et al. 2023; llama3: the Llama 3.1 release; yarn: Peng et al. 2023 (arXiv 2309.00071); longrope: Ding
+    et al. 2024 (arXiv 2402.13753).
     """
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         return inverse / rope.factor, 1.0
+    if rope.kind == "longrope":
+        return inverse / np.asarray(rope.short_factor), 1.0
     if rope.kind == "llama3":
         return _llama3(inverse, rope), 1.0
     if rope.kind == "yarn":

@@ -150,7 +150,7 @@ def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfi
     place = rope if "rope_theta" in rope else raw
     theta = _given(place, "rope_theta", float, 10000.0)
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
-    one_of("rope_type", kind, ("default", "linear", "llama3", "yarn"))
+    one_of("rope_type", kind, ("default", "linear", "llama3", "yarn", "longrope"))
     _check_full_rotation(rope)
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -158,6 +158,8 @@ def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfi
         return RopeConfig(kind, theta, take(rope, "factor", float))
     original = take(rope, "original_max_position_embeddings", Size, _max_positions(raw))
     original = take(raw, "original_max_position_embeddings", Size, original)
+    if kind == "longrope":
+        return _longrope(raw, rope, theta, original)
     if kind == "llama3":
         low, high = take(rope, "low_freq_factor", float), take(rope, "high_freq_factor", float)
         return RopeConfig(kind, theta, take(rope, "factor", float), low, high, original)
@@ -175,10 +177,22 @@ def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfi
     )
 
 
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+def _longrope(raw: Mapping[str, Any], rope: Mapping[str, Any], theta: float, original: int) -> RopeConfig:
+    """Longrope of a model whose context was not lengthened, where the other factors and a scale do not matter."""
+    longest, scale = _max_positions(raw), take(rope, "attention_factor", float, 1.0)
+    beyond = "longrope beyond the original_max_position_embeddings is not supported"
+    require(longest <= original, "max_position_embeddings", longest, beyond)
+    require(scale == 1, "attention_factor", scale, beyond)
+    return RopeConfig("longrope", theta, short_factor=tuple(take(rope, "short_factor", list[float])))
+
+
+def _rope_to_hf(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
     """`rope_parameters` without theta; a field that HF would derive is left out."""
     if rope.kind == "default":
         return {"rope_type": "default"}
+    if rope.kind == "longrope":
+        factors = {key: list(rope.short_factor) for key in ("short_factor", "long_factor")}
+        return {"rope_type": "longrope", **factors, "original_max_position_embeddings": max_positions}
     out: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
     if rope.kind == "llama3":
         out |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
@@ -205,7 +219,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     plain = c.qkv_bias and not c.out_bias if family == "qwen2" else c.qkv_bias == c.out_bias
     require(plain, "qkv_bias", c.qkv_bias, f"with out_bias={c.out_bias} cannot be said in a {family} config")
     require(family in MLP_BIASED or not c.mlp_bias, "mlp_bias", c.mlp_bias, f"cannot be said in a {family} config")
-    rope = _rope_to_hf(c.rope)
+    rope = _rope_to_hf(c.rope, c.max_positions)
     out = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,

@@ -32,6 +32,11 @@ ROPES = {
 }  # fmt: skip
 
 
+# As in MiniCPM3-4B, within the context of the first training; for the four pairs of the "ranked" shape.
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 2.0, 2.9], "long_factor": [9.0] * 4,
+            "original_max_position_embeddings": 128}  # fmt: skip
+
+
 def hf_config(family: str, shape: str = "G3", rope: str = "default", **changes):
     """A transformers config; theta is small, so that every part of a RoPE scaling matters in 64 positions."""
     import transformers
@@ -42,7 +47,7 @@ def hf_config(family: str, shape: str = "G3", rope: str = "default", **changes):
         "num_hidden_layers": 2,
         "intermediate_size": 40,
         "max_position_embeddings": 128,
-        "rope_parameters": {**ROPES[rope], "rope_theta": 500.0},
+        "rope_parameters": {**(ROPES | {"longrope": LONGROPE})[rope], "rope_theta": 500.0},
         "bos_token_id": 1,
         "eos_token_id": 2,
         **changes,

@@ -43,7 +43,6 @@ def test_parameters(name):
         ("qwen3_8b", 8_190_735_360),
         ("qwen3_1.7b", 1_720_574_976),
         ("smollm2_135m", 134_515_008),
-        ("youtu_llm_2b", 1_961_531_392),
     ],
 )
 def test_shapes_of_published_models(name, count):

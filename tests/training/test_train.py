@@ -87,7 +87,8 @@ def test_a_run_on_latent_attention(tmp_path):
     """One decision a token and layer, of a gate from E to 1; the original's weights stay as they are."""
     latent = LatentConfig(kv_rank=6, nope_dim=4, rope_dim=4, value_dim=5)
     model = dataclasses.replace(MODEL, family="youtu", num_kv_heads=1, head_dim=10, latent=latent)
-    config = dataclasses.replace(CONFIG, dms=DMSConfig(window=2, gate="adapter", decision_offset=1))
+    gate = DMSConfig(window=2, gate="adapter", decision_offset=1)
+    config = dataclasses.replace(CONFIG, mode="adapter", dms=gate)
     teacher = random_params(model)
     state = training.train(teacher, model, config, stream, tmp_path)
     log = log_of(tmp_path)

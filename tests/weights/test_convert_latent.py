@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import dms_jax
-from dms_jax.config import ConfigError, RopeConfig
+from dms_jax.config import ConfigError, ModelConfig, RopeConfig, load_yaml
+from dms_jax.training import flops
 from dms_jax.weights.huggingface import config_from_hf, config_to_hf
 from tests.helpers import tiny
 from tests.weights.test_convert_hf import hidden_states
@@ -17,7 +18,7 @@ CASES = [
     (family, rope, ("ranked", "whole")[(n + m) % 2], m % 2 == 0)
     for n, family in enumerate(tiny.LATENT_CLASSES)
     for m, rope in enumerate((*YARN_KINDS, "linear"))
-]
+] + [("minicpm3", "longrope", "ranked", False)]
 
 
 def hf_model(family, rope, shape, biased):
@@ -75,6 +76,16 @@ def test_configs_as_released():
     assert (youtu.latent.query_rank, youtu.tie_embeddings, youtu.rope.theta) == (1536, True, 1.6e6)
 
 
+def test_the_shape_of_youtu_in_configs_is_that_of_its_class():
+    import transformers
+
+    with torch.device("meta"):
+        whole = transformers.YoutuForCausalLM(transformers.YoutuConfig())
+    model = load_yaml(ModelConfig, "configs/models/youtu_llm_2b.yaml")
+    assert flops.num_params(model) == whole.num_parameters()
+    assert model.entry_numbers == whole.config.kv_lora_rank + whole.config.qk_rope_head_dim
+
+
 def raw(family="deepseek_v3", **changes):
     found = config_to_hf(config_from_hf(tiny.hf_config(family, "ranked").to_dict()))
     return {**found, **changes}
@@ -90,7 +101,6 @@ def raw(family="deepseek_v3", **changes):
         (raw("youtu", qk_rope_head_dim=7), "rope_dim=7"),
         (raw(rope_parameters={"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}, rope_scaling=None),
          "mscale_all_dim=1.0"),
-        (raw("minicpm3", rope_scaling={"type": "longrope", "factor": 2.0}, rope_parameters=None), "'longrope'"),
     ],
 )  # fmt: skip
 def test_unsupported_configs_name_key_and_value(base, key):
