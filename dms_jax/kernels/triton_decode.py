@@ -55,16 +55,18 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     return Tiling(block)
 
 
-def latent_tiling(group: int, value_dim: int, itemsize: int) -> Tiling:
-    """Tiles of 32 tokens of 576 numbers (36 KB of bfloat16), two of them in flight; half as many for more heads.
+def latent_tiling(group: int, pages: Pages) -> Tiling:
+    """Tiles of 64 tokens of 576 numbers (72 KB of bfloat16), one of them in flight while one is worked on.
 
     The queries lie in shared memory, and a program's sums, a row of U float32 numbers for each of its query heads, in
-    registers: two programs run on a multiprocessor.
+    registers: two programs run on a multiprocessor. More query heads, quantized pages, which are widened in registers,
+    and small pages leave less for tiles, of which then two are in flight.
     """
-    few = group <= 16
-    numbers = (16384 if few else 8192) * 2 // max(itemsize, 2)
-    block = min(max(numbers // power_of_two(value_dim, 16), 16), 64)
-    return Tiling(block, programs=2 * multiprocessors(), heads=16 if few else 32)
+    few, (_, page, _), itemsize = group <= 16, pages.k.shape, pages.k.dtype.itemsize
+    large = few and itemsize == 2 and page % 64 == 0
+    numbers = (32768 if large else 16384 if few else 8192) * 2 // max(itemsize, 2)
+    block = min(max(numbers // power_of_two(pages.v.shape[2], 16), 16), 64)
+    return Tiling(block, 4, 2 if large else 3, 2 * multiprocessors(), 16 if few else 32)
 
 
 @triton.jit
@@ -332,8 +334,7 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     """
     (B, H, D), K, page = q.shape, pages.table.shape[-2], pages.k.shape[1]
     own = pages.lengths if layer is None else pages.lengths[layer]
-    itemsize = pages.k.dtype.itemsize
-    tiles = tiles or (latent_tiling(H // K, pages.v.shape[2], itemsize) if pages.latent else tiling(D, itemsize))
+    tiles = tiles or (latent_tiling(H // K, pages) if pages.latent else tiling(D, pages.k.dtype.itemsize))
     tiles = tiles._replace(programs=tiles.programs or 3 * multiprocessors())
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.

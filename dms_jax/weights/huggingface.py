@@ -51,6 +51,7 @@ HF_KEYS = {
     "eos_ids": "eos_token_id",
     "pad_id": "pad_token_id",
     "rope.theta": "rope_theta",
+    **{f"latent.{field}": key for field, key in latent_keys.DIMS.items()},
 }
 
 

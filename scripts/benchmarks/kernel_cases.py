@@ -191,7 +191,7 @@ def latent_tilings(quick: bool) -> list:
     from dms_jax.kernels.launch import multiprocessors
     from dms_jax.kernels.triton_decode import Tiling
 
-    few = [(32, 4, 3, 2), (64, 4, 2, 2), (32, 4, 2, 2), (16, 4, 4, 3), (64, 8, 2, 2), (64, 8, 3, 1), (64, 4, 3, 1)]
+    few = [(64, 4, 2, 2), (32, 4, 3, 2), (32, 4, 2, 2), (16, 4, 4, 3), (64, 8, 2, 2), (64, 8, 3, 1), (64, 4, 3, 1)]
     few += [(64, 4, 2, 4), (32, 8, 3, 2)]
     grid = few if quick else [*itertools.product((16, 32, 64), (4, 8), (2, 3, 4), (1, 2, 3))]
     return [Tiling(block, warps, stages, n * multiprocessors()) for block, warps, stages, n in grid]

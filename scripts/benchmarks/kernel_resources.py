@@ -85,10 +85,10 @@ def traced_launches(call, *shapes) -> list[tuple]:
     return launches
 
 
-def decode_launches(shape: tuple[int, ...], context: int, pages: str = "bfloat16", page: int = 16) -> list[tuple]:
-    """The launches of one decode step of 16 sequences."""
+def decode_launches(shape: tuple[int, ...], context: int, pages: str = "bfloat16") -> list[tuple]:
+    """The launches of one decode step of 16 sequences, in pages of 16 tokens or of 64 latent entries."""
     H, K, D, U = shape
-    B, N = 16, 4096
+    B, N, page = 16, 4096, 64 if shape[3] < shape[2] else 16
     spec = jax.ShapeDtypeStruct
     pools = spec((N, page, D), jnp.dtype(pages)), spec((N, 0 if U < D else page, U), jnp.dtype(pages))
     scales = [spec((N, page), jnp.float32) if pages != "bfloat16" else None] * 2

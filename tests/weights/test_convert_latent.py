@@ -1,6 +1,7 @@
 """Latent attention: parity with Hugging Face transformers (torch, float32), and the configuration both ways."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -106,6 +107,12 @@ def raw(family="deepseek_v3", **changes):
 def test_unsupported_configs_name_key_and_value(base, key):
     with pytest.raises(ConfigError, match=key):
         config_from_hf(base)
+
+
+def test_a_file_is_named_with_its_own_key(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(raw("youtu", qk_rope_head_dim=7)))
+    with pytest.raises(ConfigError, match="config.json: qk_rope_head_dim=7: RoPE needs an even dim"):
+        dms_jax.load(tmp_path)
 
 
 @pytest.mark.parametrize("family", tiny.LATENT_CLASSES)
