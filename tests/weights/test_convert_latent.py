@@ -67,13 +67,21 @@ def test_absent_keys_mean_what_transformers_takes_them_to_mean():
 
 
 def test_configs_as_released():
-    """Youtu-LLM-2B, and a DeepSeek-V3 whose layers are all dense."""
+    """Youtu-LLM-2B and MiniCPM3-4B; what is not said here the classes of transformers have as defaults."""
     youtu = config_from_hf({
         "model_type": "youtu", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 6144,
         "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16, "rope_theta": 1600000,
         "rope_interleave": True, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
     })  # fmt: skip
     assert (youtu.head_dim, youtu.value_dim, youtu.entry_numbers, youtu.group_size) == (576, 512, 576, 16)
+    rope = {"type": "longrope", "short_factor": [1.1] * 16, "long_factor": [4.0] * 16,
+            "original_max_position_embeddings": 32768}  # fmt: skip
+    minicpm = config_from_hf({
+        "model_type": "minicpm3", "vocab_size": 73448, "hidden_size": 2560, "intermediate_size": 6400,
+        "num_hidden_layers": 62, "num_attention_heads": 40, "num_key_value_heads": 40, "rope_scaling": rope,
+    })  # fmt: skip
+    assert (minicpm.head_dim, minicpm.value_dim, minicpm.latent.value_dim) == (288, 256, 64)
+    assert (minicpm.rope.short_factor, minicpm.depth_scale, minicpm.logit_dim) == ((1.1,) * 16, 1.4, 256)
     assert (youtu.latent.query_rank, youtu.tie_embeddings, youtu.rope.theta) == (1536, True, 1.6e6)
 
 
