@@ -13,6 +13,7 @@ from paper_figures.rows import device, interval, markdown, milliseconds, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+LATENT_TILES = "Tiling(block=64, num_warps=4, num_stages=2, programs=264"  # triton_decode.latent_tiling, 132 SMs
 TARGET = 1.35  # of the time of a decode step over its floor, from 8 sequences on
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed")))
 
@@ -189,6 +190,24 @@ def gpu_kernels() -> str:
     return f"{markdown(['case', 'by', 'ms (forward / backward)', 'rate', 'MB at peak'], rows)}\n\n{note}"
 
 
+def gpu_latent() -> str:
+    """Decoding of latent entries; of the first case also the tiles that the kernel takes now, from the sweep."""
+    results = json.loads((RESULTS / "h100" / "kernels_latent.json").read_text())
+    measured = [row for row in results["rows"] if row["name"] == "decode"]
+    swept = [row for row in results["tune"] if row.get("tiles", "").startswith(LATENT_TILES)]
+    rows = [
+        [
+            f"{row['case']}{', tiles of 64' if 'tiles' in row else ''}",
+            f"{1e3 * row['seconds']:.3f}",
+            f"{row['of_copy']:.0%}",
+        ]
+        for row in (*swept, *measured)
+    ]
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
+    note = f"{results['device']}, driver {results['driver']}, {versions}; bfloat16 but where it says int8, medians."
+    return f"{markdown(['case', 'ms', 'of a copy'], rows)}\n\n{note}"
+
+
 def sweep() -> str:
     """Every policy with one chain, at the ratios where they part."""
     results = json.loads((RESULTS / "sweep.json").read_text())
@@ -290,6 +309,7 @@ TABLES = {
     "gpu_headline": gpu_headline,
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,
+    "gpu_latent": gpu_latent,
     "offload": offload_table.offload,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
