@@ -248,15 +248,6 @@ def distance(policy: str, cr: float, row: dict) -> list[str]:
     return [style.LABELS[policy], f"{cr:g}", achieved, interval(row["kl"]), interval(row["agreement"], 100)]
 
 
-def real() -> str:
-    """Of a real model, DMS at each ratio beside the training-free policies at CR 4."""
-    results, cells = read_fidelity()
-    shown = {key: row for key, row in cells.items() if key[0] == "dms" or key[1] == 4}
-    rows = [distance(*key, row) for key, row in shown.items()]
-    note = f"SmolLM2-135M-Instruct. {fidelity_note(results)} Quest stores everything. {device(results)}"
-    return f"{markdown(['policy', 'target CR', 'achieved CR', 'KL', 'agreement %'], rows)}\n\n{note}"
-
-
 def fidelity() -> str:
     """How far a compressed SmolLM2 is from the original, under the cache as it runs: in a chat, and on bare text."""
     (results, cells), (_, alone) = read_fidelity(), read_fidelity("_text_alone")
@@ -303,7 +294,6 @@ TABLES = {
     "job": job,
     "fidelity": fidelity,
     "mini": mini,
-    "real": real,
     "ruler": ruler,
     "speed": speed,
     "gpu_headline": gpu_headline,
