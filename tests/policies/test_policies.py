@@ -93,7 +93,7 @@ class Table(NamedTuple):
         if method == "unembed":
             return x
         p, outs = variables["params"], []
-        for n in range(L):
+        for n in range(self.config.num_layers):
             q, k, v, logit = (p[name][n][x] for name in ("q", "k", "v", "logit"))
             out, carried = attend(n, q, k, v, logit.swapaxes(1, 2), carried)
             outs.append(out.reshape(*x.shape, -1))
@@ -284,6 +284,14 @@ def expected(name: str) -> list[list[Seen]]:
     return record
 
 
+def engine_of(policy, num_layers: int = L, **changes) -> Engine:
+    """An engine of one row over the table, or over its first layer where one shows as much."""
+    config = dataclasses.replace(CONFIG, num_layers=num_layers, vocab_size=num_layers * K * G * D)
+    cache = CacheConfig("paged", CAPACITY, PAGE)
+    spec = decode.DecodeSpec(Table(config), policy, kv_cache(cache), SamplingConfig(), ())
+    return Engine(spec, table(), cache, EngineConfig(**{"max_num_seqs": 1, "prefill_chunk": CHUNK, **changes}))
+
+
 def pairs(ours, theirs):
     for turn, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         by_sequence = {seen.sequence: seen for seen in b}
@@ -356,9 +364,7 @@ def test_a_run_is_repeated_exactly_and_only_drawing_policies_heed_the_seed(name)
 def test_the_engine_counts_what_was_read_and_held(name):
     """KV reads and peak of chains that draw their own tokens, prompts of three chunks and of one, one row for all."""
     case = CASES[name]
-    cache = CacheConfig("paged", CAPACITY, PAGE)
-    spec = decode.DecodeSpec(Table(CONFIG), case.build(), kv_cache(cache), SamplingConfig(), ())
-    engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=4, prefill_chunk=CHUNK))
+    engine = engine_of(case.build(), steps=4)
     prompts = [list(range(19)), list(range(T, T + 5))]
     jobs = [Job(prompt, np.zeros((1, 2), np.uint32), 12, n) for n, prompt in enumerate(prompts)]
     for result in engine.run(jobs):
@@ -381,11 +387,9 @@ def test_the_engine_counts_what_was_read_and_held(name):
 @pytest.mark.parametrize("name", [*WITH_BUDGET, "dms delayed"])
 def test_the_size_of_chunks_changes_nothing(name):
     """A prompt of three chunks and a rest, beside one read at once: the same tokens live and the same are drawn."""
-    cache, prompt = CacheConfig("paged", CAPACITY, PAGE), list(range(2 * T, 2 * T + 27))
-    found = []
+    prompt, found = list(range(T, T + 27)), []
     for size in (CHUNK, 48):
-        spec = decode.DecodeSpec(Table(CONFIG), CASES[name].build(), kv_cache(cache), SamplingConfig(), ())
-        engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=5, prefill_chunk=size))
+        engine = engine_of(CASES[name].build(), 1, steps=5, prefill_chunk=size, pages=K * CAPACITY // PAGE)
         (result,) = engine.run([Job(prompt, keys(3)[:1], 10)])
         found.append((result.tokens, result.use, result.by_head.live.tolist()))
     assert found[0] == found[1]
@@ -394,11 +398,10 @@ def test_the_size_of_chunks_changes_nothing(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.budget and case.policy != "quest"])
 def test_a_protected_prompt_is_never_evicted(name):
     """Prompts under and over the budget: every prompt token lives to the end, beside it what the budget leaves."""
-    cache = CacheConfig("paged", CAPACITY, PAGE)
-    for length, budget in ((9, 16), (20, 12)):
-        policy = dataclasses.replace(CASES[name].build(budget), protect_prompt=True)
-        spec = decode.DecodeSpec(Table(CONFIG), policy, kv_cache(cache), SamplingConfig(), ())
-        engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=5, prefill_chunk=CHUNK))
+    budget = 16
+    policy = dataclasses.replace(CASES[name].build(budget), protect_prompt=True)
+    for length in (9, 20):
+        engine = engine_of(policy, num_layers=1, steps=5, pages=K * CAPACITY // PAGE)
         (result,) = engine.run([Job(list(range(length)), keys(3)[:1], 20)])
         held = max(budget, length + policy.num_protected + 1)
         assert result.use.peak_tokens == held + policy.evict_every - 1
