@@ -125,12 +125,9 @@ def tiny_family(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_compiled_programs():
+def release_compiled_programs():
     """Every compiled program maps memory; those of the whole suite would pass what Linux allows a process."""
     yield
-    import gc
+    from dms_jax import programs
 
-    import jax
-
-    jax.clear_caches()
-    gc.collect()
+    programs.release()

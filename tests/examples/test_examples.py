@@ -80,7 +80,8 @@ def test_regressed_gate(tmp_path):
     family = example.main(documents=4, window=16, longest=448, out=tmp_path)
     lm = dms_jax.load("mini", dtype="float32")
     assert dms_jax.load("mini", dtype="float32", gate=tmp_path, cr=4.0).dms == family[4.0].dms
-    chain = dms_jax.generate(lm, [example.PROBLEM], temperature=1.0, max_new_tokens=400, seed=1).tokens[0][0]
+    made = dms_jax.generate(lm, [example.PROBLEM], chains=4, temperature=1.0, max_new_tokens=400, seed=1)
+    chain = made.tokens[0][0]
     rows, lengths = example.repeated([np.array([*lm.tokenizer([example.PROBLEM])["input_ids"][0], *chain])], 448)
     x, target, counted = example.features(lm, rows, lengths)
     for layer in (0, lm.config.num_layers - 1):

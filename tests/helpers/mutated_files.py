@@ -193,7 +193,7 @@ def says_tensors(file: str, root: Path, got: dict[str, Any]) -> bool:
 
 
 def says_tokenizer(file: str, root: Path, got: dict[str, Any]) -> bool:
-    """The library of tokenizer.json alone; of tokenizer_config.json the tokens that it names."""
+    """The library of tokenizer.json alone, and the tokens that tokenizer_config.json names, which are special."""
     from tokenizers import Tokenizer
 
     if not (root / file).exists() and "ids" not in got:
@@ -206,6 +206,7 @@ def says_tokenizer(file: str, root: Path, got: dict[str, Any]) -> bool:
         return raw[key].get("content") if isinstance(raw.get(key), dict) else raw.get(key)
 
     ends = all(mine == named(key) for mine, key in zip(got["ends"], ("bos_token", "eos_token"), strict=True))
+    alone.add_special_tokens([token for token in map(named, ("bos_token", "eos_token")) if isinstance(token, str)])
     ids = [alone.encode(text).ids for text in TEXTS]
     if getattr(alone.model, "dropout", None):  # merges are left out at random: other ids of the same text
         return ends and got["texts"] == [alone.decode(each, skip_special_tokens=False) for each in ids if each]
