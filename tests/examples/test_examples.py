@@ -88,9 +88,9 @@ def test_regressed_gate(tmp_path):
         kernel = family[4.0].params[f"layers_{layer}"]["attn"]["gate"]["proj"]["kernel"]
         predicted = np.asarray(x[layer] @ kernel)[counted]
         assert np.corrcoef(predicted.ravel(), np.asarray(target[layer])[counted].ravel())[0, 1] > 0.5
-    used = {cr: dms_jax.generate(member, [example.PROBLEM], max_new_tokens=320) for cr, member in family.items()}
-    reached = [float(out.achieved_cr[0, 0]) for out in used.values()]
-    assert 1.3 < reached[0] < reached[1] < reached[2]
+    used = [dms_jax.generate(family[cr], [example.PROBLEM], max_new_tokens=320) for cr in (2.0, 8.0)]
+    less, more = (float(out.achieved_cr[0, 0]) for out in used)
+    assert 1.3 < less and 1.3 * less < more
 
 
 def test_the_score_of_the_regression():

@@ -75,7 +75,7 @@ TINY = [(PROBLEM[:n], PROBLEM[n : n + 7]) for n in BORDERS] + [("", "Let "), ((P
 
 
 def brute_score(adapter, context: str, continuation: str) -> tuple[float, bool]:
-    """One request, token by token, from the logits of whole texts under the hard mask."""
+    """One request, token by token, from the logits of the whole text under the hard mask."""
     lm, dms = adapter.loaded.lm, adapter.loaded.dms
     if context:
         whole = adapter.tok_encode(context + continuation)
@@ -85,8 +85,9 @@ def brute_score(adapter, context: str, continuation: str) -> tuple[float, bool]:
         whole = [adapter.prefix_token_id, *adapter.tok_encode(continuation, add_special_tokens=False)]
     whole = whole[-(adapter.max_length + 1) :]
     total, best = 0.0, True
+    every = np.asarray(lm.logits(np.array([whole + [0] * (100 - len(whole))]), dms=dms), np.float64)[0]
     for n in range(len(whole) - own, len(whole)):
-        logits = np.asarray(lm.logits(np.array([whole[:n]]), dms=dms))[0, -1].astype(np.float64)
+        logits = every[n - 1]
         total += logits[whole[n]] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         best &= logits.argmax() == whole[n]
     return total, best

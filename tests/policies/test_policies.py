@@ -215,11 +215,17 @@ def poisoned(cache, held):
     return cache._replace(k=k, v=v)
 
 
-def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
+def of_layers(count: int) -> ModelConfig:
+    """The model of the table's first layers."""
+    return dataclasses.replace(CONFIG, num_layers=count, vocab_size=count * K * G * D)
+
+
+def run_turns(policy, kind: str, seed: int, num_layers: int = L) -> list[list[Seen]]:
     """What was seen after each turn. Empty slots are poisoned before every turn; short arrays grow on the way."""
     store = kv_cache(CacheConfig(kind, CAPACITY, PAGE))
-    spec, params, random_keys = decode.DecodeSpec(Table(CONFIG), policy, store), table(), keys(seed)
-    state = decode.init(spec, B, jnp.float32, int(store.pages_needed(np.full((B, L, K), CAPACITY)).max()))
+    spec, params, random_keys = decode.DecodeSpec(Table(of_layers(num_layers)), policy, store), table(), keys(seed)
+    pages = int(store.pages_needed(np.full((B, num_layers, K), CAPACITY)).max())
+    state = decode.init(spec, B, jnp.float32, pages)
     past, record = np.zeros(N, int), []
     for kind_of_turn, who in TURNS:
         live = np.asarray(decode.live_tokens(spec, state))
@@ -251,16 +257,16 @@ def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
         else:
             state = decode.release(spec, state, np.isin(np.arange(B), [ROW[n] for n in who]))
         _, found = live_slots(state.cache)
-        live = {n: [[found[ROW[n], layer, h] for h in range(K)] for layer in range(L)] for n in seen}
+        live = {n: [[found[ROW[n], layer, h] for h in range(K)] for layer in range(num_layers)] for n in seen}
         record.append([Seen(n, *both, live[n]) for n, both in seen.items()])
         for n in who if kind_of_turn == LEAVE else ():
-            assert not any(found[ROW[n], layer, h] for layer in range(L) for h in range(K))
+            assert not any(found[ROW[n], layer, h] for layer in range(num_layers) for h in range(K))
     return record
 
 
 @functools.cache
-def trace(name: str, kind: str, seed: int = 0, budget: int | None = None) -> list[list[Seen]]:
-    return run_turns(CASES[name].build(budget), kind, seed)
+def trace(name: str, kind: str, budget: int | None = None, num_layers: int = L) -> list[list[Seen]]:
+    return run_turns(CASES[name].build(budget), kind, 0, num_layers)
 
 
 @functools.cache
@@ -286,9 +292,8 @@ def expected(name: str) -> list[list[Seen]]:
 
 def engine_of(policy, num_layers: int = L, **changes) -> Engine:
     """An engine of one row over the table, or over its first layer where one shows as much."""
-    config = dataclasses.replace(CONFIG, num_layers=num_layers, vocab_size=num_layers * K * G * D)
     cache = CacheConfig("paged", CAPACITY, PAGE)
-    spec = decode.DecodeSpec(Table(config), policy, kv_cache(cache), SamplingConfig(), ())
+    spec = decode.DecodeSpec(Table(of_layers(num_layers)), policy, kv_cache(cache), SamplingConfig(), ())
     return Engine(spec, table(), cache, EngineConfig(**{"max_num_seqs": 1, "prefill_chunk": CHUNK, **changes}))
 
 
@@ -345,7 +350,7 @@ def test_the_budget_is_kept_at_every_step_and_used(name):
 @pytest.mark.parametrize("name", WITH_BUDGET)
 def test_with_a_budget_of_everything_a_policy_is_the_full_cache(name):
     """Exactly: the same numbers, not only close ones."""
-    for where, ours, full in pairs(trace(name, "paged", budget=CAPACITY), trace("full", "paged")):
+    for where, ours, full in pairs(trace(name, "paged", CAPACITY, 1), trace("full", "paged", None, 1)):
         assert ours.live == full.live, where
         np.testing.assert_array_equal(ours.out, full.out, err_msg=where)
 

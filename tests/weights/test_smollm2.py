@@ -109,12 +109,15 @@ def test_bfloat16_and_a_saved_copy(lm, ids, smollm2_file, tmp_path):
 
 
 def test_the_bundled_gates(smollm2_file, lm, ids):
-    """Laid over the real weights they evict about what their CR says, and the model stays near itself."""
+    """Laid over the real weights they evict about what their CR says, and the model stays near itself.
+
+    That for CR 4 is in the README's ten lines, whose figures are tested.
+    """
     original = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2")
     assert original.dms is None
     assert_same_bits(original.params, lm.params)
     want = np.asarray(lm.logits(ids))[0]
-    for cr in (2, 4, 8):
+    for cr in (2, 8):
         gated = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=cr)
         assert gated.cr == cr and gated.dms.gate == "adapter"
         got, alpha = models.full_forward(gated, ids)
