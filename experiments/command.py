@@ -1,4 +1,4 @@
-"""How an experiment is run from a shell: its options, its terminal, and errors that end it with one line."""
+"""How what reads a model is run from a shell: its options, its terminal, and errors that end it with one line."""
 
 import dataclasses
 import time
@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from dms_jax.config import ConfigError
+from dms_jax.weights.safetensors import WeightError
 from experiments import report
 from experiments.judge import JudgeError
 from experiments.run import RunError
@@ -16,6 +18,7 @@ from experiments.sandbox import SandboxError
 from experiments.tasks.data import DataError
 
 MINI = "mini"
+MISTAKES = (ConfigError, WeightError, RunError, DataError, JudgeError, SandboxError, FileNotFoundError)
 NOT_IDENTITY = ("run_dir", "runs", "fresh", "limit", "batch_size")  # they change no sample
 
 
@@ -70,17 +73,19 @@ def main(
     program: str,
     arguments: list[str] | None = None,
 ) -> int:
-    """Reads the options and runs `execute(config, console, start)`; returns the exit status, 2 for a mistake."""
+    """Reads the options and runs `execute(config, console, start)`.
+
+    Returns the exit status: what `execute` says, 2 for a mistake, 130 after Ctrl-C.
+    """
     start = time.monotonic()
     config = tyro.cli(config_class, args=arguments, description=description, prog=f"python -m {program}")
-    from dms_jax.config import ConfigError
-    from dms_jax.weights.safetensors import WeightError
-
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, report.WIDE))
     try:
         return execute(config, console, start)
-    except (ConfigError, WeightError, RunError, DataError, JudgeError, SandboxError, FileNotFoundError) as error:
+    except MISTAKES as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        return 130

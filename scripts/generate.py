@@ -15,52 +15,54 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 
-MINI = "mini"
+import dms_jax
+from dms_jax.config import require
+from dms_jax.weights.text import encode, encode_turn, has_chat
+from experiments import command
+from experiments.command import MINI, metavar
+
 DEMO_SEED = "scripts.generate"
-
-
-def _metavar(name: str):
-    return tyro.conf.arg(metavar=name, help_behavior_hint="")  # the help texts name the defaults themselves
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    prompt: Annotated[str | None, _metavar("TEXT")] = None
+    prompt: Annotated[str | None, metavar("TEXT")] = None
     """the text to continue; - reads it from standard input"""
     demo: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """a held-out problem for the mini model: the original and the retrofitted one (--cr, 4 by default) side by side"""
-    problem: Annotated[int, _metavar("N")] = 0
+    problem: Annotated[int, metavar("N")] = 0
     """which problem the demo takes; default: 0"""
-    model: Annotated[str, _metavar("MODEL")] = MINI
+    model: Annotated[str, metavar("MODEL")] = MINI
     """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
-    cr: Annotated[float | None, _metavar("CR")] = None
+    cr: Annotated[float | None, metavar("CR")] = None
     """member of a retrofitted family; default: the original model"""
-    gate: Annotated[Path | None, _metavar("FILE")] = None
+    gate: Annotated[Path | None, metavar("FILE")] = None
     """adapter gate (safetensors) to lay over the model's weights"""
-    policy: Annotated[str | None, _metavar("NAME")] = None
+    policy: Annotated[str | None, metavar("NAME")] = None
     """eviction policy; default: dms where the model was retrofitted, full otherwise"""
-    budget: Annotated[int | float | None, _metavar("TOKENS|SHARE")] = None
+    budget: Annotated[int | float | None, metavar("TOKENS|SHARE")] = None
     """tokens a head may keep (256), or their share of the length (0.25), for training-free policies"""
-    protect_prompt: Annotated[bool | None, _metavar("True|False")] = None
+    protect_prompt: Annotated[bool | None, metavar("True|False")] = None
     """whether such a policy never evicts a token of the prompt; default: as the method has it"""
-    evict_every: Annotated[int | None, _metavar("STEPS")] = None
+    evict_every: Annotated[int | None, metavar("STEPS")] = None
     """steps from one eviction to the next; default: as the method has it"""
-    window: Annotated[int | None, _metavar("TOKENS")] = None
+    window: Annotated[int | None, metavar("TOKENS")] = None
     """overrides the window that the model was retrofitted with"""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """write the prompt as a user's turn, with the tokenizer's chat template"""
-    max_new_tokens: Annotated[int, _metavar("TOKENS")] = 448
+    max_new_tokens: Annotated[int, metavar("TOKENS")] = 448
     """default: 448"""
-    temperature: Annotated[float, _metavar("T")] = 0.0
+    temperature: Annotated[float, metavar("T")] = 0.0
     """default: 0, greedy"""
-    top_p: Annotated[float, _metavar("P")] = 1.0
+    top_p: Annotated[float, metavar("P")] = 1.0
     """default: 1"""
-    seed: Annotated[int, _metavar("SEED")] = 0
+    seed: Annotated[int, metavar("SEED")] = 0
     """of the sampling; default: 0"""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """also print how long each phase took, until the first token and in all"""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _metavar("DTYPE")] = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, metavar("DTYPE")] = None
     """float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 elsewhere"""
 
 
@@ -70,10 +72,10 @@ class Phases:
     Compiling is tracing, lowering, and compiling or fetching from the folder that keeps programs.
     """
 
-    def __init__(self):
+    def __init__(self, start: float):
         import jax
 
-        self.start, self.compiling, self.kept = time.monotonic(), 0.0, 0
+        self.start, self.compiling, self.kept = start, 0.0, 0
         self.ends: dict[str, float] = {}
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
@@ -116,13 +118,7 @@ class TextStream:
 
 def load(config: Config, cr: float | None):
     """The model, and the DMSConfig with the window asked for."""
-    import jax
-
-    import dms_jax
-    from dms_jax.config import require
-
-    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    lm = dms_jax.load(config.model, dtype=dtype, gate=config.gate, cr=cr)
+    lm = dms_jax.load(config.model, dtype=config.dtype or command.default_dtype(), gate=config.gate, cr=cr)
     require(lm.tokenizer is not None, "model", config.model, "has no tokenizer")
     if config.window is None or (cr is None and config.demo):
         return lm, lm.dms
@@ -132,9 +128,6 @@ def load(config: Config, cr: float | None):
 
 def prompt_ids(config: Config, lm, text: str) -> list[int]:
     """Token ids of the prompt. The mini model's problems end in a newline, which is added where it is missing."""
-    from dms_jax.config import require
-    from dms_jax.weights.text import encode, encode_turn, has_chat
-
     if config.chat:
         require(has_chat(lm.tokenizer), "chat", True, "the tokenizer has no chat template")
         return encode_turn(lm.tokenizer, text)
@@ -163,8 +156,6 @@ def write(text: str) -> None:
 
 def stream(config: Config, lm, dms, text: str, policy: str | None, phases: Phases | None = None) -> str:
     """Generates to the terminal; returns the new text."""
-    from dms_jax.inference import generation
-
     ids = prompt_ids(config, lm, text)
     shown = TextStream(lm.tokenizer, write)
 
@@ -173,7 +164,7 @@ def stream(config: Config, lm, dms, text: str, policy: str | None, phases: Phase
         if phases:
             phases.end("first token")
 
-    out = generation.generate(
+    out = dms_jax.generate(
         lm,
         [ids],
         max_new_tokens=config.max_new_tokens,
@@ -216,30 +207,23 @@ def demo(config: Config) -> None:
     print(f"the right answer is {problem.answer}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Config, args=arguments, description=__doc__, prog="python -m scripts.generate")
-    from dms_jax.config import ConfigError, require
-    from dms_jax.weights.safetensors import WeightError
-
-    try:
-        require(config.demo != (config.prompt is not None), "prompt", config.prompt, "give --prompt or --demo")
-        if config.demo:
-            require(config.model == MINI, "model", config.model, "the demo is for the mini model")
-            require(config.problem >= 0, "problem", config.problem, "must not be negative")
-            demo(config)
-        else:
-            phases = Phases() if config.verbose else None
-            lm, dms = load(config, config.cr)
-            if phases:
-                phases.end("model loaded")
-            text = sys.stdin.read() if config.prompt == "-" else config.prompt
-            stream(config, lm, dms, text, config.policy, phases)
-    except (ConfigError, WeightError, FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def execute(config: Config, _console: Console, start: float) -> int:
+    require(config.demo != (config.prompt is not None), "prompt", config.prompt, "give --prompt or --demo")
+    if config.demo:
+        require(config.model == MINI, "model", config.model, "the demo is for the mini model")
+        require(config.problem >= 0, "problem", config.problem, "must not be negative")
+        demo(config)
+        return 0
+    phases = Phases(start) if config.verbose else None
+    lm, dms = load(config, config.cr)
+    if phases:
+        phases.end("model loaded")
+    stream(config, lm, dms, sys.stdin.read() if config.prompt == "-" else config.prompt, config.policy, phases)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.main(Config, execute, __doc__, "scripts.generate", arguments)
 
 
 if __name__ == "__main__":

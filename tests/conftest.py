@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; the tests that compile start a process
-# Most programs of the tests run a few times: optimising them costs more than it saves. See also `optimised`.
+# Most programs of the tests run a few times: optimising them costs more than it saves.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     )
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for each other, actively
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -27,7 +28,7 @@ import pytest
 import tests.helpers.checked  # noqa: F401  (the import hook below looks it up by name)
 
 OWN_CHECKS = ("dms_jax.config", "dms_jax.training.config", "dms_jax.kernels", "dms_jax.inference.generation",
-              "dms_jax.inference.chat")  # fmt: skip
+              "dms_jax.inference.chat", "dms_jax.weights.gguf")  # fmt: skip
 
 
 class Unchecked:
@@ -70,16 +71,6 @@ def rng():
     seed = np.random.SeedSequence().entropy % 2**32 if seed == "random" else int(seed)
     print(f"TEST_SEED={seed}")
     return np.random.default_rng(seed)
-
-
-@pytest.fixture(scope="module")
-def optimised():
-    """Programs compiled as users get them, for a module whose programs run long."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -134,12 +125,9 @@ def tiny_family(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_compiled_programs():
+def release_compiled_programs():
     """Every compiled program maps memory; those of the whole suite would pass what Linux allows a process."""
     yield
-    import gc
+    from dms_jax import programs
 
-    import jax
-
-    jax.clear_caches()
-    gc.collect()
+    programs.release()

@@ -91,7 +91,7 @@ class _Header:
 
     def text(self) -> str:
         try:
-            return self.bytes(self.number("u8")).decode()
+            return self.bytes(int.from_bytes(self.bytes(8), "little")).decode()
         except UnicodeDecodeError as error:
             raise self.fail("a name or text is not UTF-8") from error
 

@@ -193,7 +193,9 @@ def _said_of_gate(
     if GATE_KEY in metadata:
         where, raw = file, parse_json(metadata[GATE_KEY], file)
     elif any(name.endswith(tensor.hf) for name in sources for tensor in AdapterGate.tensors):
-        where = beside if beside.is_file() else file
+        where, unknown = (beside if beside.is_file() else file), sorted(metadata.keys() - {"format"})
+        if where is file and unknown:  # someone's settings, or ours under a damaged name: not to be guessed
+            raise WeightError(f"{file}: metadata {unknown} but no {GATE_KEY!r}, and no config.json beside it")
         raw = {**(read_json(beside) if beside.is_file() else {}), **AdapterGate.foreign}
     else:
         raise WeightError(f"{file}: no {GATE_KEY!r} in its metadata and no adapter's tensors, not a gate")

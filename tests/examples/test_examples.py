@@ -80,16 +80,17 @@ def test_regressed_gate(tmp_path):
     family = example.main(documents=4, window=16, longest=448, out=tmp_path)
     lm = dms_jax.load("mini", dtype="float32")
     assert dms_jax.load("mini", dtype="float32", gate=tmp_path, cr=4.0).dms == family[4.0].dms
-    chain = dms_jax.generate(lm, [example.PROBLEM], temperature=1.0, max_new_tokens=400, seed=1).tokens[0][0]
+    made = dms_jax.generate(lm, [example.PROBLEM], chains=4, temperature=1.0, max_new_tokens=400, seed=1)
+    chain = made.tokens[0][0]
     rows, lengths = example.repeated([np.array([*lm.tokenizer([example.PROBLEM])["input_ids"][0], *chain])], 448)
     x, target, counted = example.features(lm, rows, lengths)
     for layer in (0, lm.config.num_layers - 1):
         kernel = family[4.0].params[f"layers_{layer}"]["attn"]["gate"]["proj"]["kernel"]
         predicted = np.asarray(x[layer] @ kernel)[counted]
         assert np.corrcoef(predicted.ravel(), np.asarray(target[layer])[counted].ravel())[0, 1] > 0.5
-    used = {cr: dms_jax.generate(member, [example.PROBLEM], max_new_tokens=320) for cr, member in family.items()}
-    reached = [float(out.achieved_cr[0, 0]) for out in used.values()]
-    assert 1.3 < reached[0] < reached[1] < reached[2]
+    used = [dms_jax.generate(family[cr], [example.PROBLEM], max_new_tokens=320) for cr in (2.0, 8.0)]
+    less, more = (float(out.achieved_cr[0, 0]) for out in used)
+    assert 1.3 < less and 1.3 * less < more
 
 
 def test_the_score_of_the_regression():

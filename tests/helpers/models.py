@@ -48,6 +48,13 @@ def random_lm(config: ModelConfig, dms: DMSConfig | None = None, seed: int = 1, 
     return dms_jax.LM(config, random_params(config, dms, seed, dtype), None, dms, cr)
 
 
+def first_layers(lm: dms_jax.LM, count: int) -> dms_jax.LM:
+    """A real model cut short: real weights and tokens, and programs that compile in a tenth of the time."""
+    gone = {f"layers_{n}" for n in range(count, lm.config.num_layers)}
+    params = {name: value for name, value in lm.params.items() if name not in gone}
+    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, num_layers=count), params=params)
+
+
 def spec_for(lm, policy: str, cache: CacheConfig) -> decode.DecodeSpec:
     """What a decode step of `lm` is compiled for: greedy, without stop tokens."""
     decoder = transformer.Decoder(lm.config, lm.dms)

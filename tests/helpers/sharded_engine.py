@@ -22,9 +22,9 @@ def main() -> None:
     lm = random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3, gate="adapter"))
     lm = dataclasses.replace(lm, cr=2.0)
     out = {}
-    for policy in ("dms", KeyDiff(8, evict_every=4)):
+    for policy, mesh in (("dms", (2, 2)), (KeyDiff(8, evict_every=4), (1, 2))):
         runs = out[str(policy)] = {}
-        for devices in (None, (2, 2)):  # an engine compiles anew on each group of devices
+        for devices in (None, mesh):  # an engine compiles anew on each group of devices
             result = generation.generate(
                 lm, PROMPTS, 16, policy=policy, temperature=1.0, chains=2, seed=4, stop=[3, 11, 30], page_size=4,
                 devices=devices, engine=EngineConfig(max_num_seqs=3, steps=8, pages=20),

@@ -1,5 +1,9 @@
 """Tiny models with random weights, as HF torch models and folders, for the tests of weights in and out."""
 
+import functools
+from unittest import mock
+
+import gguf
 import numpy as np
 import torch
 
@@ -92,7 +96,8 @@ def hf_from_gguf(file, raw: dict):
     config = getattr(transformers, f"{HF_CLASSES[raw['model_type']]}Config").from_dict(raw)
     with no_init_weights():
         model = getattr(transformers, f"{HF_CLASSES[raw['model_type']]}ForCausalLM")(config).float().eval()
-    loaded = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)
+    with mock.patch("gguf.get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)):  # or one for each module
+        loaded = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)
     for key, value in loaded["config"].items():
         if raw.get(key) is not None and not (key == "head_dim" and value is None):
             assert np.isclose(raw[key], value) if isinstance(value, float) else raw[key] == value, key

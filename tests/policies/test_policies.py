@@ -97,7 +97,7 @@ class Table(NamedTuple):
         if method == "unembed":
             return x
         p, outs = variables["params"], []
-        for n in range(L):
+        for n in range(self.config.num_layers):
             q, k, v, logit = (p[name][n][x] for name in ("q", "k", "v", "logit"))
             out, carried = attend(n, q, k, v, logit.swapaxes(1, 2), carried)
             outs.append(out.reshape(*x.shape, -1))
@@ -223,13 +223,19 @@ def poisoned(cache, held):
     return cache._replace(k=k, v=v)
 
 
-def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
+def of_layers(count: int) -> ModelConfig:
+    """The model of the table's first layers."""
+    return dataclasses.replace(CONFIG, num_layers=count, vocab_size=count * K * G * D)
+
+
+def run_turns(policy, kind: str, seed: int, num_layers: int = L) -> list[list[Seen]]:
     """What was seen after each turn. Empty slots are poisoned before every turn; short arrays grow on the way."""
     storage, latent = kind.split()[0], "latent" in kind
     store = kv_cache(CacheConfig(storage, CAPACITY, PAGE))
-    spec = decode.DecodeSpec(Table(LATENT if latent else CONFIG), policy, store)
+    spec = decode.DecodeSpec(Table(LATENT if latent else of_layers(num_layers)), policy, store)
     params, random_keys = table(latent), keys(seed)
-    state = decode.init(spec, B, jnp.float32, int(store.pages_needed(np.full((B, L, K), CAPACITY)).max()))
+    pages = int(store.pages_needed(np.full((B, num_layers, K), CAPACITY)).max())
+    state = decode.init(spec, B, jnp.float32, pages)
     past, record = np.zeros(N, int), []
     for kind_of_turn, who in TURNS:
         live = np.asarray(decode.live_tokens(spec, state))
@@ -261,16 +267,16 @@ def run_turns(policy, kind: str, seed: int) -> list[list[Seen]]:
         else:
             state = decode.release(spec, state, np.isin(np.arange(B), [ROW[n] for n in who]))
         _, found = live_slots(state.cache)
-        live = {n: [[found[ROW[n], layer, h] for h in range(K)] for layer in range(L)] for n in seen}
+        live = {n: [[found[ROW[n], layer, h] for h in range(K)] for layer in range(num_layers)] for n in seen}
         record.append([Seen(n, *both, live[n]) for n, both in seen.items()])
         for n in who if kind_of_turn == LEAVE else ():
-            assert not any(found[ROW[n], layer, h] for layer in range(L) for h in range(K))
+            assert not any(found[ROW[n], layer, h] for layer in range(num_layers) for h in range(K))
     return record
 
 
 @functools.cache
-def trace(name: str, kind: str, seed: int = 0, budget: int | None = None) -> list[list[Seen]]:
-    return run_turns(CASES[name].build(budget), kind, seed)
+def trace(name: str, kind: str, budget: int | None = None, num_layers: int = L) -> list[list[Seen]]:
+    return run_turns(CASES[name].build(budget), kind, 0, num_layers)
 
 
 @functools.cache
@@ -292,6 +298,13 @@ def expected(name: str, latent: bool) -> list[list[Seen]]:
             turn.append(Seen(n, np.concatenate(outs), np.array(reads), live))
         record.append(turn)
     return record
+
+
+def engine_of(policy, num_layers: int = L, **changes) -> Engine:
+    """An engine of one row over the table, or over its first layer where one shows as much."""
+    cache = CacheConfig("paged", CAPACITY, PAGE)
+    spec = decode.DecodeSpec(Table(of_layers(num_layers)), policy, kv_cache(cache), SamplingConfig(), ())
+    return Engine(spec, table(), cache, EngineConfig(**{"max_num_seqs": 1, "prefill_chunk": CHUNK, **changes}))
 
 
 def pairs(ours, theirs):
@@ -351,7 +364,7 @@ def test_the_budget_is_kept_at_every_step_and_used(name):
 @pytest.mark.parametrize("name", WITH_BUDGET)
 def test_with_a_budget_of_everything_a_policy_is_the_full_cache(name):
     """Exactly: the same numbers, not only close ones."""
-    for where, ours, full in pairs(trace(name, "paged", budget=CAPACITY), trace("full", "paged")):
+    for where, ours, full in pairs(trace(name, "paged", CAPACITY, 1), trace("full", "paged", None, 1)):
         assert ours.live == full.live, where
         np.testing.assert_array_equal(ours.out, full.out, err_msg=where)
 
@@ -370,9 +383,7 @@ def test_a_run_is_repeated_exactly_and_only_drawing_policies_heed_the_seed(name)
 def test_the_engine_counts_what_was_read_and_held(name):
     """KV reads and peak of chains that draw their own tokens, prompts of three chunks and of one, one row for all."""
     case = CASES[name]
-    cache = CacheConfig("paged", CAPACITY, PAGE)
-    spec = decode.DecodeSpec(Table(CONFIG), case.build(), kv_cache(cache), SamplingConfig(), ())
-    engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=4, prefill_chunk=CHUNK))
+    engine = engine_of(case.build(), steps=4)
     prompts = [list(range(19)), list(range(T, T + 5))]
     jobs = [Job(prompt, np.zeros((1, 2), np.uint32), 12, n) for n, prompt in enumerate(prompts)]
     for result in engine.run(jobs):
@@ -395,11 +406,9 @@ def test_the_engine_counts_what_was_read_and_held(name):
 @pytest.mark.parametrize("name", [*WITH_BUDGET, "dms delayed"])
 def test_the_size_of_chunks_changes_nothing(name):
     """A prompt of three chunks and a rest, beside one read at once: the same tokens live and the same are drawn."""
-    cache, prompt = CacheConfig("paged", CAPACITY, PAGE), list(range(2 * T, 2 * T + 27))
-    found = []
+    prompt, found = list(range(T, T + 27)), []
     for size in (CHUNK, 48):
-        spec = decode.DecodeSpec(Table(CONFIG), CASES[name].build(), kv_cache(cache), SamplingConfig(), ())
-        engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=5, prefill_chunk=size))
+        engine = engine_of(CASES[name].build(), 1, steps=5, prefill_chunk=size, pages=K * CAPACITY // PAGE)
         (result,) = engine.run([Job(prompt, keys(3)[:1], 10)])
         found.append((result.tokens, result.use, result.by_head.live.tolist()))
     assert found[0] == found[1]
@@ -408,11 +417,10 @@ def test_the_size_of_chunks_changes_nothing(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.budget and case.policy != "quest"])
 def test_a_protected_prompt_is_never_evicted(name):
     """Prompts under and over the budget: every prompt token lives to the end, beside it what the budget leaves."""
-    cache = CacheConfig("paged", CAPACITY, PAGE)
-    for length, budget in ((9, 16), (20, 12)):
-        policy = dataclasses.replace(CASES[name].build(budget), protect_prompt=True)
-        spec = decode.DecodeSpec(Table(CONFIG), policy, kv_cache(cache), SamplingConfig(), ())
-        engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, steps=5, prefill_chunk=CHUNK))
+    budget = 16
+    policy = dataclasses.replace(CASES[name].build(budget), protect_prompt=True)
+    for length in (9, 20):
+        engine = engine_of(policy, num_layers=1, steps=5, pages=K * CAPACITY // PAGE)
         (result,) = engine.run([Job(list(range(length)), keys(3)[:1], 20)])
         held = max(budget, length + policy.num_protected + 1)
         assert result.use.peak_tokens == held + policy.evict_every - 1

@@ -142,6 +142,9 @@ def test_an_adapter_alone_over_a_base(tmp_path):
     save_file(adapter, alone)
     lm = dms_jax.load(tmp_path / "base", dtype="float32", gate=alone)
     assert lm.dms == DMSConfig(512, "adapter", 1)
+    save_file(adapter, alone, {"format": "pt", "window": "16"})
+    with pytest.raises(WeightError, match=r"alone.safetensors: metadata \['window'\] but no 'dms'"):
+        dms_jax.load(tmp_path / "base", gate=alone)
     (tmp_path / "config.json").write_text(json.dumps(RELEASED))
     lm = dms_jax.load(tmp_path / "base", dtype="float32", gate=alone)
     assert_same_model(lm, dms_jax.load(tmp_path / "whole", dtype="float32"))
