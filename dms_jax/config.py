@@ -207,10 +207,11 @@ def _options(kind: Any) -> tuple:
 class RopeConfig:
     """Rotary position embedding; the field names are those of HF's `rope_parameters`.
 
-    kind: "default", "linear", "llama3" or "yarn". Fields that a kind does not use keep their defaults.
+    kind: "default", "linear", "llama3", "yarn", or "longrope" within the context the model was first trained with.
+    Fields that a kind does not use keep their defaults.
     """
 
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     theta: Annotated[float, Within(1, HUGE)] = 10000.0
     factor: Annotated[float, Within(1, HUGE)] = 1.0
     low_freq_factor: Positive = 1.0  # llama3
@@ -222,6 +223,7 @@ class RopeConfig:
     mscale: Positive | None = None  # yarn
     mscale_all_dim: Positive | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dims
+    short_factor: tuple[Positive, ...] = ()  # longrope: what each frequency is divided by
 
     def __post_init__(self):
         check(self, "rope.")
@@ -236,10 +238,40 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Llama, Qwen2 or Qwen3 decoder, in the letters of types.py."""
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1).
 
-    family: Literal["llama", "qwen2", "qwen3"]
+    What is cached of a token is one entry for all heads: a latent vector, of which the keys and values of every head
+    are linear maps, and a key that RoPE turns.
+
+    kv_rank: numbers of the latent vector. nope_dim, rope_dim: of a head's key, from the latent vector and turned by
+      RoPE. value_dim: of a head's value.
+    query_rank: of the queries' projection, None for a whole one.
+    interleaved: RoPE turns dim 2i with dim 2i + 1, not dim d with dim d + rope_dim / 2.
+    """
+
+    kv_rank: Size
+    nope_dim: Size
+    rope_dim: Size
+    value_dim: Size
+    query_rank: Size | None = None
+    interleaved: bool = True
+
+    def __post_init__(self):
+        check(self, "latent.")
+        require(self.rope_dim % 2 == 0, "latent.rope_dim", self.rope_dim, "RoPE needs an even dim")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of one of these families, in the letters of types.py.
+
+    latent: multi-head latent attention; then K is 1 and D the width of an entry, kv_rank + rope_dim.
+    embed_scale, depth_scale, logit_dim: of MiniCPM (arXiv 2404.06395). Embeddings are multiplied by the first, what a
+      block adds by depth_scale / sqrt(L), and hidden states by logit_dim / E before the unembedding.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "youtu", "minicpm3"]
     vocab_size: Size  # V
     num_layers: Layers  # L
     model_dim: Size  # E
@@ -258,6 +290,10 @@ class ModelConfig:
     bos_id: Count | None = None
     eos_ids: tuple[Count, ...] = ()
     pad_id: Count | None = None
+    latent: LatentConfig | None = None
+    embed_scale: Positive = 1.0
+    depth_scale: Positive | None = None
+    logit_dim: Size | None = None
 
     def __post_init__(self):
         check(self)
@@ -268,7 +304,17 @@ class ModelConfig:
             require(inside, key, value, f"is outside the vocabulary of {self.vocab_size} tokens")
         divides = self.num_heads % self.num_kv_heads == 0
         require(divides, "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE needs an even head dim")
+        factors, pairs = self.rope.short_factor, (self.latent.rope_dim if self.latent else self.head_dim) // 2
+        fits = len(factors) == (pairs if self.rope.kind == "longrope" else 0)
+        require(fits, "rope.short_factor", factors, f"longrope, and no other, needs {pairs} of them")
+        if self.latent is None:
+            require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "RoPE needs an even head dim")
+            return
+        require(
+            self.num_kv_heads == 1, "num_kv_heads", self.num_kv_heads, "latent attention has one entry for all heads"
+        )
+        width = self.latent.kv_rank + self.latent.rope_dim
+        require(self.head_dim == width, "head_dim", self.head_dim, f"an entry has kv_rank + rope_dim = {width} numbers")
 
     def check_length(self, length: int) -> None:
         """Warns where sequences of up to `length` tokens are longer than those the model was trained for."""
@@ -280,6 +326,16 @@ class ModelConfig:
     def group_size(self) -> int:
         """G, query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        """U, numbers of a value that attention reads: with latent attention the first ones of the key."""
+        return self.head_dim if self.latent is None else self.latent.kv_rank
+
+    @property
+    def entry_numbers(self) -> int:
+        """Numbers that a cache holds of a token in one KV head: a key, and a value that is no part of it."""
+        return self.head_dim * (1 if self.latent else 2)
 
 
 GATE_NAMES = ["query", "adapter"]  # `models.gates.add` appends to it

@@ -6,6 +6,7 @@ Letters, used in annotations, einsum strings and docstrings alike:
     T  query length (tokens)    K  KV heads                  F  MLP dim
     S  key length (slots)       G  query heads per KV head   V  vocabulary
     L  layers                   D  head dim                  N  steps of a decoded chunk
+    U  value dim: D, or less where a value is the first U numbers of its key (latent attention)
 
 Query head `h` belongs to KV head `h // G`. Positions count from 0 and are absolute.
 """
@@ -30,8 +31,11 @@ Logits = Float[Array, "B T V"]
 NextLogits = Float[Array, "B V"]
 
 Queries = Float[Array, "B T H D"]
-NewKV = Float[Array, "B T K D"]  # keys or values of the tokens being processed
-StoredKV = Float[Array, "B K S D"]  # keys or values in their slots
+Attended = Float[Array, "B T H U"]  # what attention makes of them
+NewKeys = Float[Array, "B T K D"]  # of the tokens being processed
+NewValues = Float[Array, "B T K U"]
+StoredKeys = Float[Array, "B K S D"]  # in their slots
+StoredValues = Float[Array, "B K S U"]
 
 GateLogits = Float[Array, "B K T"]  # eviction logit of each token and KV head
 Decisions = Bool[Array, "B K T"]  # alpha: True means evict
@@ -40,7 +44,8 @@ ScoreBias = Float[Array, "B K T S"]
 Visible = Bool[Array, "B K T S"]
 
 PerHead = Int[Array, "B K"]  # a count or a slot for each KV head
-PerHeadKV = Float[Array, "B K D"]  # the key or value of one token a sequence
+PerHeadKeys = Float[Array, "B K D"]  # of one token a sequence
+PerHeadValues = Float[Array, "B K U"]
 Slots = Int[Array, "B K S"]  # the slot of each token, or the position in each slot
 SlotFlags = Bool[Array, "B K S"]
 

@@ -30,7 +30,8 @@ class Options(job.Options):
     """mini (the default, bundled), a hub name, a folder in Hugging Face's format, or a .gguf file"""
     data: Annotated[str | None, metavar("DATA")] = None
     """aime24 (the default), aime25, a .jsonl, .json, .csv or .parquet file, or a hub data set
-    (org/name[/subset][:split]), with problem, answer, id; mini has its own"""
+    (org/name[/subset][:split]), with problem, answer, id; mini for the problems of the bundled model, which has no
+    others"""
 
 
 EXPERIMENT = mini_job.WithMini("aime", aime.HUB["aime24"], aime.load)

@@ -1,7 +1,8 @@
 """One table of several runs on the same problems: every row over the problems that all of them finished.
 
 A comparison of many models or policies is often sampled in parts, on several devices or with options that differ
-from policy to policy. The first row of the first run is what gains are paired with.
+from policy to policy. The first row of the first run is what gains are paired with. Of a run that was interrupted those
+models count that have all chains of all its problems.
 
 example:
   python -m experiments.collect runs/gsm8k-full runs/gsm8k-dms runs/gsm8k-tova --out gsm8k.json
@@ -25,33 +26,52 @@ SHOWN = ("gate", "window", "budget", "protect_prompt", "evict_every")  # of a ru
 
 
 class Part(NamedTuple):
-    """A finished run: its folder, and what stands in its files."""
+    """A run: its folder, and what stands in its files; rows: those of its table."""
 
     folder: Path
     config: dict
-    results: dict
+    entry: dict
     samples: list[dict]
+    rows: list[dict]
+    results: dict | None
 
     def cells(self, number: int) -> list[stats.Cell]:
         """The rows of its table, with sources that no other part has."""
-        rows = self.results["rows"]
         return [
-            stats.Cell(r["config"], f"{number}/{r['source']}", *(r[f] for f in stats.Cell._fields[2:])) for r in rows
+            stats.Cell(r["config"], f"{number}/{r['source']}", *(r[f] for f in stats.Cell._fields[2:]))
+            for r in self.rows
         ]
 
 
-def read_part(folder: Path) -> Part:
-    """A run folder.
+def read_part(folder: Path, problems: set[str] | None = None) -> Part:
+    """A run folder; problems: those for which models of an unfinished run must have all their chains.
 
     Raises:
-      RunError: it is none, or its run is not finished.
+      RunError: it is none, or its run is not finished and has no such model.
     """
     config = read_config(folder)
     if config is None:
         raise RunError(f"{folder}: not a run folder")
-    if not (folder / "results.json").exists():
+    samples, entries = read_jsonl(folder / "samples.jsonl"), read_json(folder / "metadata.json", list)
+    if (folder / "results.json").exists():
+        results = read_json(folder / "results.json", dict)
+        return Part(folder, config, entries[-1], samples, results["rows"], results)
+    rows = complete_rows(config, samples, problems) if problems else []
+    if not rows:
         raise RunError(f"{folder}: this run is not finished; its own command continues it")
-    return Part(folder, config, read_json(folder / "results.json", dict), read_jsonl(folder / "samples.jsonl"))
+    return Part(folder, config, entries[-1], samples, rows, None)
+
+
+def complete_rows(config: dict, samples: list[dict], problems: set[str]) -> list[dict]:
+    """What rows of a run's table would say of the models that have every chain of these problems."""
+    chains, rows = sorted(config["chains"] or [1]), []
+    for source, group in stats.group_samples(samples).items():
+        if all(len(group.get(problem, ())) >= chains[-1] for problem in problems):
+            one = group[min(problems)][0]
+            length, _, cr = one["config"].split("-")
+            shared = {"source": source, "policy": one["policy"], "cr": float(cr), "max_length": config["max_length"]}
+            rows += [{"config": f"{length}-{w}-{cr}", "chains": w, **shared} for w in chains]
+    return rows
 
 
 def collect(parts: list[Part]) -> dict[str, Any]:
@@ -64,8 +84,8 @@ def collect(parts: list[Part]) -> dict[str, Any]:
     for part in parts[1:]:
         mine, theirs = ({key: p.config.get(key) for key in COMMON} for p in (part, first))
         changed = differences(mine, theirs)
-        if changed or part.results["task"] != first.results["task"]:
-            raise RunError(f"{part.folder}: {', '.join(changed) or 'its task'}: not as in {first.folder}")
+        if changed:
+            raise RunError(f"{part.folder}: {', '.join(changed)}: not as in {first.folder}")
     cells = [cell for n, part in enumerate(parts) for cell in part.cells(n)]
     samples = [{**s, "source": f"{n}/{s['source']}"} for n, part in enumerate(parts) for s in part.samples]
     rows = stats.table(samples, cells, "pass" if "pass_at" in first.results["rows"][0] else "vote")
@@ -75,9 +95,10 @@ def collect(parts: list[Part]) -> dict[str, Any]:
     copied = {key: first.results[key] for key in ("experiment", "task", "form", "seed", "interval", "caption")}
     runs = {
         part.folder.name: {
-            "command": part.results["command"],
+            "command": part.entry["command"],
             **{key: part.config.get(key) for key in SHOWN},
-            "environment": part.results["environment"],
+            "environment": part.entry,
+            "finished": part.results is not None,
         }
         for part in parts
     }
@@ -94,11 +115,13 @@ def main(runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...
     """Writes OUT, which the scripts of paper_figures draw, and prints its table.
 
     Args:
-      runs: finished run folders of one task.
+      runs: run folders of one task, of which the first is finished.
       out: the JSON file.
     """
     try:
-        outcome = collect([read_part(folder) for folder in runs])
+        first = read_part(runs[0])
+        problems = {sample["id"] for sample in first.samples}
+        outcome = collect([first, *(read_part(folder, problems) for folder in runs[1:])])
     except RunError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2

@@ -18,6 +18,11 @@ PROBLEMS = 2048  # at most, when a time budget ends the run
 MINUTES = 4.5
 
 
+def on_mini(options: Any) -> bool:
+    """Whether the problems are the mini task's: of the bundled model, or of another one trained on them."""
+    return MINI in (options.model, options.data)
+
+
 @dataclasses.dataclass(frozen=True)
 class WithMini(job.Experiment):
     """A task for real models, with the mini model's own problems where that is the model."""
@@ -28,9 +33,9 @@ class WithMini(job.Experiment):
         from dms_jax.config import require
 
         usual = super().defaults(options)
-        if options.model != MINI:
+        if not on_mini(options):
             return usual
-        require(not options.data, "data", options.data, "the mini model has its own problems")
+        require(options.data in (None, MINI), "data", options.data, "the mini model has its own problems")
         require(not options.problems, "problems", options.problems, "mini's are drawn already: give --limit")
         # The programs of a small model keep only one core busy.
         workers = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
@@ -39,7 +44,7 @@ class WithMini(job.Experiment):
         return {**usual, "data": None, **own}
 
     def load(self, options: Any) -> Task:
-        return aime.mini_task(options.limit or PROBLEMS) if options.model == MINI else super().load(options)
+        return aime.mini_task(options.limit or PROBLEMS) if on_mini(options) else super().load(options)
 
     def data_digest(self, task: Task) -> str:
         if isinstance(task, aime.MiniTask):
@@ -47,7 +52,7 @@ class WithMini(job.Experiment):
         return super().data_digest(task)
 
     def cells(self, options: Any) -> dict[float | None, tuple[int, ...]]:
-        if options.model != MINI:
+        if not on_mini(options):
             return super().cells(options)
         ratios = options.cr or tuple(CELLS)
         return {cr: tuple(sorted(options.chains or CELLS.get(cr, (1,)))) for cr in ratios}

@@ -22,6 +22,8 @@ FIGURES = {
     window_ablation: "ablate_window.json",
     retention: "retention.json",
 }
+# More results that pareto_fronts draws -> the figure.
+FRONTS = {"mini_baselines.json": "baselines", "real_model/gsm8k_512.json": "gsm8k"}
 
 
 def main() -> None:
@@ -29,8 +31,9 @@ def main() -> None:
         path = style.RESULTS / results
         if path.exists():
             script.main([str(path), str(style.RESULTS.parent / script.__name__.rsplit(".", 1)[1])])
-    if (style.RESULTS / "mini_baselines.json").exists():
-        pareto_fronts.main([str(style.RESULTS / "mini_baselines.json"), str(style.RESULTS.parent / "baselines")])
+    for results, figure in FRONTS.items():
+        if (style.RESULTS / results).exists():
+            pareto_fronts.main([str(style.RESULTS / results), str(style.RESULTS.parent / figure)])
     training_curves.main([])
     if (style.RESULTS / "h200").exists():
         decode_speed.main([str(style.RESULTS / "h200"), str(style.RESULTS.parent / "decode_speed")])

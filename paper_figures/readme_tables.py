@@ -7,12 +7,13 @@ import json
 import re
 from pathlib import Path
 
-from paper_figures import baseline_tables, decode_speed, offload_table, style
+from paper_figures import baseline_tables, decode_speed, offload_table, real_model_tables, style
 from paper_figures.decode_speed import series_of
 from paper_figures.rows import device, interval, markdown, milliseconds, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+LATENT_TILES = "Tiling(block=64, num_warps=4, num_stages=2, programs=264"  # triton_decode.latent_tiling, 132 SMs
 TARGET = 1.35  # of the time of a decode step over its floor, from 8 sequences on
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed")))
 
@@ -38,34 +39,6 @@ def mini() -> str:
         f"{config['temperature']:g}, 95% intervals by bootstrap over problems; made by `{results['command']}`."
     )
     header = ["L-W-CR", "model", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def gsm8k() -> str:
-    """A real model on GSM8K, as far as it was run."""
-    results = json.loads((RESULTS / "h100" / "gsm8k_qwen2.5_coder_0.5b.json").read_text())
-    rows = [
-        [
-            "vanilla"
-            if row["policy"] == "full"
-            else row["policy"].upper() + (f" CR{row['cr']:g}" if row["cr"] else ""),
-            str(row["chains"]),
-            percent(row["accuracy"]),
-            percent(row["gain"], "+"),
-            f"{row['kv_reads']:,.0f}",
-            f"{row['peak_tokens']:,.0f}",
-            f"{row['achieved_cr']:.2f}",
-        ]
-        for row in results["rows"]
-    ]
-    about = results["environment"]
-    note = (
-        f"{results['model']} (GGUF, SHA-256 {results['gguf_sha256'][:12]}), {results['problems']} problems drawn with "
-        f"seed {results['seed']} (the run stopped {results['stopped']}), at most {results['rows'][0]['max_length']} "
-        f"new tokens, temperature {results['temperature']:g}, top-p {results['top_p']:g}; majority vote; 95% intervals "
-        f"by {results['interval']}, gains paired with the first row. {about['device']}, jax {about['jax']}."
-    )
-    header = ["model", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
     return f"{markdown(header, rows)}\n\n{note}"
 
 
@@ -217,6 +190,24 @@ def gpu_kernels() -> str:
     return f"{markdown(['case', 'by', 'ms (forward / backward)', 'rate', 'MB at peak'], rows)}\n\n{note}"
 
 
+def gpu_latent() -> str:
+    """Decoding of latent entries; of the first case also the tiles that the kernel takes now, from the sweep."""
+    results = json.loads((RESULTS / "h100" / "kernels_latent.json").read_text())
+    measured = [row for row in results["rows"] if row["name"] == "decode"]
+    swept = [row for row in results["tune"] if row.get("tiles", "").startswith(LATENT_TILES)]
+    rows = [
+        [
+            f"{row['case']}{', tiles of 64' if 'tiles' in row else ''}",
+            f"{1e3 * row['seconds']:.3f}",
+            f"{row['of_copy']:.0%}",
+        ]
+        for row in (*swept, *measured)
+    ]
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
+    note = f"{results['device']}, driver {results['driver']}, {versions}; bfloat16 but where it says int8, medians."
+    return f"{markdown(['case', 'ms', 'of a copy'], rows)}\n\n{note}"
+
+
 def sweep() -> str:
     """Every policy with one chain, at the ratios where they part."""
     results = json.loads((RESULTS / "sweep.json").read_text())
@@ -238,7 +229,7 @@ def sweep() -> str:
 
 def read_fidelity(kind: str = "") -> tuple[dict, dict]:
     """The record, and its rows by policy and target CR."""
-    results = json.loads((RESULTS / "h200" / f"fidelity_smollm2{kind}.json").read_text())
+    results = json.loads((RESULTS / "h100" / f"fidelity_smollm2{kind}.json").read_text())
     return results, {(row["policy"], row["cr"] or 1 / (row["budget"] or 1)): row for row in results["rows"]}
 
 
@@ -309,7 +300,6 @@ def ruler() -> str:
 
 
 TABLES = {
-    "gsm8k": gsm8k,
     "job": job,
     "fidelity": fidelity,
     "mini": mini,
@@ -319,10 +309,12 @@ TABLES = {
     "gpu_headline": gpu_headline,
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,
+    "gpu_latent": gpu_latent,
     "offload": offload_table.offload,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
     "regressed": baseline_tables.regressed,
+    **real_model_tables.TABLES,
 }
 
 

@@ -1,12 +1,12 @@
 """Tables of a real model on real problems, from what `experiments.collect` wrote of its runs."""
 
+import functools
 import json
 
 from paper_figures import style
 from paper_figures.rows import markdown, percent
 
 FOLDER = style.RESULTS / "real_model"
-TASKS = {"gsm8k_512": "GSM8K", "math500_512": "MATH-500", "humaneval_512": "HumanEval"}
 HEADER = ["model", "prompt kept", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
 
 
@@ -42,63 +42,86 @@ def note(results: dict) -> str:
     )
 
 
+def label(row: dict, results: dict) -> str:
+    """`vanilla`, `DMS CR4`; a length that is not the first row's is named."""
+    name = "vanilla" if row["policy"] == "full" else f"DMS CR{row['cr']:g}"
+    longest = results["rows"][0]["max_length"]
+    return name if row["max_length"] == longest else f"{name}, at most {row['max_length']} tokens"
+
+
+def table(lines: list[list[str]], results: dict) -> str:
+    """The lines under HEADER, without a column that is empty in all, and the note."""
+    shown = [n for n in range(len(HEADER)) if any(line[n] for line in lines)]
+    body = [[line[n] for n in shown] for line in lines]
+    return f"{markdown([HEADER[n] for n in shown], body)}\n\n{note(results)}"
+
+
 def family(name: str) -> str:
     """The original and the retrofitted family, by number of chains."""
     results = read(name)
     rows = [row for row in results["rows"] if row["policy"] in ("full", "dms")]
-    labels = ["vanilla" if row["policy"] == "full" else f"DMS CR{row['cr']:g}" for row in rows]
-    lines = [line(row, label) for row, label in zip(rows, labels, strict=True)]
-    header = [column for column in HEADER if column != HEADER[1]]
-    return f"{markdown(header, [[cell for n, cell in enumerate(row) if n != 1] for row in lines])}\n\n{note(results)}"
+    return table([line(row, label(row, results)) for row in rows], results)
 
 
 def rivals(name: str) -> str:
     """One chain of every policy at the memory that each member of the family really held."""
     results = read(name)
     single = [row for row in results["rows"] if row["chains"] == 1]
-    lines = [line(row, "vanilla") for row in single if row["policy"] == "full"]
+    lines = [line(single[0], "vanilla")]
+    order = {policy: n for n, policy in enumerate(style.POLICIES)}
     for cr in (2, 4, 8):
         own = [row for row in single if f"_cr{cr}_" in row["run"]]
         lines += [line(row, f"DMS CR{cr}") for row in single if row["policy"] == "dms" and row["cr"] == cr and own]
-        order = {policy: n for n, policy in enumerate(style.POLICIES)}
         for row in sorted(own, key=lambda row: order[row["policy"]]):
-            protected = results["runs"][row["run"]]["protect_prompt"]
-            kept = {True: "yes", False: "no", None: ""}[protected]
+            kept = {True: "yes", False: "no", None: ""}[results["runs"][row["run"]]["protect_prompt"]]
             lines.append(line(row, f"{style.LABELS[row['policy']]}, as CR{cr}", kept))
-    return f"{markdown(HEADER, lines)}\n\n{note(results)}"
+    return table(lines, results)
+
+
+def headline() -> str:
+    """One chain of the family, and of the policies that hold no less than its member for CR 4."""
+    results = read("gsm8k_512")
+    longest = results["rows"][0]["max_length"]
+    single = [row for row in results["rows"] if row["chains"] == 1 and row["max_length"] == longest]
+    own = [row for row in single if row["policy"] in ("full", "dms")]
+    others = [row for row in single if "_cr4_" in row["run"]]
+    rows = [*own, *sorted(others, key=lambda row: -row["accuracy"]["mean"])]
+    lines = [
+        [
+            label(row, results) if row in own else style.LABELS[row["policy"]],
+            percent(row["accuracy"]),
+            f"{row['kv_reads']:,.0f}",
+            f"{row['peak_tokens']:,.0f}",
+        ]
+        for row in rows
+    ]
+    return f"{markdown(['one chain', 'accuracy %', 'KV reads', 'tokens held at most'], lines)}\n\n{note(results)}"
 
 
 def retrofits() -> str:
     """Gates, ways to train and windows beside each other: one chain."""
     results = read("gsm8k_512_retrofits")
-    lines = [
-        line(
-            row,
-            "vanilla"
-            if row["policy"] == "full"
-            else f"{LABELS[row['run'].removeprefix('gsm8k_512_')]}, CR{row['cr']:g}",
-        )
-        for row in results["rows"]
-        if row["chains"] == 1
-    ]
-    header = [column for column in HEADER if column != HEADER[1]]
-    return f"{markdown(header, [[cell for n, cell in enumerate(row) if n != 1] for row in lines])}\n\n{note(results)}"
+    lines = []
+    for row in results["rows"]:
+        if row["chains"] == 1:
+            trained = RETROFITS.get(row["run"].removeprefix("gsm8k_512_"), "")
+            lines.append(line(row, f"CR{row['cr']:g}: {trained}" if trained else "vanilla"))
+    return table(lines, results)
 
 
-# Runs of the retrofits' table -> what was trained.
-LABELS = {
+# Runs of the retrofits' table -> what was trained; o is the decision offset.
+RETROFITS = {
     **{f"dms{cr}": "adapter, window 16, o = 1" for cr in (2, 4, 8)},
-    "query": "query neuron, all weights, window 16",
-    "lora": "adapter and LoRA, window 16",
-    **{
-        f"w{w}_{mode}": f"adapter, window {w}, {mode}, half the batch"
-        for w in (4, 16, 64)
-        for mode in ("delayed", "immediate")
-    },
+    "lora": "adapter and LoRA, window 16, o = 1",
+    **{f"w{w}_delayed": f"adapter, window {w}, o = 0, batch 8" for w in (4, 16, 64)},
+    **{f"w{w}_immediate": f"adapter, window {w}, o = {w}, batch 8" for w in (4, 16, 64)},
 }
 
 TABLES = {
-    **{f"{name}_family": lambda name=name: family(name) for name in TASKS},
-    **{f"{name}_rivals": lambda name=name: rivals(name) for name in TASKS},
-    "gsm8k_512_retrofits": retrofits,
+    "headline": headline,
+    "gsm8k": functools.partial(family, "gsm8k_512"),
+    "gsm8k_rivals": functools.partial(rivals, "gsm8k_512"),
+    "gsm8k_retrofits": retrofits,
+    "math500": functools.partial(family, "math500_512"),
+    "humaneval": functools.partial(family, "humaneval_512"),
 }

@@ -87,6 +87,7 @@ def write(lm: dms_jax.LM, out: Path, format: str) -> None:
     elif format == "hf":
         known = lm.dms is not None and bool(gate_of(lm.dms).foreign)
         require(known, "format", format, f"{MODELLING.name} has not the gate {lm.dms and lm.dms.gate!r}")
+        require(lm.config.latent is None, "format", format, f"{MODELLING.name} has no latent attention")
         dms_jax.save(lm, out)
         shutil.copy(MODELLING, out)
         config = json.loads((out / "config.json").read_text())

@@ -42,6 +42,7 @@ from dms_jax.training.step import abstract_state, compiled_step, layout
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 HOST = 8  # devices joined by NVLink
+QUERIES = 128  # in a block of `kernels.attention.blockwise`
 
 
 def shape_bytes(text: str) -> int:
@@ -176,7 +177,8 @@ def scratch(model: ModelConfig, config: RetrofitConfig, found: dict[str, float])
     copy: of what is trained, in the dtype of the computation.
     kept: what the forward pass leaves for the backward pass. Per token and block: its input, where blocks are
       recomputed; with it the outputs of all products with weights ("dots"); or about twice those.
-    block: a block's gathered weights, their gradient, and its activations, counted as float32.
+    block: a block's gathered weights, their gradient, and its activations, counted as float32; of latent attention,
+      for which there is no kernel, also four arrays of a block of queries' scores.
     loss: both unembeddings in float32, where rows are split over devices, with the gradient of the student's in full
       mode; four arrays of a piece's logits; hidden states and their gradient.
     """
@@ -184,22 +186,32 @@ def scratch(model: ModelConfig, config: RetrofitConfig, found: dict[str, float])
     size = jnp.dtype(config.compute).itemsize
     rows = config.batch_size // config.accumulate // (data_axis * fsdp)
     tokens = rows * config.context
-    heads, mlp = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) / tensor, c.mlp_dim / tensor
+    heads, mlp = attention_numbers(c) / tensor, c.mlp_dim / tensor
     dots = c.model_dim * 3 + heads + 2 * mlp
     kept = {"none": c.model_dim + 2 * dots, "dots": c.model_dim + dots, "block": c.model_dim}[config.remat]
-    weights = (c.model_dim * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.model_dim * c.mlp_dim) / tensor
+    weights = (flops.weight_products(c) - c.model_dim * c.vocab_size) / c.num_layers / tensor
     kernel = c.model_dim * c.vocab_size / tensor
+    scores = 4 * rows * c.num_heads / tensor * QUERIES * config.context * 4 if c.latent else 0
     full, split = config.mode == "full", data_axis * fsdp > 1
     return {
         "gradients": found["trained"] * (2 if config.accumulate > 1 else 1),
         "copy": found["trained"] * size / 4 if size < 4 else 0,
         "kept": c.num_layers * tokens * kept * size,
-        "block": weights * (2 * size + 4 * full) + tokens * (6 * c.model_dim + 3 * heads + 5 * mlp) * 4,
+        "block": weights * (2 * size + 4 * full) + tokens * (6 * c.model_dim + 3 * heads + 5 * mlp) * 4 + scores,
         "loss": kernel * (4 if split else size) * 2
         + kernel * 4 * full
         + 4 * rows * config.loss_chunk * c.vocab_size / tensor * 4
         + 3 * tokens * c.model_dim * size,
     }
+
+
+def attention_numbers(model: ModelConfig) -> int:
+    """What the products of attention with weights make of a token: queries, keys and values, or by way of vectors."""
+    c, latent = model, model.latent
+    if latent is None:
+        return c.head_dim * (c.num_heads + 2 * c.num_kv_heads)
+    expanded = c.num_heads * (latent.nope_dim + latent.rope_dim)
+    return (latent.query_rank or 0) + expanded + c.head_dim + c.num_heads * (c.head_dim + c.value_dim)
 
 
 def estimate(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dms_jax.config import Count, ModelConfig, Positive, Seed, Share, Size, check, load_yaml
+from dms_jax.config import Count, ModelConfig, Positive, Seed, Share, Size, check, load_yaml, require
 from dms_jax.models.transformer import Decoder, arange_positions, causal, init
 from dms_jax.training.data import Batch, PoolStream
 from dms_jax.training.loop import Loop
@@ -70,9 +70,9 @@ def optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.01))
 
 
-def next_token_loss(params, batch: Batch):
+def next_token_loss(params, batch: Batch, model: ModelConfig):
     """Mean cross-entropy in nats over the tokens of the chain, and the share of them predicted right."""
-    logits, _ = Decoder(MODEL).apply(
+    logits, _ = Decoder(model).apply(
         {"params": params}, batch.tokens, arange_positions(batch.tokens), causal, method="logits"
     )
     target = batch.tokens[:, 1:]
@@ -85,10 +85,10 @@ def next_token_loss(params, batch: Batch):
     return (loss * chain).sum() / count, {"accuracy": (right * chain).sum() / count, "chains_right": whole}
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def train_step(state: TrainState, batch: Batch, config: PretrainConfig):
+@functools.partial(jax.jit, static_argnames=("config", "model"), donate_argnames="state")
+def train_step(state: TrainState, batch: Batch, config: PretrainConfig, model: ModelConfig):
     """One step of next-token training."""
-    (loss, terms), grads = jax.value_and_grad(next_token_loss, has_aux=True)(state.params, batch)
+    (loss, terms), grads = jax.value_and_grad(next_token_loss, has_aux=True)(state.params, batch, model)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     terms = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), terms
@@ -96,6 +96,7 @@ def train_step(state: TrainState, batch: Batch, config: PretrainConfig):
 
 def main(
     config: Path = Path("configs/mini_pretrain.yaml"),
+    model: Path | None = None,
     out: Path = Path("runs/mini_pretrain"),
     steps: int | None = None,
     batch_size: int | None = None,
@@ -105,6 +106,7 @@ def main(
 
     Args:
       config: YAML file with the fields of PretrainConfig.
+      model: YAML file with the fields of ModelConfig, of another model on the same task; default: the bundled one's.
       out: folder for checkpoints, the log and the model; a run found there is continued.
       steps: overrides the config.
       batch_size: overrides the config.
@@ -112,19 +114,21 @@ def main(
     """
     overrides = {"steps": steps, "batch_size": batch_size, "pool": pool}
     fields = vars(load_yaml(PretrainConfig, config)) | {k: v for k, v in overrides.items() if v is not None}
-    settings = PretrainConfig(**fields)
+    settings, shape = PretrainConfig(**fields), MODEL if model is None else load_yaml(ModelConfig, model)
+    vocabulary = MODEL.vocab_size
+    require(shape.vocab_size == vocabulary, "vocab_size", shape.vocab_size, f"the mini task has {vocabulary} tokens")
     out.mkdir(parents=True, exist_ok=True)
     mini.save_tokenizer(out / "base")
     problems = training_pool(settings.seed, settings.pool, settings.slip_rate)
-    params = init(jax.random.key(settings.seed), MODEL)
+    params = init(jax.random.key(settings.seed), shape)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {len(problems.tokens):,} problems")
     start = TrainState(params, optimizer(settings).init(params), jnp.zeros((), jnp.int32))
     stream = PoolStream(problems, settings.batch_size, settings.seed)
     state = Loop(out, settings.steps).run(
-        lambda step, state, batch: train_step(state, batch, config=settings), start, stream
+        lambda step, state, batch: train_step(state, batch, config=settings, model=shape), start, stream
     )
     params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), state.params)
-    save(LM(config=MODEL, params=params, tokenizer=None, dms=None), out / "base")
+    save(LM(config=shape, params=params, tokenizer=None, dms=None), out / "base")
 
 
 if __name__ == "__main__":

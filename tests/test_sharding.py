@@ -95,6 +95,14 @@ def test_every_mesh_gives_the_curve_of_one_device(curves, mesh):
 
 
 @pytest.mark.slow
+def test_latent_attention_on_a_mesh(curves):
+    """Its one KV head does not divide: the query heads' weights are split all the same."""
+    one, split = np.array(curves["latent"])
+    assert one.max() - one.min() > 0.02, "a curve that moves"
+    np.testing.assert_allclose(split, one, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(curves):
     np.testing.assert_allclose(curves["resumed"], curves["1x1x1"][HALF:], atol=1e-5, rtol=0)
 

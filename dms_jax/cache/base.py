@@ -14,7 +14,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.config import CacheConfig, ModelConfig
-from dms_jax.types import Counts, NewKV, PerHeadKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.types import (
+    Counts,
+    NewKeys,
+    NewValues,
+    PerHeadKeys,
+    PerHeadValues,
+    Positions,
+    SlotFlags,
+    Slots,
+    StoredKeys,
+    StoredValues,
+)
 
 Arrays = Any  # what a cache's `allocate` returns: a NamedTuple of arrays
 
@@ -22,8 +33,8 @@ Arrays = Any  # what a cache's `allocate` returns: a NamedTuple of arrays
 class View(NamedTuple):
     """A dense copy of the first W slots of a layer; `pos` -1 where there is nothing to read."""
 
-    k: StoredKV  # [B, K, W, D]
-    v: StoredKV
+    k: StoredKeys  # [B, K, W, D]
+    v: StoredValues
     pos: Slots  # [B, K, W]
 
 
@@ -43,8 +54,8 @@ class DecodeQuery(NamedTuple):
     """
 
     q: Float[Array, "B H D"]
-    k: PerHeadKV
-    v: PerHeadKV
+    k: PerHeadKeys
+    v: PerHeadValues
     slots: Int[Array, "M B K"]
     readable: Bool[Array, "B K P"] | None = None
 
@@ -89,7 +100,7 @@ class KVCache(abc.ABC):
     @abc.abstractmethod
     def attend(
         self, cache: Arrays, layer: int, query: DecodeQuery, weights: bool
-    ) -> tuple[Arrays, Float[Array, "B H D"], Float[Array, "B K S"] | None]:
+    ) -> tuple[Arrays, Float[Array, "B H U"], Float[Array, "B K S"] | None]:
         """Stores the new key and value, then attends to the live slots of each head.
 
         weights: also return the softmax weight of each slot, summed over the G query heads of its KV head.
@@ -104,8 +115,8 @@ class KVCache(abc.ABC):
         self,
         cache: Arrays,
         layer: int,
-        k: NewKV,
-        v: NewKV,
+        k: NewKeys,
+        v: NewValues,
         position: Positions,
         keep: SlotFlags,
         old: View | None = None,
@@ -166,12 +177,14 @@ class Written(NamedTuple):
     """N tokens to write in each head, `slot` -1 where there is nothing to write."""
 
     slot: Slots  # [B, K, N]
-    k: StoredKV  # [B, K, N, D]
-    v: StoredKV
+    k: StoredKeys  # [B, K, N, D]
+    v: StoredValues
     pos: Slots
 
 
-def compacted(k: NewKV, v: NewKV, position: Positions, keep: SlotFlags, old: View | None) -> tuple[Slots, Written]:
+def compacted(
+    k: NewKeys, v: NewValues, position: Positions, keep: SlotFlags, old: View | None
+) -> tuple[Slots, Written]:
     """`write_prefill` where live slots are always [0, length): the new slots, and what is to be written."""
     width = keep.shape[-1] - position.shape[1]
     slots, written = _new_slots(keep, width)

@@ -13,14 +13,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache.base import DecodeQuery, KVCache, View
 from dms_jax.config import ModelConfig
-from dms_jax.types import MASK_VALUE, Counts, NewKV, Positions, SlotFlags, Slots, StoredKV
+from dms_jax.types import MASK_VALUE, Counts, NewKeys, NewValues, Positions, SlotFlags, Slots, StoredValues
 
 
 class MaskedArrays(NamedTuple):
-    """Keys and values: one array a layer, the batch its leading axis."""
+    """Keys and values: one array a layer, the batch its leading axis.
+
+    Where a value is the first U numbers of its key, v is empty, `[B, K, 0, U]`.
+    """
 
     k: tuple[Float[Array, "B K D S"], ...]
-    v: tuple[StoredKV, ...]  # [B, K, S, D]
+    v: tuple[StoredValues, ...]  # [B, K, S, U]
     pos: Int[Array, "L B K S"]  # -1 for empty or hidden
     used: Int[Array, "L B K"]  # the next fresh slot
 
@@ -28,6 +31,19 @@ class MaskedArrays(NamedTuple):
 def _replaced(items: tuple, layer: int, item) -> tuple:
     """`items` with another one for a layer."""
     return (*items[:layer], item, *items[layer + 1 :])
+
+
+def _values(cache: MaskedArrays, layer: int) -> StoredValues:
+    v, k = cache.v[layer], cache.k[layer]
+    return v if v.shape[2] else k[:, :, : v.shape[3]].swapaxes(2, 3)
+
+
+def _written(cache: MaskedArrays, layer: int, heads: tuple, slot, k, v) -> MaskedArrays:
+    """With new keys and values in their slots of a layer; a slot out of range is dropped."""
+    cache = cache._replace(k=_replaced(cache.k, layer, cache.k[layer].at[*heads, :, slot].set(k, mode="drop")))
+    if not cache.v[layer].shape[2]:
+        return cache
+    return cache._replace(v=_replaced(cache.v, layer, cache.v[layer].at[*heads, slot].set(v, mode="drop")))
 
 
 @dataclass(frozen=True)
@@ -40,9 +56,10 @@ class MaskedCache(KVCache):
 
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> MaskedArrays:
         L, K, D = model.num_layers, model.num_kv_heads, model.head_dim
+        own = 0 if model.latent else self.slots
         return MaskedArrays(
             k=tuple(jnp.zeros((batch, K, D, self.slots), dtype) for _ in range(L)),
-            v=tuple(jnp.zeros((batch, K, self.slots, D), dtype) for _ in range(L)),
+            v=tuple(jnp.zeros((batch, K, own, model.value_dim), dtype) for _ in range(L)),
             pos=jnp.full((L, batch, K, self.slots), -1, jnp.int32),
             used=jnp.zeros((L, batch, K), jnp.int32),
         )
@@ -65,27 +82,26 @@ class MaskedCache(KVCache):
         """The products read whole arrays: no key or value is copied."""
         q, (B, H, D), (K, S) = query.q, query.q.shape, cache.pos.shape[2:]
         b, h, slot = *jnp.ogrid[:B, :K], query.slots[layer % len(query.slots)]
-        keys = cache.k[layer].at[b, h, :, slot].set(query.k, mode="drop")
-        values = cache.v[layer].at[b, h, slot].set(query.v, mode="drop")
-        cache = cache._replace(k=_replaced(cache.k, layer, keys), v=_replaced(cache.v, layer, values))
+        cache = _written(cache, layer, (b, h), slot, query.k, query.v)
+        keys, values = cache.k[layer], _values(cache, layer)
         read = cache.pos[layer] >= 0
         if query.readable is not None:
             read &= jnp.repeat(query.readable, self.config.page_size, axis=-1)[..., :S]
         scores = jnp.einsum("BKGD,BKDS->BKGS", q.reshape(B, K, H // K, D), keys, preferred_element_type=jnp.float32)
         probs = jax.nn.softmax(scores * D**-0.5 + jnp.where(read, 0.0, MASK_VALUE)[:, :, None], axis=-1)
-        out = jnp.einsum("BKGS,BKSD->BKGD", probs.astype(q.dtype), values).reshape(B, H, D)
+        out = jnp.einsum("BKGS,BKSU->BKGU", probs.astype(q.dtype), values).reshape(B, H, -1)
         return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
 
     def view(self, cache: MaskedArrays, layer: int, width: int) -> View:
         k = cache.k[layer][..., :width].swapaxes(2, 3)
-        return View(k, cache.v[layer][:, :, :width], cache.pos[layer][:, :, :width])
+        return View(k, _values(cache, layer)[:, :, :width], cache.pos[layer][:, :, :width])
 
     def write_prefill(
         self,
         cache: MaskedArrays,
         layer: int,
-        k: NewKV,
-        v: NewKV,
+        k: NewKeys,
+        v: NewValues,
         position: Positions,
         keep: SlotFlags,
         old: View | None = None,
@@ -100,12 +116,9 @@ class MaskedCache(KVCache):
         kept = jnp.where(keep[..., :W], cache.pos[layer][..., :W], -1)
         pos = cache.pos.at[layer, :, :, :W].set(kept)
         pos = pos.at[layer, b, h, fresh].set(jnp.where(keep[..., W:], position[:, None], -1), mode="drop")
-        cache = cache._replace(
-            k=_replaced(cache.k, layer, cache.k[layer].at[b, h, :, fresh].set(k.swapaxes(1, 2), mode="drop")),
-            v=_replaced(cache.v, layer, cache.v[layer].at[b, h, fresh].set(v.swapaxes(1, 2), mode="drop")),
-            pos=pos,
-            used=cache.used.at[layer].add(real.sum(axis=1, dtype=jnp.int32)[:, None]),
-        )
+        cache = _written(cache, layer, (b, h), fresh, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        used_now = cache.used.at[layer].add(real.sum(axis=1, dtype=jnp.int32)[:, None])
+        cache = cache._replace(pos=pos, used=used_now)
         old_slots = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32), (*used.shape, W))
         slots = jnp.concatenate([old_slots, fresh.astype(jnp.int32)], axis=-1)
         return cache, jnp.where(keep, slots, -1)

@@ -25,14 +25,17 @@ from dms_jax import kernels
 from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View, compacted
 from dms_jax.config import CacheConfig, ModelConfig
 from dms_jax.kernels import quant
-from dms_jax.types import Counts, NewKV, Positions, SlotFlags, Slots
+from dms_jax.types import Counts, NewKeys, NewValues, Positions, SlotFlags, Slots
 
 
 class PagedArrays(NamedTuple):
-    """The pool (N pages), and for each layer, sequence and head its pages and its length."""
+    """The pool (N pages), and for each layer, sequence and head its pages and its length.
+
+    Where a value is the first U numbers of its key, the pages of v have no slots, `[N, 0, U]`.
+    """
 
     k: Num[Array, "N page D"]
-    v: Num[Array, "N page D"]
+    v: Num[Array, "N page U"]
     pos: Int[Array, "N page"]
     k_scale: Float[Array, "N page"] | None  # only where keys and values are quantized
     v_scale: Float[Array, "N page"] | None
@@ -58,11 +61,12 @@ class PagedCache(KVCache):
 
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> PagedArrays:
         L, K, D, N, page = model.num_layers, model.num_kv_heads, model.head_dim, pages, self.config.page_size
+        own = 0 if model.latent else page
         quantized = self.config.quant != "none"
         stored = quant.STORED[self.config.quant] if quantized else dtype
         return PagedArrays(
             k=jnp.zeros((N, page, D), stored),
-            v=jnp.zeros((N, page, D), stored),
+            v=jnp.zeros((N, own, model.value_dim), stored),
             pos=jnp.full((N, page), -1, jnp.int32),
             k_scale=jnp.zeros((N, page)) if quantized else None,
             v_scale=jnp.zeros((N, page)) if quantized else None,
@@ -125,18 +129,21 @@ class PagedCache(KVCache):
             return jnp.take(pool, ids, axis=0, mode="clip").reshape(B, K, P * page, *pool.shape[2:])[:, :, :width]
 
         k_scale, v_scale = (None if x is None else read(x) for x in (cache.k_scale, cache.v_scale))
+        U, D, latent = cache.v.shape[2], cache.k.shape[2], not cache.v.shape[1]
+        if latent and k_scale is not None:
+            k_scale = quant.joined(v_scale, k_scale, U, D)
         pos = jnp.where(jnp.arange(width) < cache.length[layer][..., None], read(cache.pos), -1)
         dtype = cache.k.dtype if cache.k_scale is None else jnp.float32
         k = quant.decode(read(cache.k), k_scale, dtype)
         k = k if cache.k_offset is None else k + cache.k_offset[layer][:, None]
-        return View(k, quant.decode(read(cache.v), v_scale, dtype), pos)
+        return View(k, k[..., :U] if latent else quant.decode(read(cache.v), v_scale, dtype), pos)
 
     def write_prefill(
         self,
         cache: PagedArrays,
         layer: int,
-        k: NewKV,
-        v: NewKV,
+        k: NewKeys,
+        v: NewValues,
         position: Positions,
         keep: SlotFlags,
         old: View | None = None,
@@ -233,13 +240,14 @@ class PagedCache(KVCache):
         def put(target, value):
             return target.at[at].set(value.astype(target.dtype), mode="drop")
 
-        kind, offset = self.config.quant, cache.k_offset
-        if offset is None:
-            return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
-        k -= jnp.expand_dims(offset[layer], range(1, k.ndim - 2))
-        (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
-        cache = cache._replace(k=put(cache.k, k), v=put(cache.v, v))
-        return cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
+        kind, offset, latent = self.config.quant, cache.k_offset, not cache.v.shape[1]
+        if offset is not None:
+            k -= jnp.expand_dims(offset[layer], range(1, k.ndim - 2))
+            k = k[..., v.shape[-1] :] if latent else k
+            (k, k_scale), (v, v_scale) = quant.encode(k, kind), quant.encode(v, kind)
+            k = jnp.concatenate([v, k], axis=-1) if latent else k
+            cache = cache._replace(k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
+        return cache._replace(k=put(cache.k, k), v=cache.v if latent else put(cache.v, v))
 
 
 def pages_of(tokens, page: int):
@@ -255,7 +263,7 @@ def bytes_per_page(model: ModelConfig, config: CacheConfig, dtype) -> int:
     """Keys, values, scales and positions of one page."""
     itemsize = 1 if config.quant != "none" else jnp.dtype(dtype).itemsize
     scales = 8 if config.quant != "none" else 0
-    return config.page_size * (2 * model.head_dim * itemsize + scales + 4)
+    return config.page_size * (model.entry_numbers * itemsize + scales + 4)
 
 
 def _take_pages(cache: PagedArrays, wanted: Bool[Array, "..."]) -> tuple[PagedArrays, Int[Array, "..."]]:

@@ -274,7 +274,8 @@ def decode_step(spec: DecodeSpec, params: Params, state: DecodeState) -> tuple[D
     position, layers, reread = state.position, jnp.arange(model.config.num_layers), 0
     step = DecodeStep(layers, position, ~state.done, kv_cache.live(state.cache), state.keys)
     if policy.evicts_many:
-        cache, own, reread = eviction.prune(policy, kv_cache, state.cache, state.policy, step)
+        latent = model.config.latent is not None
+        cache, own, reread = eviction.prune(policy, kv_cache, state.cache, state.policy, step, latent)
         state = state._replace(cache=cache, policy=own)
     active = kv_cache.can_append(state.cache, step.active)
     step = step._replace(active=active, live=kv_cache.live(state.cache))

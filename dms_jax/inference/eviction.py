@@ -33,17 +33,19 @@ def joined(states, together=jnp.stack):
 
 
 def prune(
-    policy: Policy, kv_cache: KVCache, cache: Any, states: Any, step: DecodeStep
+    policy: Policy, kv_cache: KVCache, cache: Any, states: Any, step: DecodeStep, latent: bool = False
 ) -> tuple[Any, Any, Int[Array, "B L K"]]:
     """The cache and the policy's states with every head pruned that is due, and the KV tokens read for it.
 
     Args:
       states: of all layers. step: of all layers, before the new token is stored.
+      latent: keys hold the values, so that an eviction that reads the keys reads all there is.
     """
     due = jax.vmap(policy.due, (1, LAYER_AXES))(states, step)
     run = functools.partial(_prune, policy, kv_cache, step, due)
     cache, states = jax.lax.cond(due.any(), run, lambda *same: same, cache, states)
-    reread = jnp.where(due, jnp.ceil(policy.rereads * step.live), 0).astype(jnp.int32)
+    share = min(1.0, 2 * policy.rereads) if latent else policy.rereads
+    reread = jnp.where(due, jnp.ceil(share * step.live), 0).astype(jnp.int32)
     return cache, states, jnp.moveaxis(reread, 0, 1)
 
 
@@ -53,7 +55,7 @@ def _prune(policy: Policy, kv_cache: KVCache, step: DecodeStep, due: Bool[Array,
         old = kv_cache.view(cache, layer, kv_cache.slots)
         keep, own = policy.prune(layers_of(states, layer), step_of(step, layer), Stored(old.k, old.v))
         keep = (keep | ~due[layer][..., None]) & (old.pos >= 0)
-        nothing = old.k[:, :, :0].swapaxes(1, 2)
-        cache, slots = kv_cache.write_prefill(cache, layer, nothing, nothing, old.pos[:, 0, :0], keep, old)
+        k, v = (x[:, :, :0].swapaxes(1, 2) for x in (old.k, old.v))  # no token is new
+        cache, slots = kv_cache.write_prefill(cache, layer, k, v, old.pos[:, 0, :0], keep, old)
         new.append(policy.move(own, slots))
     return cache, joined(new)

@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.config import require
 from dms_jax.kernels import attention, blocked, reference
-from dms_jax.kernels.attention import EvictionMask, KeysOrValues
+from dms_jax.kernels.attention import EvictionMask, OrderedKeys, OrderedValues
 from dms_jax.kernels.launch import choose
 from dms_jax.kernels.reference import DecodeAttention, Pages
-from dms_jax.types import PerHeadKV, Queries
+from dms_jax.types import Attended, PerHeadKeys, PerHeadValues, Queries
 
 __all__ = [
     "DecodeAttention",
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
-MAX_GROUP = 16
+MAX_GROUP, MAX_LATENT_GROUP = 16, 128
 
 
 def paged_decode_attention(
@@ -38,7 +38,8 @@ def paged_decode_attention(
     """Attention of one query token a sequence over keys and values in pages; scores are scaled by D ** -0.5.
 
     Args:
-      q: after RoPE; query head h belongs to KV head h // (H // K), at most 16 query heads to one.
+      q: after RoPE; query head h belongs to KV head h // (H // K), at most 16 query heads to one, or 128 where values
+        are a part of the keys.
       pages: of one layer, with a table `[B, K, P]`.
       readable: pages that may be read (Quest); None reads all.
       weights: also return the attention weight of each slot (for TOVA and H2O).
@@ -48,7 +49,7 @@ def paged_decode_attention(
     Raises ConfigError for shapes or dtypes that do not fit, and for a named implementation that cannot run.
     """
     pages.check(q.shape[0], q.shape[2])
-    _check_queries(q, pages.table.shape[1])
+    _check_queries(q, pages.table.shape[1], pages.latent)
     shape = None if readable is None else readable.shape
     require(shape in {None, pages.table.shape}, "readable", shape, f"expected {pages.table.shape}")
     if choose(implementation) == "reference":
@@ -61,8 +62,8 @@ def paged_decode_attention(
 
 def paged_decode_attention_update(
     q: Float[Array, "B H D"],
-    k_new: PerHeadKV,
-    v_new: PerHeadKV,
+    k_new: PerHeadKeys,
+    v_new: PerHeadValues,
     pages: Pages,
     slots: Int[Array, "M B K"],
     layer: int = 0,
@@ -82,14 +83,16 @@ def paged_decode_attention_update(
     pages.check(q.shape[0], q.shape[2], layer)
     require(pages.k_scale is None, "pages.k", str(pages.k.dtype), "quantized pages are not updated here")
     L, B, K, _ = pages.table.shape
-    _check_queries(q, K)
-    for name, x in (("k_new", k_new), ("v_new", v_new)):
-        require(x.shape == (B, K, q.shape[2]), name, x.shape, f"expected [B, K, D], {(B, K, q.shape[2])}")
+    _check_queries(q, K, pages.latent)
+    for name, x, pool in (("k_new", k_new, pages.k), ("v_new", v_new, pages.v)):
+        shape = (B, K, pool.shape[2])
+        require(x.shape == shape, name, x.shape, f"expected {shape}")
     require(slots.shape in {(L, B, K), (1, B, K)}, "slots", slots.shape, f"expected {(L, B, K)} or {(1, B, K)}")
     if choose(implementation) == "reference":
         own, slots = pages.of_layer(layer), slots[layer % len(slots)]
         slots = jnp.where(slots < own.lengths, slots, -1)
-        k, v = (reference.write_token(*x, own.table, slots) for x in ((pages.k, k_new), (pages.v, v_new)))
+        k = reference.write_token(pages.k, k_new, own.table, slots)
+        v = pages.v if pages.latent else reference.write_token(pages.v, v_new, own.table, slots)
         own = own._replace(k=k, v=v)
         out = paged_decode_attention(q, own, weights=weights, implementation=implementation)
         return out, pages._replace(k=k, v=v)
@@ -100,31 +103,36 @@ def paged_decode_attention_update(
 
 def flash_attention(
     q: Queries,
-    k: KeysOrValues,
-    v: KeysOrValues,
+    k: OrderedKeys,
+    v: OrderedValues,
     mask: EvictionMask,
     *,
     hard: bool = False,
     implementation: str | None = None,
-) -> Queries:
+) -> Attended:
     """Attention under the delayed-eviction mask, `attention.dense` in O(T) memory; differentiable.
 
     Args:
-      q: `[B, T, H, D]` after RoPE; k, v: `[B, S, K, D]` in q's dtype.
+      q: `[B, T, H, D]` after RoPE; k, v: `[B, S, K, D]` in q's dtype. Values may be narrower than keys, with up to
+        128 query heads to a KV head; for this there is no kernel, and None takes the reference.
       hard: says that log_keep_prob holds only 0 and MASK_VALUE, so that tiles in which no key is visible are skipped.
 
-    Returns: `[B, T, H, D]` in q's dtype; 0 for a query that sees no key, unless None falls back without segments,
+    Returns: `[B, T, H, U]` in q's dtype; 0 for a query that sees no key, unless None falls back without segments,
     where such a row is arbitrary. Gradients reach q, k, v and log_keep_prob.
 
     Raises ConfigError for shapes that do not fit, and for a named implementation that cannot run.
     """
     (B, T, _, D), (S, K) = q.shape, k.shape[1:3]
-    require(k.shape == (B, S, K, D) == v.shape, "k, v", (k.shape, v.shape), f"expected [B, S, K, D] with q {q.shape}")
-    _check_queries(q, K)
+    latent = v.shape[-1] < D
+    fits = k.shape == (B, S, K, D) and v.shape == (B, S, K, min(v.shape[-1], D))
+    require(fits, "k, v", (k.shape, v.shape), f"expected [B, S, K, D] and no wider values with q {q.shape}")
+    _check_queries(q, K, latent)
+    named = implementation == "triton" and latent
+    require(not named, "v", v.shape, f"the kernel needs values as wide as keys, {D}")
     require(q.dtype == k.dtype == v.dtype, "k, v", (str(k.dtype), str(v.dtype)), f"expected q's dtype, {q.dtype}")
     mask.check(B, T, K, S)
     mask = mask.per_head()
-    if choose(implementation) == "reference":
+    if latent or choose(implementation) == "reference":
         # With segments a query that sees nothing gives 0, as in the kernel.
         named = implementation is not None and mask.query_segments is None
         return attention.blockwise(q, k, v, mask.one_segment() if named else mask)
@@ -133,8 +141,8 @@ def flash_attention(
     return triton_flash.flash(q, k, v, mask, hard=hard)
 
 
-def _check_queries(q, K: int) -> None:
-    H = q.shape[-2]
+def _check_queries(q, K: int, latent: bool) -> None:
+    H, most = q.shape[-2], MAX_LATENT_GROUP if latent else MAX_GROUP
     require(H % K == 0, "q", H, f"its heads must be a multiple of the {K} KV heads")
-    require(H // K <= MAX_GROUP, "q", H, f"at most {MAX_GROUP} query heads for each of the {K} KV heads")
+    require(H // K <= most, "q", H, f"at most {most} query heads for each of the {K} KV heads")
     require(str(q.dtype) in QUERY_DTYPES, "q", str(q.dtype), f"expected one of {QUERY_DTYPES}")

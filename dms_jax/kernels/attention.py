@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax import dms
 from dms_jax.config import require
-from dms_jax.types import MASK_VALUE, LogKeepProb, Positions, Queries, ScoreBias, Segments, Slots, Window
+from dms_jax.types import MASK_VALUE, Attended, LogKeepProb, Positions, Queries, ScoreBias, Segments, Slots, Window
 
-KeysOrValues = Float[Array, "B S K D"]  # of S keys, in the order of the tokens
+OrderedKeys = Float[Array, "B S K D"]  # in the order of the tokens
+OrderedValues = Float[Array, "B S K U"]
 
 
 class EvictionMask(NamedTuple):
@@ -60,8 +61,8 @@ class EvictionMask(NamedTuple):
             require(shape in shapes, name, shape, f"expected {' or '.join(map(str, shapes))}")
 
 
-def attend(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: ScoreBias) -> Queries:
-    """Softmax attention with an additive bias; `[B, T, H, D]`. Scores and softmax are float32.
+def attend(q: Queries, k: OrderedKeys, v: OrderedValues, bias: ScoreBias) -> Attended:
+    """Softmax attention with an additive bias; `[B, T, H, U]`. Scores and softmax are float32.
 
     Grouped-query: the G query heads of a KV head are folded into one axis, keys are never repeated.
     """
@@ -70,10 +71,10 @@ def attend(q: Queries, k: KeysOrValues, v: KeysOrValues, bias: ScoreBias) -> Que
     q = q.reshape(B, T, K, H // K, D)
     scores = jnp.einsum("BTKGD,BSKD->BKGTS", q, k, preferred_element_type=jnp.float32) * D**-0.5
     weights = jax.nn.softmax(scores + bias[:, :, None], axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKD->BTKGD", weights, v).reshape(B, T, H, D)
+    return jnp.einsum("BKGTS,BSKU->BTKGU", weights, v).reshape(B, T, H, v.shape[-1])
 
 
-def dense(q: Queries, k: KeysOrValues, v: KeysOrValues, mask: EvictionMask) -> Queries:
+def dense(q: Queries, k: OrderedKeys, v: OrderedValues, mask: EvictionMask) -> Attended:
     """The readable oracle: the whole `[B, K, T, S]` bias at once. With segments a query that sees no key gives 0."""
     bias = dms.bias(*mask.per_head())
     out = attend(q, k, v, bias)
@@ -84,7 +85,7 @@ def dense(q: Queries, k: KeysOrValues, v: KeysOrValues, mask: EvictionMask) -> Q
     return jnp.where(jnp.repeat(seen, q.shape[2] // k.shape[2], axis=2)[..., None], out, 0)
 
 
-def blockwise(q: Queries, k: KeysOrValues, v: KeysOrValues, mask: EvictionMask, block: int = 128) -> Queries:
+def blockwise(q: Queries, k: OrderedKeys, v: OrderedValues, mask: EvictionMask, block: int = 128) -> Attended:
     """`dense` in O(T) memory, forward and backward: one block of queries at a time, recomputed for the gradient.
 
     Only `[B, H, block, S]` scores are alive at once; `jax.checkpoint` keeps them from being saved.
@@ -106,12 +107,12 @@ def blockwise(q: Queries, k: KeysOrValues, v: KeysOrValues, mask: EvictionMask, 
 
     blocked = jax.tree.map(split, (mask.query_pos, mask.query_segments))
     out = jax.lax.map(lambda x: one(*x), (q.swapaxes(0, 1), *blocked))
-    return out.swapaxes(0, 1).reshape(B, T + pad, H, D)[:, :T]
+    return out.swapaxes(0, 1).reshape(B, T + pad, H, v.shape[-1])[:, :T]
 
 
 def key_weights(
     q: Queries,
-    k: KeysOrValues,
+    k: OrderedKeys,
     query_pos: Positions,
     key_pos: Slots,
     counted: Float[Array, "B T"],

@@ -22,7 +22,7 @@ class _Sums(NamedTuple):
 
     top: Float[Array, "B K G"]
     total: Float[Array, "B K G"]
-    out: Float[Array, "B K G D"]
+    out: Float[Array, "B K G U"]
     scores: Float[Array, "B K G S"] | None
 
 
@@ -32,17 +32,17 @@ def paged_attention(
     """Attention of one query a sequence over slots `[0, length)` of each head; see `kernels.paged_decode_attention`."""
     B, H, D = q.shape
     _, K, P = pages.table.shape
-    G, page = H // K, pages.k.shape[1]
+    G, page, U = H // K, pages.k.shape[1], pages.v.shape[2]
     n = min(max(1, BLOCK // page), P)  # pages a block
     pad = -P % n
     table = jnp.pad(pages.table, ((0, 0), (0, 0), (0, pad)))
     S = (P + pad) * page
     grouped = q.reshape(B, K, G, D)
 
-    def read(pool, scale, ids):
-        x = jnp.take(pool, ids, axis=0, mode="clip")
-        scale = None if scale is None else jnp.take(scale, ids, axis=0, mode="clip")
-        return quant.decode(x, scale, q.dtype).reshape(B, K, n * page, D)
+    def read(pool, scales, ids):
+        x, *scales = (jnp.take(x, ids, axis=0, mode="clip") for x in (pool, *scales) if x is not None)
+        scale = None if not scales else scales[0] if len(scales) == 1 else quant.joined(*scales, U, D)
+        return quant.decode(x, scale, q.dtype).reshape(B, K, n * page, pool.shape[2])
 
     def block(i, sums: _Sums) -> _Sums:
         ids = jax.lax.dynamic_slice_in_dim(table, i * n, n, axis=2)
@@ -51,14 +51,14 @@ def paged_attention(
         if readable is not None:
             flags = jnp.take(readable, slot // page, axis=2, mode="fill", fill_value=False)
             valid &= flags
-        k = read(pages.k, pages.k_scale, ids)
+        k = read(pages.k, (pages.v_scale, pages.k_scale) if pages.latent else (pages.k_scale,), ids)
         scores = jnp.einsum("BKGD,BKSD->BKGS", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
         scores = jnp.where(valid[:, :, None], scores, MASK_VALUE)
         top = jnp.maximum(sums.top, scores.max(axis=-1))
         p = jnp.where(valid[:, :, None], jnp.exp(scores - top[..., None]), 0.0)
         shrink = jnp.exp(sums.top - top)
-        v = read(pages.v, pages.v_scale, ids)
-        added = jnp.einsum("BKGS,BKSD->BKGD", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        v = k[..., :U] if pages.latent else read(pages.v, (pages.v_scale,), ids)
+        added = jnp.einsum("BKGS,BKSU->BKGU", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
         kept = sums.scores
         if kept is not None:
             kept = jax.lax.dynamic_update_slice_in_dim(kept, scores, i * n * page, axis=3)
@@ -67,13 +67,13 @@ def paged_attention(
     empty = _Sums(
         top=jnp.full((B, K, G), MASK_VALUE),
         total=jnp.zeros((B, K, G)),
-        out=jnp.zeros((B, K, G, D)),
+        out=jnp.zeros((B, K, G, U)),
         scores=jnp.full((B, K, G, S), MASK_VALUE) if weights else None,
     )
     blocks = -(-jnp.max(pages.lengths) // (n * page))
     sums = jax.lax.fori_loop(0, blocks, block, empty)
     total = jnp.where(sums.total == 0, 1.0, sums.total)  # nothing read: the output is 0
-    out = (sums.out / total[..., None]).astype(q.dtype).reshape(B, H, D)
+    out = (sums.out / total[..., None]).astype(q.dtype).reshape(B, H, U)
     lse = jnp.where(sums.total == 0, -jnp.inf, sums.top + jnp.log(total)).reshape(B, H)
     if not weights:
         return DecodeAttention(out, lse, None)

@@ -7,6 +7,10 @@ programs; a program may hold a part of one head or several heads. With tiles of 
     program          0 0 0 0 1 1 1 1 2 2 2 2        4 tiles each
     splits           (0,0)   (1,0) (1,1) (2,2) (2,3) (2,4), stored at index program + head, which no two share
 
+In latent attention a value is the first U numbers of its key: each entry is read once, in two parts, and the first
+serves both products. One KV head has up to 128 query heads; more than a program holds are split over programs that lie
+side by side in the grid, so that a tile comes from the L2 cache for all but the first.
+
 `merge_splits` then merges the splits of each head by their log-sum-exp, in program order: no atomics, so two
 runs agree bit for bit.
 """
@@ -28,12 +32,17 @@ FLOOR = tl.constexpr(-1e29)
 
 
 class Tiling(NamedTuple):
-    """How the work is tiled. block: tokens in a tile. programs: 0 means three for each multiprocessor."""
+    """How the work is tiled.
+
+    block: tokens in a tile. programs: shares of the tiles; 0 means three for each multiprocessor. heads: the most query
+    heads of a program.
+    """
 
     block: int
     num_warps: int = 4
     num_stages: int = 3
     programs: int = 0
+    heads: int = 16
 
 
 def tiling(head_dim: int, itemsize: int) -> Tiling:
@@ -44,6 +53,20 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     """
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
     return Tiling(block)
+
+
+def latent_tiling(group: int, pages: Pages) -> Tiling:
+    """Tiles of 64 tokens of 576 numbers (72 KB of bfloat16), one of them in flight while one is worked on.
+
+    The queries lie in shared memory, and a program's sums, a row of U float32 numbers for each of its query heads, in
+    registers: two programs run on a multiprocessor. More query heads, quantized pages, which are widened in registers,
+    and small pages leave less for tiles, of which then two are in flight.
+    """
+    few, (_, page, _), itemsize = group <= 16, pages.k.shape, pages.k.dtype.itemsize
+    large = few and itemsize == 2 and page % 64 == 0
+    numbers = (32768 if large else 16384 if few else 8192) * 2 // max(itemsize, 2)
+    block = min(max(numbers // power_of_two(pages.v.shape[2], 16), 16), 64)
+    return Tiling(block, 4, 2 if large else 3, 2 * multiprocessors(), 16 if few else 32)
 
 
 @triton.jit
@@ -79,14 +102,23 @@ def share_of(tile_ends, program, programs, HEADS: tl.constexpr, HEADS_PAD: tl.co
 
 
 @triton.jit
+def load_rows(first, row, live, queries, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
+    """WIDTH numbers of each row from `first` on, STRIDE apart, padded as the queries are and in their dtype."""
+    dims = tl.arange(0, queries.shape[1])
+    mask = live[:, None] & (dims < WIDTH)[None, :]
+    x = tl.load((first + row * STRIDE)[:, None] + dims[None, :], mask=mask, other=0.0)
+    return (x.to(tl.float32) if x.dtype == tl.int8 else x).to(queries.dtype)  # int8 to bfloat16 is exact
+
+
+@triton.jit
 def attend_tiles(
-    queries, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale, scores_out,
-    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale,
+    scores_out,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
+    LATENT: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the tiles [tile, stop) of a head: running maximum, sum and weighted values."""
-    rows = tl.arange(0, queries.shape[0])
-    dims = tl.arange(0, queries.shape[1])
     within = tl.arange(0, BLOCK)
     top = tl.full([queries.shape[0]], FLOOR, tl.float32)
     denominator = tl.zeros([queries.shape[0]], tl.float32)
@@ -103,12 +135,18 @@ def attend_tiles(
         page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
         if WRITE:  # the new token is read from k_new
             live = live & (slot != new_slot)
-        mask = live[:, None] & (dims < D)[None, :]
-        keys = tl.load((k_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
-        keys = (keys.to(tl.float32) if keys.dtype == tl.int8 else keys).to(queries.dtype)  # int8 to bfloat16 is exact
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+        keys = load_rows(k_pages, row, live, queries, D, D + R)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if QUANTIZED:
-            scores *= tl.load(k_scale + row, mask=live, other=0.0)[None, :]
+            scores *= tl.load((v_scale if LATENT else k_scale) + row, mask=live, other=0.0)[None, :]
+        if R > 0:
+            turned = load_rows(k_pages + D, row, live, rest, R, D + R)
+            if QUANTIZED:
+                own = tl.dot(rest, tl.trans(turned), input_precision="ieee")
+                scores += own * tl.load(k_scale + row, mask=live, other=0.0)[None, :]
+            else:
+                scores = tl.dot(rest, tl.trans(turned), scores, input_precision="ieee")
+        scores *= SCALE
         scores = tl.where(live[None, :], scores, DEAD)
         if SCORES:
             target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
@@ -117,8 +155,7 @@ def attend_tiles(
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         denominator = denominator * shrink + tl.sum(weights, 1)
-        values = tl.load((v_pages + row * D)[:, None] + dims[None, :], mask=mask, other=0.0)
-        values = (values.to(tl.float32) if values.dtype == tl.int8 else values).to(queries.dtype)
+        values = keys if LATENT else load_rows(v_pages, row, live, queries, D, D)
         if QUANTIZED:
             weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
         acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -128,21 +165,30 @@ def attend_tiles(
 
 @triton.jit
 def write_and_attend(
-    top, denominator, acc, queries, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
-    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    SCORES: tl.constexpr,
+    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr,
+    SCORES: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
-    """Writes a head's new key and value to their slot, and adds them to the online softmax."""
-    rows = tl.arange(0, queries.shape[0])
+    """Writes a head's new key and value to their slot, and adds them to the online softmax.
+
+    Programs of other query heads of the same KV head write the same.
+    """
     dims = tl.arange(0, queries.shape[1])
-    key = tl.load(k_new + head * D + dims, mask=dims < D, other=0.0)
-    value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0)
     row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
-    key = key.to(k_out.dtype.element_ty)
-    value = value.to(v_out.dtype.element_ty)
-    tl.store(k_out + row * D + dims, key, mask=dims < D)
-    tl.store(v_out + row * D + dims, value, mask=dims < D)
-    score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
+    key = tl.load(k_new + head * (D + R) + dims, mask=dims < D, other=0.0).to(k_out.dtype.element_ty)
+    tl.store(k_out + row * (D + R) + dims, key, mask=dims < D)
+    score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+    if R > 0:
+        more = tl.arange(0, rest.shape[1])
+        turned = tl.load(k_new + head * (D + R) + D + more, mask=more < R, other=0.0).to(k_out.dtype.element_ty)
+        tl.store(k_out + row * (D + R) + D + more, turned, mask=more < R)
+        score += tl.sum(rest.to(tl.float32) * turned.to(tl.float32)[None, :], 1)
+    score *= SCALE
+    if LATENT:
+        value = key
+    else:
+        value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0).to(v_out.dtype.element_ty)
+        tl.store(v_out + row * D + dims, value, mask=dims < D)
     if SCORES:
         target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
         tl.store(target, score, mask=rows < G)
@@ -158,48 +204,50 @@ def split_kv(
     q, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, k_new, v_new, new_slots, first,
     acc_out, top_out, sum_out, scores_out, k_out, v_out,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
-    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
-    SLOTS_OF_ALL: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
+    WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr,
 ):  # fmt: skip
     """Attention over this program's share of the tiles, one split for each head that it touches.
 
     "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
     layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
     over: its length, or with ORDERED the whole pages that `order` lists. `tile_ends` counts the tiles up to each head's
-    last.
+    last. A value has D numbers, a key D + R.
     """
-    program = tl.program_id(0)
+    program = tl.program_id(1)
     table += first * PAGES
     lengths += first
     spans += first
     tile_ends += first
     if SLOTS_OF_ALL:
         new_slots += first
-    head, tile, left = share_of(tile_ends, program, tl.num_programs(0), HEADS, HEADS_PAD)
+    head, tile, left = share_of(tile_ends, program, tl.num_programs(1), HEADS, HEADS_PAD)
     if WRITE:  # an aliased pool is at hand as the output
         k_pages = k_out
         v_pages = v_out
-    rows = tl.arange(0, G_PAD)
+    rows = tl.program_id(0) * G_PAD + tl.arange(0, G_PAD)
     dims = tl.arange(0, D_PAD)
+    more = tl.arange(0, R_PAD)
     q_mask = (rows < G)[:, None] & (dims < D)[None, :]
-    q_offsets = rows[:, None] * D + dims[None, :]
     while left > 0:
         length = tl.load(lengths + head)
         span = tl.load(spans + head)
         stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
-        queries = tl.load(q + head * G * D + q_offsets, mask=q_mask, other=0.0)
+        q_rows = (q + (head * G + rows) * (D + R))[:, None]
+        queries = tl.load(q_rows + dims[None, :], mask=q_mask, other=0.0)
+        rest = tl.load(q_rows + D + more[None, :], mask=(rows < G)[:, None] & (more < R)[None, :], other=0.0)
         new_slot = tl.load(new_slots + head) if WRITE else -1
         top, denominator, acc = attend_tiles(
-            queries, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale,
-            scores_out, PAGES, PAGE, G, D, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE,
+            queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale,
+            v_scale, scores_out, PAGES, PAGE, G, D, R, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE, LATENT,
         )  # fmt: skip
         if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
             # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
             if (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length):
                 top, denominator, acc = write_and_attend(
-                    top, denominator, acc, queries, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
-                    PAGES, PAGE, G, D, SCALE, SCORES,
+                    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out,
+                    scores_out, PAGES, PAGE, G, D, R, SCALE, SCORES, LATENT,
                 )  # fmt: skip
         index = (program + head).to(tl.int64) * G + rows
         tl.store(top_out + index, top, mask=rows < G)
@@ -284,58 +332,64 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     readable: of pages of one layer. new: `(k_new [B, K, D], v_new [B, K, D], slots)` to be written first, the slots
     `[L, B, K]`, or `[1, B, K]` for this layer alone. tiles: a Tiling other than the default.
     """
-    (B, _, D), K, page = q.shape, pages.table.shape[-2], pages.k.shape[1]
+    (B, H, D), K, page = q.shape, pages.table.shape[-2], pages.k.shape[1]
     own = pages.lengths if layer is None else pages.lengths[layer]
-    tiles = tiles or tiling(D, pages.k.dtype.itemsize)
+    tiles = tiles or (latent_tiling(H // K, pages) if pages.latent else tiling(D, pages.k.dtype.itemsize))
     tiles = tiles._replace(programs=tiles.programs or 3 * multiprocessors())
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.
     tile_ends = jnp.cumsum(-(-spans.reshape(-1, B * K) // tiles.block), axis=1, dtype=jnp.int32)
     work = _Work(spans, tile_ends, order, (layer or 0) * B * K, tiles)
     *splits, scores, k, v = _split(q, pages, work, weights, new)
-    out, lse = _merge(q, splits, work, B * K)
+    out, lse = _merge(q, splits, work)
     by_slot = _weights(scores, lse, own, readable, page) if weights else None
-    return DecodeAttention(out, lse, by_slot), pages if new is None else pages._replace(k=k, v=v)
+    if new is None:
+        return DecodeAttention(out, lse, by_slot), pages
+    return DecodeAttention(out, lse, by_slot), pages._replace(k=k) if pages.latent else pages._replace(k=k, v=v)
 
 
 def _split(q, pages: Pages, work: _Work, weights: bool, new):
     """Launches split_kv: weighted values, maximum and sum of each split; scores; the pools."""
-    (B, H, D), (K, P), page = q.shape, pages.table.shape[-2:], pages.k.shape[1]
+    (B, H, D), (K, P), page, U = q.shape, pages.table.shape[-2:], pages.k.shape[1], pages.v.shape[2]
     G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
     f32, shape = jnp.float32, jax.ShapeDtypeStruct
     compute = q.dtype if quantized else jnp.promote_types(q.dtype, pages.k.dtype)
     k_new, v_new, slots = (unused(pages.k.dtype), unused(pages.k.dtype), unused()) if new is None else new
-    splits, pool = tiles.programs + heads, shape(pages.k.shape if new else (1,), pages.k.dtype)
+    splits, g_pad = tiles.programs + heads, min(power_of_two(G, 16), tiles.heads)
+    pools = tuple(shape(x.shape if new and x.size else (1,), x.dtype) for x in (pages.k, pages.v))
     scores = shape((B, K, G, P * page) if weights else (1,), f32)
     return launch(
         split_kv,
-        *(q.astype(compute), pages.k, pages.v, pages.table, pages.lengths, work.spans, work.tile_ends),
+        *(q.astype(compute), pages.k, unused(pages.v.dtype) if pages.latent else pages.v),
+        *(pages.table, pages.lengths, work.spans, work.tile_ends),
         *(unused() if work.order is None else work.order,),
         *(unused(f32) if scale is None else scale for scale in (pages.k_scale, pages.v_scale)),
         *(k_new, v_new, slots, work.first),
-        out=(shape((splits, G, D), f32), shape((splits, G), f32), shape((splits, G), f32), scores, pool, pool),
-        grid=(tiles.programs,),
-        aliases={1: 4, 2: 5} if new else {},
+        out=(shape((splits, G, U), f32), shape((splits, G), f32), shape((splits, G), f32), scores, *pools),
+        grid=(-(-G // g_pad), tiles.programs),
+        aliases={} if not new else {1: 4} if pages.latent else {1: 4, 2: 5},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
-        **{"G": G, "G_PAD": power_of_two(G, 16), "D": D, "D_PAD": power_of_two(D, 16), "SCALE": D**-0.5 * LOG2E},
+        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, 16), "SCALE": D**-0.5 * LOG2E},
+        **{"R": D - U, "R_PAD": power_of_two(D - U, 16), "LATENT": pages.latent},
         **{"QUANTIZED": quantized, "ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
         **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape},
     )
 
 
-def _merge(q, splits, work: _Work, heads: int):
+def _merge(q, splits, work: _Work):
     """Launches merge_splits: out and lse."""
-    B, H, D = q.shape
+    (B, H, _), (_, G, U) = q.shape, splits[0].shape
+    heads = B * H // G
     return launch(
         merge_splits,
         *(*splits, work.tile_ends, work.first),
-        out=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H), jnp.float32)),
-        grid=(heads, B * H // heads),
+        out=(jax.ShapeDtypeStruct((B, H, U), q.dtype), jax.ShapeDtypeStruct((B, H), jnp.float32)),
+        grid=(heads, G),
         num_warps=1,
         num_stages=2,
-        **{"HEADS": heads, "G": B * H // heads, "D": D, "D_PAD": power_of_two(D, 16)},
+        **{"HEADS": heads, "G": G, "D": U, "D_PAD": power_of_two(U, 16)},
         **{"PROGRAMS": work.tiles.programs, "CHUNK": 8, "LN2": LN2},
     )
 

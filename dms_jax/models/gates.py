@@ -91,6 +91,10 @@ class QueryGate(Gate):
     foreign: ClassVar[Mapping[str, Any]] = {"dms_separate_alpha": False}
 
     def check(self, model: ModelConfig) -> None:
+        latent = model.latent is not None
+        require(
+            not latent, "gate", self.dms.gate, "latent attention has no neuron of a query head to borrow: use adapter"
+        )
         n, D = self.dms.neuron, model.head_dim
         require(-D <= n < D, "neuron", n, f"must be a dim of a head, {-D} to {D - 1}")
 

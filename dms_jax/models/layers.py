@@ -72,11 +72,14 @@ class MLP(nn.Module):
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies `[D / 2]` (radians a token) and the scale of cos and sin.
 
-    linear: Chen et al. 2023; llama3: the Llama 3.1 release; yarn: Peng et al. 2023 (arXiv 2309.00071).
+    linear: Chen et al. 2023; llama3: the Llama 3.1 release; yarn: Peng et al. 2023 (arXiv 2309.00071); longrope: Ding
+    et al. 2024 (arXiv 2402.13753).
     """
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         return inverse / rope.factor, 1.0
+    if rope.kind == "longrope":
+        return inverse / np.asarray(rope.short_factor), 1.0
     if rope.kind == "llama3":
         return _llama3(inverse, rope), 1.0
     if rope.kind == "yarn":
@@ -109,22 +112,29 @@ def _yarn(inverse: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
     return slowed * inverse / rope.factor + (1 - slowed) * inverse
 
 
-def _yarn_scale(rope: RopeConfig) -> float:
-    def scale(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+def yarn_mscale(rope: RopeConfig, mscale: float) -> float:
+    """How much longer contexts sharpen attention, by one of yarn's factors."""
+    return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
 
+
+def _yarn_scale(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return scale(rope.mscale) / scale(rope.mscale_all_dim)
-    return scale(1.0)
+        return yarn_mscale(rope, rope.mscale) / yarn_mscale(rope, rope.mscale_all_dim)
+    return yarn_mscale(rope, 1.0)
 
 
-def apply_rope(x: Float[Array, "B T H D"], positions: Positions, rope: RopeConfig) -> Float[Array, "B T H D"]:
-    """Rotates dim d with dim d + D / 2 (the layout of HF checkpoints); angles in float32."""
+def apply_rope(
+    x: Float[Array, "B T H D"], positions: Positions, rope: RopeConfig, interleaved: bool = False
+) -> Float[Array, "B T H D"]:
+    """Rotates dim d with dim d + D / 2 (the layout of HF checkpoints); angles in float32.
+
+    interleaved: dim 2d with dim 2d + 1, and these two go to d and d + D / 2: products of queries and keys are the same.
+    """
     inverse, scale = rope_frequencies(rope, x.shape[-1])
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
     cos = (jnp.cos(angles) * scale).astype(x.dtype)[:, :, None]
     sin = (jnp.sin(angles) * scale).astype(x.dtype)[:, :, None]
-    first, second = jnp.split(x, 2, axis=-1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,11 +1,12 @@
-"""Llama, Qwen2 and Qwen3 as one linen decoder driven by ModelConfig.
+"""The decoder of every family, a linen module driven by ModelConfig; grouped-query attention, and latent from mla.py.
 
 The decoder knows no cache, no mask and no policy. Each layer hands its queries, keys, values and eviction logits
 to an `attend` function, which returns the attention output and the next state; training, prefill, decoding and
 every eviction policy are such functions.
 """
 
-from typing import Any, Protocol, runtime_checkable
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,17 @@ from jaxtyping import Array, Float, Shaped
 from dms_jax import dms, kernels, sharding
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.models import layers
+from dms_jax.models.attend import Attend, Scale
 from dms_jax.models.gates import Gate, gate_of
+from dms_jax.models.mla import LatentAttention
 from dms_jax.types import (
+    Attended,
     GateLogits,
     Lengths,
     Logits,
     LogKeepProb,
-    NewKV,
+    NewKeys,
+    NewValues,
     Params,
     Positions,
     Queries,
@@ -34,18 +39,6 @@ from dms_jax.types import (
 
 # What the backward pass may keep of a block, by RetrofitConfig.remat.
 POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
-
-
-@runtime_checkable
-class Attend(Protocol):
-    """What a layer calls. `logit` is None where the model has no gate; `state` is any pytree."""
-
-    def __call__(
-        self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State
-    ) -> tuple[Queries, State]: ...
-
-
-Scale = float | Float[Array, ""]  # of the neuron that a gate borrows: 1 as it was, 0 hidden from attention
 
 
 class Attention(nn.Module):
@@ -88,12 +81,14 @@ class Block(nn.Module):
         self, x: Residual, positions: Positions, attend: Attend, state: State, neuron_scale: Scale
     ) -> tuple[Residual, State]:
         c = self.config
+        added = 1.0 if c.depth_scale is None else c.depth_scale / math.sqrt(c.num_layers)
+        kind = Attention if c.latent is None else LatentAttention
         h = layers.RMSNorm(c.norm_eps, name="attn_norm")(x)
-        attn = Attention(c, self.dms, self.layer, name="attn")
-        out, state = attn(h, x, positions, attend, state, neuron_scale)
-        x = sharding.constrain(x + out, "B T E")
+        out, state = kind(c, self.dms, self.layer, name="attn")(h, x, positions, attend, state, neuron_scale)
+        x = sharding.constrain(x + added * out, "B T E")
         h = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        return sharding.constrain(x + layers.MLP(c.mlp_dim, c.mlp_bias, name="mlp")(h), "B T E"), state
+        out = layers.MLP(c.mlp_dim, c.mlp_bias, name="mlp")(h)
+        return sharding.constrain(x + added * out, "B T E"), state
 
 
 class Decoder(nn.Module):
@@ -131,11 +126,12 @@ class Decoder(nn.Module):
         self, tokens: Tokens, positions: Positions, attend: Attend, state: State = (), neuron_scale: Scale = 0.0
     ) -> tuple[Residual, State, list[Residual]]:
         """`__call__`, and the residual stream that entered each layer, `[B, T, E]` L times."""
-        x, entered = sharding.constrain(self.embed(tokens), "B T E"), []
+        c, entered = self.config, []
+        x = sharding.constrain(c.embed_scale * self.embed(tokens), "B T E")
         for block in self.layers:
             entered.append(x)
             x, state = block(x, positions, attend, state, neuron_scale)
-        return self.final_norm(x), state, entered
+        return self.final_norm(x) * (1.0 if c.logit_dim is None else c.logit_dim / c.model_dim), state, entered
 
     @property
     def gate(self) -> Gate | None:
@@ -168,20 +164,20 @@ def unembedding(params: Params, config: ModelConfig) -> Float[Array, "E V"]:
 
 def self_attention(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: NewKeys,
+    v: NewValues,
     positions: Positions,
     log_keep_prob: LogKeepProb,
     window: int | Array,
     segments: Segments | None = None,
     hard: bool = False,
-) -> Queries:
+) -> Attended:
     """Attention of whole rows to themselves: what every forward pass over given tokens goes through.
 
     positions, segments: `[B, T]`; of packed documents each is a segment, with positions from 0. hard: log_keep_prob
     holds only 0 and MASK_VALUE, so that a kernel may skip what nobody sees.
     """
-    letters = ("B T H D", "B T K D", "B T K D", "B T", "B K T", *(() if segments is None else ("B T",)))
+    letters = ("B T H D", "B T K D", "B T K U", "B T", "B K T", *(() if segments is None else ("B T",)))
 
     def local(q, k, v, positions, log_keep_prob, segments=None):
         mask = kernels.EvictionMask(positions, positions, log_keep_prob, window, segments, segments)
@@ -191,7 +187,9 @@ def self_attention(
     return sharding.by_heads(local, letters)(*given)
 
 
-def causal(layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits | None, state: State) -> tuple[Queries, State]:
+def causal(
+    layer: int, q: Queries, k: NewKeys, v: NewValues, logit: GateLogits | None, state: State
+) -> tuple[Attended, State]:
     """An `Attend`: plain causal attention over the tokens given, nothing evicted."""
     return packed_causal(arange_positions(q[..., 0, 0]), None)(layer, q, k, v, logit, state)
 
@@ -232,7 +230,7 @@ def mean_key_bias(params: Params, config: ModelConfig, length: int) -> Float[Arr
 
     Qwen2's key biases are large (145 where keys are around 10) in the dims that RoPE hardly turns.
     """
-    if not config.qkv_bias or config.qk_norm:
+    if not config.qkv_bias or config.qk_norm or config.latent:
         return None
     inverse, scale = layers.rope_frequencies(config.rope, config.head_dim)
     angles = np.arange(length)[:, None] * inverse

@@ -25,7 +25,20 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.types import Counts, GateLogits, Keys, NewKV, PerHead, PerHeadKV, SlotFlags, Slots, StoredKV
+from dms_jax.types import (
+    Counts,
+    GateLogits,
+    Keys,
+    NewKeys,
+    NewValues,
+    PerHead,
+    PerHeadKeys,
+    PerHeadValues,
+    SlotFlags,
+    Slots,
+    StoredKeys,
+    StoredValues,
+)
 
 State = Any  # a policy's state of one layer
 
@@ -44,8 +57,8 @@ class NewToken(NamedTuple):
     """What attention computed for the new token in one layer."""
 
     slot: PerHead  # where it is stored; no slot where its sequence is not active
-    k: PerHeadKV
-    v: PerHeadKV
+    k: PerHeadKeys
+    v: PerHeadValues
     logit: Float[Array, "B K"] | None  # its eviction logit, None for a model without a gate
     attention: Float[Array, "B K S"] | None  # weight of each slot, summed over the query heads of a KV head
 
@@ -53,8 +66,8 @@ class NewToken(NamedTuple):
 class Stored(NamedTuple):
     """Keys and values in the S slots of one layer; of an empty slot they say nothing."""
 
-    k: StoredKV
-    v: StoredKV
+    k: StoredKeys
+    v: StoredValues
 
 
 class PrefillChunk(NamedTuple):
@@ -65,8 +78,8 @@ class PrefillChunk(NamedTuple):
     count: Counts
     remaining: Counts  # tokens of the same prompt that are still to be read after this chunk
     pos: Slots  # [B, K, W] positions in the old slots, -1 for empty
-    k: NewKV  # [B, C, K, D]
-    v: NewKV
+    k: NewKeys  # [B, C, K, D]
+    v: NewValues
     logit: GateLogits | None  # [B, K, C]
     keys: Keys
     stored: Stored | None = None  # in the old slots, for policies that rank by it

@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from dms_jax.policies.scored import ScoredPolicy
-from dms_jax.types import Slots, StoredKV
+from dms_jax.types import Slots, StoredKeys
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class KeyDiff(ScoredPolicy):
         return -(unit * anchor).sum(axis=-1)
 
 
-def normalised(k: StoredKV, pos: Slots) -> StoredKV:
+def normalised(k: StoredKeys, pos: Slots) -> StoredKeys:
     """Keys of length 1 in float32, 0 in empty slots."""
     k = jnp.where((pos >= 0)[..., None], k.astype(jnp.float32), 0.0)
     return k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

@@ -32,7 +32,8 @@ class Quest(Policy):
     """Reads `budget` tokens a step, a whole number of pages (at least the newest); the summaries are counted too.
 
     A page's summary is two vectors, as much as one token's key and value: for each page that is held one more token
-    is read in every step, and held.
+    is read in every step, and held. (In latent attention, where no value is stored beside the key, it takes two tokens'
+    memory, and is counted as one.)
     page_size: that of the cache.
     """
 

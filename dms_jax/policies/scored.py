@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax.config import Size, check, require
 from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk, Stored
-from dms_jax.types import Counts, Keys, NewKV, PerHead, SlotFlags, Slots, StoredKV
+from dms_jax.types import Counts, Keys, NewKeys, NewValues, PerHead, SlotFlags, Slots, StoredKeys, StoredValues
 
 Budget = Size | tuple[tuple[Size, ...], ...]
 
@@ -35,8 +35,8 @@ class Scores(NamedTuple):
 class Candidates(NamedTuple):
     """The tokens of one layer among which an eviction chooses."""
 
-    k: StoredKV
-    v: StoredKV
+    k: StoredKeys
+    v: StoredValues
     pos: Slots  # -1 for none: its key and value say nothing
     score: Float[Array, "B K S"]
     limit: PerHead  # tokens that a head may hold
@@ -84,7 +84,7 @@ class ScoredPolicy(Policy):
 
     # What a method overrides
 
-    def initial_score(self, k: NewKV, v: NewKV, pos: Slots, keys: Keys) -> Float[Array, "B K T"]:
+    def initial_score(self, k: NewKeys, v: NewValues, pos: Slots, keys: Keys) -> Float[Array, "B K T"]:
         """Scores of new tokens; k, v `[B, T, K, D]`, pos `[B, K, T]`, keys `[B, 2]`: one random key a sequence."""
         return jnp.zeros(pos.shape)
 

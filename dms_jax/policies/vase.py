@@ -58,5 +58,9 @@ class VaSEDKV(ScoredPolicy):
     def rank(self, tokens):
         shape = (tokens.k.shape[-1], self.rank_of_projection)
         gaussian = jax.vmap(lambda key: jax.random.normal(key, shape))(tokens.keys)
-        k, v = (jnp.einsum("BKSD,BDR->BKSR", x.astype(jnp.float32), gaussian) for x in (tokens.k, tokens.v))
+
+        def projected(x):  # values may be narrower than keys
+            return jnp.einsum("BKSD,BDR->BKSR", x.astype(jnp.float32), gaussian[:, : x.shape[-1]])
+
+        k, v = projected(tokens.k), projected(tokens.v)
         return (k * k).sum(axis=-1) * (v * v).sum(axis=-1)

@@ -5,12 +5,14 @@ attention; norms, softmax and RoPE are left out, as is usual for model FLOPs uti
 counted as the model's work (`step_flops`), but is as the device's (`executed_flops`).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 
 from dms_jax.config import ModelConfig
 from dms_jax.training.config import RetrofitConfig
+from dms_jax.weights.table import specs
 
 
 class Device(NamedTuple):
@@ -43,19 +45,13 @@ def peak_flops(devices: int) -> float | None:
 
 def weight_products(model: ModelConfig) -> int:
     """Weights that a token is multiplied by: all but the embedding table, which is only looked up."""
-    c = model
-    attention = 2 * c.model_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
-    return c.num_layers * (attention + 3 * c.model_dim * c.mlp_dim) + c.model_dim * c.vocab_size
+    weights = sum(math.prod(spec.shape) for spec in specs(model, None) if spec.linear and spec.inputs)
+    return weights + (model.vocab_size * model.model_dim if model.tie_embeddings else 0)
 
 
 def num_params(model: ModelConfig) -> int:
     """Weights of the original model, norms and biases included."""
-    c = model
-    norms = c.num_layers * (2 * c.model_dim + 2 * c.head_dim * c.qk_norm) + c.model_dim
-    biases = c.qkv_bias * c.head_dim * (c.num_heads + 2 * c.num_kv_heads) + c.out_bias * c.model_dim
-    biases += c.mlp_bias * (2 * c.mlp_dim + c.model_dim)
-    table = 0 if c.tie_embeddings else c.vocab_size * c.model_dim
-    return weight_products(c) + table + norms + c.num_layers * biases
+    return sum(math.prod(spec.shape) for spec in specs(model, None))
 
 
 def forward_flops(model: ModelConfig, keys: float) -> tuple[float, float, float]:
@@ -63,9 +59,9 @@ def forward_flops(model: ModelConfig, keys: float) -> tuple[float, float, float]
 
     keys: how many keys a token attends to, on average; half the context for one document a row.
     """
-    head = 2.0 * model.model_dim * model.vocab_size
-    layers = 2.0 * weight_products(model) - head
-    return layers, head, 4.0 * model.num_layers * model.num_heads * model.head_dim * keys
+    c, head = model, 2.0 * model.model_dim * model.vocab_size
+    layers = 2.0 * weight_products(c) - head
+    return layers, head, 2.0 * c.num_layers * c.num_heads * (c.head_dim + c.value_dim) * keys
 
 
 def step_flops(model: ModelConfig, config: RetrofitConfig, tokens: float, keys: float) -> float:

@@ -19,7 +19,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from dms_jax import sharding
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, require
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.types import Params, State
 from dms_jax.weights.table import specs
@@ -31,6 +31,10 @@ def with_lora(params: Params, model: ModelConfig, config: RetrofitConfig) -> Par
     rank, key = config.lora.rank, jax.random.key(config.seed)
     for n in range(model.num_layers):
         for m, name in enumerate(config.lora.targets):
+            present = name in params[f"layers_{n}"]["attn"] and model.latent is None
+            require(
+                present, "mode", config.mode, "there are no low-rank updates of latent attention: train the adapter"
+            )
             projection = params[f"layers_{n}"]["attn"][name]
             shape = projection["kernel"].shape
             inputs, outputs = (shape[:2], shape[2:]) if name == "o" else (shape[:1], shape[1:])

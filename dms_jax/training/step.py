@@ -34,7 +34,7 @@ from dms_jax.training.parameters import (
     student_params,
     trained_part,
 )
-from dms_jax.types import MASK_VALUE, GateLogits, Keys, NewKV, Params, Queries, State
+from dms_jax.types import MASK_VALUE, Attended, GateLogits, Keys, NewKeys, NewValues, Params, Queries, State
 from dms_jax.weights.table import specs
 
 Terms = dict[str, Array]  # what a step reports, by name
@@ -63,8 +63,8 @@ class SoftEviction:
     rows: MicroBatch
 
     def __call__(
-        self, layer: int, q: Queries, k: NewKV, v: NewKV, logit: GateLogits, state: Sequence[Float[Array, "K"]]
-    ) -> tuple[Queries, State]:
+        self, layer: int, q: Queries, k: NewKeys, v: NewValues, logit: GateLogits, state: Sequence[Float[Array, "K"]]
+    ) -> tuple[Attended, State]:
         config, (batch, keys) = self.config, self.rows
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         noisy = jax.vmap(dms.gumbel_sigmoid, (0, 0, None))(logit, own, config.tau)

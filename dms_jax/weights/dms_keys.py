@@ -147,7 +147,7 @@ def fastdms_metadata(config: ModelConfig, dms: DMSConfig | None, cr: float | Non
       ConfigError: names the field of a model or gate that its code does not have.
     """
     gate = _gate(dms, "fastdms")
-    require(config.family != "qwen2", "family", config.family, "FastDMS is for llama and qwen3")
+    require(config.family in ("llama", "qwen3"), "family", config.family, "FastDMS is for llama and qwen3")
     require(gate.dms.gate == "query", "gate", gate.dms.gate, "FastDMS reads a borrowed neuron")
     require(gate.dms.decision_offset == 0, "decision_offset", gate.dms.decision_offset, "FastDMS has 0")
     require(gate.dms.per == "head", "per", gate.dms.per, "FastDMS decides for each head")

@@ -24,12 +24,19 @@ from dms_jax.config import (
 )
 from dms_jax.models.gates import gate_of
 from dms_jax.types import Params
+from dms_jax.weights import latent_keys
 from dms_jax.weights.dms_keys import DMS_KEYS, cr_from_hf, dms_from_hf, with_fastdms
 from dms_jax.weights.json_files import read_json
 from dms_jax.weights.safetensors import Source, WeightError, open_safetensors, write_safetensors
 from dms_jax.weights.table import Spec, read_params, saved, specs
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    **latent_keys.ARCHITECTURES,
+}
+MLP_BIASED = ("llama", *latent_keys.MLP_BIASED)
 HEAD_DIM = {"qwen3": 128}  # what Qwen3 means by an absent head_dim
 LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # what Llama means by absent ids
 # Derived from the configuration by old exporters: never read.
@@ -44,17 +51,16 @@ HF_KEYS = {
     "eos_ids": "eos_token_id",
     "pad_id": "pad_token_id",
     "rope.theta": "rope_theta",
+    **{f"latent.{field}": key for field, key in latent_keys.DIMS.items()},
 }
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a config.json; ConfigError names the key and value of anything unsupported or impossible."""
     family = take(raw, "model_type", Literal[*ARCHITECTURES])
+    raw = {**latent_keys.DEFAULTS.get(family, {}), **raw}
     _check_supported(raw, family)
     heads, width = take(raw, "num_attention_heads", Size), take(raw, "hidden_size", Size)
-    if family != "llama":  # Llama means "as many as query heads", Qwen always writes it
-        require("num_key_value_heads" in raw, "num_key_value_heads", None, "the file needs it")
-    derived = HEAD_DIM.get(family, width // heads) if "head_dim" not in raw else width // heads
     bias = take(raw, "attention_bias", bool, False) and family != "qwen2"
     ids = {**LLAMA_IDS, **raw} if family == "llama" else raw
     pad = take(raw, "pad_token_id", int, None)
@@ -64,21 +70,33 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         num_layers=take(raw, "num_hidden_layers", Layers),
         model_dim=width,
         num_heads=heads,
-        num_kv_heads=take(raw, "num_key_value_heads", Size, heads),
-        head_dim=take(raw, "head_dim", Size, derived),
         mlp_dim=take(raw, "intermediate_size", Size),
         norm_eps=_given(raw, "rms_norm_eps", float, 1e-6),
         rope=_rope_from_hf(raw),
         qk_norm=family == "qwen3",
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
-        mlp_bias=take(raw, "mlp_bias", bool, False) and family == "llama",
+        mlp_bias=take(raw, "mlp_bias", bool, False) and family in MLP_BIASED,
         tie_embeddings=take(raw, "tie_word_embeddings", bool, False),
         max_positions=_max_positions(raw),
         bos_id=take(ids, "bos_token_id", int, None),
         eos_ids=eos_ids(ids),
         pad_id=None if pad == -1 else pad,  # Llama's first conversions wrote -1 for none
+        **_attention_from_hf(raw, family),
     )
+
+
+def _attention_from_hf(raw: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Fields of ModelConfig that say what kind of attention it is."""
+    if family in latent_keys.ARCHITECTURES:
+        return latent_keys.latent_from_hf(raw, family)
+    if family != "llama":  # Llama means "as many as query heads", Qwen always writes it
+        require("num_key_value_heads" in raw, "num_key_value_heads", None, "the file needs it")
+    heads = raw["num_attention_heads"]
+    derived = raw["hidden_size"] // heads
+    derived = HEAD_DIM.get(family, derived) if "head_dim" not in raw else derived
+    kv_heads = take(raw, "num_key_value_heads", Size, heads)
+    return {"num_kv_heads": kv_heads, "head_dim": take(raw, "head_dim", Size, derived)}
 
 
 def eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
@@ -106,7 +124,7 @@ def _check_supported(raw: Mapping[str, Any], family: str) -> None:
     kinds = take(raw, "layer_types", list[str], None)
     if kinds is not None:
         require(set(kinds) <= {"full_attention"}, "layer_types", kinds, "only full_attention is supported")
-    elif family == "llama":
+    elif family not in ("qwen2", "qwen3"):
         require(window is None, "sliding_window", window, "sliding-window attention is not supported")
     elif take(raw, "use_sliding_window", bool, False) and raw.get("sliding_window", 4096) is not None:
         # Layers from max_window_layers on would slide.
@@ -133,7 +151,7 @@ def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfi
     place = rope if "rope_theta" in rope else raw
     theta = _given(place, "rope_theta", float, 10000.0)
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
-    one_of("rope_type", kind, ("default", "linear", "llama3", "yarn"))
+    one_of("rope_type", kind, ("default", "linear", "llama3", "yarn", "longrope"))
     _check_full_rotation(rope)
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -141,6 +159,8 @@ def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfi
         return RopeConfig(kind, theta, take(rope, "factor", float))
     original = take(rope, "original_max_position_embeddings", Size, _max_positions(raw))
     original = take(raw, "original_max_position_embeddings", Size, original)
+    if kind == "longrope":
+        return _longrope(raw, rope, theta, original)
     if kind == "llama3":
         low, high = take(rope, "low_freq_factor", float), take(rope, "high_freq_factor", float)
         return RopeConfig(kind, theta, take(rope, "factor", float), low, high, original)
@@ -158,10 +178,22 @@ def _rope_from_map(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfi
     )
 
 
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+def _longrope(raw: Mapping[str, Any], rope: Mapping[str, Any], theta: float, original: int) -> RopeConfig:
+    """Longrope of a model whose context was not lengthened, where the other factors and a scale do not matter."""
+    longest, scale = _max_positions(raw), take(rope, "attention_factor", float, 1.0)
+    beyond = "longrope beyond the original_max_position_embeddings is not supported"
+    require(longest <= original, "max_position_embeddings", longest, beyond)
+    require(scale == 1, "attention_factor", scale, beyond)
+    return RopeConfig("longrope", theta, short_factor=tuple(take(rope, "short_factor", list[float])))
+
+
+def _rope_to_hf(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
     """`rope_parameters` without theta; a field that HF would derive is left out."""
     if rope.kind == "default":
         return {"rope_type": "default"}
+    if rope.kind == "longrope":
+        factors = {key: list(rope.short_factor) for key in ("short_factor", "long_factor")}
+        return {"rope_type": "longrope", **factors, "original_max_position_embeddings": max_positions}
     out: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
     if rope.kind == "llama3":
         out |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
@@ -187,8 +219,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     require(c.qk_norm == (family == "qwen3"), "qk_norm", c.qk_norm, f"cannot be said in a {family} config")
     plain = c.qkv_bias and not c.out_bias if family == "qwen2" else c.qkv_bias == c.out_bias
     require(plain, "qkv_bias", c.qkv_bias, f"with out_bias={c.out_bias} cannot be said in a {family} config")
-    require(family == "llama" or not c.mlp_bias, "mlp_bias", c.mlp_bias, f"cannot be said in a {family} config")
-    rope = _rope_to_hf(c.rope)
+    require(family in MLP_BIASED or not c.mlp_bias, "mlp_bias", c.mlp_bias, f"cannot be said in a {family} config")
+    rope = _rope_to_hf(c.rope, c.max_positions)
     out = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -212,9 +244,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if family != "qwen2":
         out["attention_bias"] = c.qkv_bias
-    if family == "llama":
+    if family in MLP_BIASED:
         out["mlp_bias"] = c.mlp_bias
-    return out
+    return out | latent_keys.latent_to_hf(c)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, DMSConfig | None, float | None]:

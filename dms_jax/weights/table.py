@@ -6,6 +6,9 @@ A foreign linear map is `[out, in]`, ours is `[*inputs, *outputs]`, written "inp
     "H D | E"   ours [H, D, E],  theirs [E, H * D]
     "| H D"     ours [H, D],     theirs [H * D]           a bias
     "V E"       ours [V, E],     theirs [V, E]            no bar: as it is
+
+Beside the letters of types.py there are those of latent attention: R query rank, Q the dims of an expanded key (nope +
+rope), X those of an expanded value, P what W_UK and W_UV make of a latent vector (nope + X).
 """
 
 import math
@@ -28,7 +31,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Row(NamedTuple):
-    """A parameter: path in our tree, names in HF and GGUF files ({n}: the layer), layout, when it exists."""
+    """A parameter: path in our tree, names in HF and GGUF files ({n}: the layer), layout, when it exists.
+
+    when: words that must all be true of the model, see `_is`.
+    """
 
     path: str
     hf: str
@@ -47,16 +53,26 @@ LAYER_TABLE = tuple(
     Row(_MINE + path, _HF + hf, gguf and _GGUF + gguf, layout, when)
     for path, hf, gguf, layout, when in (
         ("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight", "E", ""),
-        ("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", "E | H D", ""),
-        ("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", "E | K D", ""),
-        ("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight", "E | K D", ""),
-        ("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight", "H D | E", ""),
-        ("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", "| H D", "qkv_bias"),
-        ("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", "| K D", "qkv_bias"),
-        ("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias", "| K D", "qkv_bias"),
+        ("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", "E | H D", "grouped"),
+        ("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", "E | K D", "grouped"),
+        ("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight", "E | K D", "grouped"),
+        ("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight", "H D | E", "grouped"),
+        ("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", "| H D", "grouped qkv_bias"),
+        ("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", "| K D", "grouped qkv_bias"),
+        ("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias", "| K D", "grouped qkv_bias"),
         ("attn/o/bias", "self_attn.o_proj.bias", "attn_output.bias", "| E", "out_bias"),
         ("attn/q_norm/scale", "self_attn.q_norm.weight", "attn_q_norm.weight", "D", "qk_norm"),
         ("attn/k_norm/scale", "self_attn.k_norm.weight", "attn_k_norm.weight", "D", "qk_norm"),
+        ("attn/q/kernel", "self_attn.q_proj.weight", None, "E | H Q", "latent whole_query"),
+        ("attn/q_a/kernel", "self_attn.q_a_proj.weight", None, "E | R", "latent query_rank"),
+        ("attn/q_a/bias", "self_attn.q_a_proj.bias", None, "| R", "latent query_rank qkv_bias"),
+        ("attn/q_a_norm/scale", "self_attn.q_a_layernorm.weight", None, "R", "latent query_rank"),
+        ("attn/q_b/kernel", "self_attn.q_b_proj.weight", None, "R | H Q", "latent query_rank"),
+        ("attn/kv_a/kernel", "self_attn.kv_a_proj_with_mqa.weight", None, "E | K D", "latent"),
+        ("attn/kv_a/bias", "self_attn.kv_a_proj_with_mqa.bias", None, "| K D", "latent qkv_bias"),
+        ("attn/kv_a_norm/scale", "self_attn.kv_a_layernorm.weight", None, "U", "latent"),
+        ("attn/kv_b/kernel", "self_attn.kv_b_proj.weight", None, "U | H P", "latent"),
+        ("attn/o/kernel", "self_attn.o_proj.weight", None, "H X | E", "latent"),
         ("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight", "E", ""),
         ("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight", "E | F", ""),
         ("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight", "E | F", ""),
@@ -95,7 +111,8 @@ def specs(config: ModelConfig, dms: DMSConfig | None, naming: str = "hf") -> lis
     """Every parameter of the model, its gate's included, under its "hf" or "gguf" name."""
     rows = [(row, 0) for row in TABLE]
     rows += [(row, n) for n in range(config.num_layers) for row in LAYER_TABLE]
-    return [_spec(row, n, config, naming) for row, n in rows if _exists(row.when, config)] + gate_specs(config, dms)
+    exist = [(row, n) for row, n in rows if all(_is(word, config) for word in row.when.split())]
+    return [_spec(row, n, config, naming) for row, n in exist] + gate_specs(config, dms)
 
 
 def gate_specs(config: ModelConfig, dms: DMSConfig | None) -> list[Spec]:
@@ -106,15 +123,20 @@ def gate_specs(config: ModelConfig, dms: DMSConfig | None) -> list[Spec]:
     return [_spec(row, n, config, "hf") for n in range(config.num_layers) for row in rows]
 
 
-def _exists(when: str, config: ModelConfig) -> bool:
-    if when == "untied":
-        return not config.tie_embeddings
-    return not when or getattr(config, when)
+def _is(word: str, config: ModelConfig) -> bool:
+    latent = config.latent
+    derived = {"untied": not config.tie_embeddings, "grouped": latent is None, "latent": latent is not None}
+    if latent is not None:
+        derived |= {"query_rank": latent.query_rank is not None, "whole_query": latent.query_rank is None}
+    return derived[word] if word in derived else getattr(config, word)
 
 
 def _spec(row: Row, n: int, c: ModelConfig, naming: str) -> Spec:
     sizes = {"V": c.vocab_size, "E": c.model_dim, "F": c.mlp_dim}
-    sizes |= {"H": c.num_heads, "K": c.num_kv_heads, "D": c.head_dim}
+    sizes |= {"H": c.num_heads, "K": c.num_kv_heads, "D": c.head_dim, "U": c.value_dim}
+    if c.latent is not None:
+        nope, value = c.latent.nope_dim, c.latent.value_dim
+        sizes |= {"R": c.latent.query_rank, "Q": nope + c.latent.rope_dim, "P": nope + value, "X": value}
     name = row.hf if naming == "hf" else row.gguf or ""
     left, bar, right = row.layout.partition("|")
     inputs, outputs = (tuple(sizes[letter] for letter in part.split()) for part in (left, right))

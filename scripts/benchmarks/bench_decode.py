@@ -7,6 +7,7 @@ bytes of the weights and of the live keys and values over the rate of a device c
 
     python -m scripts.benchmarks.bench_decode --model qwen3_8b --cells 8x8192x1 8x8192x8 --out bench.json
     python -m scripts.benchmarks.bench_decode --model qwen3_8b --cells maxx32768x1 maxx32768x8
+    python -m scripts.benchmarks.bench_decode --model youtu_2b --cells 64x8192x1 64x8192x4 64x8192x8
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ import numpy as np
 import tyro
 
 from dms_jax.cache import kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
+from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig, load_yaml
 from dms_jax.inference import decode
 from dms_jax.models import transformer
 from dms_jax.policies import DelayedEviction, Full
@@ -38,6 +39,7 @@ MODELS = {
     "llama3.2_1b": ModelConfig(
         "llama", 128256, 16, 2048, 32, 8, 64, 8192, rope=RopeConfig(theta=5e5), tie_embeddings=True
     ),
+    "youtu_2b": load_yaml(ModelConfig, Path(__file__).parents[2] / "configs/models/youtu_llm_2b.yaml"),
     "tiny": ModelConfig("qwen3", 64, 2, 32, 4, 2, 16, 64, qk_norm=True),
 }
 WINDOW = 256
@@ -187,7 +189,7 @@ def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) 
     """A state in which every head holds `live` random tokens, in pages scattered over the pool."""
     live = plan.live
     L, B, K = live.shape
-    page, D = settings.page_size, spec.model.config.head_dim
+    page, model = settings.page_size, spec.model.config
     held = -(-live // page)
     P = spec.kv_cache.slots // page
     ids = np.random.default_rng(settings.seed).permutation(pages).astype(np.int32)
@@ -195,10 +197,10 @@ def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) 
     mask = np.arange(P) < held[..., None]
     used = int(mask.sum())
     table[mask] = ids[:used]
-    key, pool = jax.random.split(jax.random.key(settings.seed)), (pages, page, D)
+    key, own = jax.random.split(jax.random.key(settings.seed)), 0 if model.latent else page
     cache = paged.PagedArrays(
-        k=random_pool(key[0], pool, settings.dtype),
-        v=random_pool(key[1], pool, settings.dtype),
+        k=random_pool(key[0], (pages, page, model.head_dim), settings.dtype),
+        v=random_pool(key[1], (pages, own, model.value_dim), settings.dtype),
         pos=jnp.zeros((pages, page), jnp.int32),
         k_scale=None,
         v_scale=None,
@@ -230,7 +232,7 @@ def measure(settings: Settings, params, plan: Plan, pages: int, rate: float) -> 
     item = jnp.dtype(settings.dtype).itemsize
     # The embedding is a lookup of B rows, unless it is the unembedding too.
     read = bytes_of(params) - (0 if config.tie_embeddings else config.vocab_size * config.model_dim * item)
-    kv = float(np.asarray(chunk.held).sum(axis=1).mean()) * 2 * config.head_dim * item
+    kv = float(np.asarray(chunk.held).sum(axis=1).mean()) * config.entry_numbers * item
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "seconds_per_step": step,

@@ -39,12 +39,13 @@ GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # sums over thousands 
 class Settings:
     """What to measure.
 
-    kernels: "decode", "flash" or both. check: only compare with the reference, every shape in float32 and bfloat16.
-    tune: sweep tile sizes, warps and stages, and print the best. quick: fewer shapes, repeats and candidates.
+    kernels: of "decode", "latent" (decoding where a value is a part of its key) and "flash". check: only compare with
+    the reference, every shape in float32 and bfloat16. tune: sweep tile sizes, warps and stages, and print the best.
+    quick: fewer shapes, repeats and candidates.
     peers: also measure PyTorch and cuDNN. repeats: timings of which the median is taken. out: JSON file of the record.
     """
 
-    kernels: tuple[str, ...] = ("decode", "flash")
+    kernels: tuple[str, ...] = ("decode", "latent", "flash")
     check: bool = False
     tune: bool = False
     quick: bool = False
@@ -310,14 +311,16 @@ def flash_peers(record: Record, case: cases.Flash, settings: Settings, matmul: f
 
 def tune(record: Record, settings: Settings) -> None:
     """The time of each candidate that compiles (forward and backward together for parts of the backward pass)."""
+    copy, _ = machine_rates(record, settings)
 
     def best_of(part, case, candidates, call_with):
         times = {}
 
         def measure(tiles, label):
             inputs, call = call_with(tiles)
-            times[label] = median_time(call, inputs, settings.repeats)
-            record.add(name=f"tune {part}", case=case.name, tiles=label, seconds=times[label])
+            times[label] = seconds = median_time(call, inputs, settings.repeats)
+            share = {"of_copy": case.live_bytes() / seconds / copy} if part == "decode" else {}
+            record.add(name=f"tune {part}", case=case.name, tiles=label, seconds=seconds, **share)
 
         for tiles in candidates:
             label = str(getattr(tiles, part, tiles))
@@ -326,10 +329,9 @@ def tune(record: Record, settings: Settings) -> None:
             best = min(times, key=times.get)
             record.add(name=f"best {part}", case=case.name, tiles=best, seconds=times[best])
 
-    for case in cases.decode(True) if "decode" in settings.kernels else []:
-        best_of(
-            "decode", case, cases.decode_tilings(settings.quick), lambda tiles, case=case: decode_calls(case, tiles)
-        )
+    for case in decode_cases(settings, quick=True):
+        tilings = (cases.latent_tilings if case.U else cases.decode_tilings)(settings.quick)
+        best_of("decode", case, tilings, lambda tiles, case=case: decode_calls(case, tiles))
     if "flash" in settings.kernels:
         case = cases.flash(True)[0]
         for part in ("forward", "dkv", "dq"):
@@ -338,25 +340,30 @@ def tune(record: Record, settings: Settings) -> None:
                 lambda calls: (calls[0], calls[side]))(flash_calls(case, tiles)))  # fmt: skip
 
 
+def decode_cases(settings: Settings, quick: bool) -> list[cases.Decode]:
+    kinds = {"decode": cases.decode, "latent": cases.latent}
+    return [case for kind, found in kinds.items() if kind in settings.kernels for case in found(quick)]
+
+
 def on_gpu(record: Record, settings: Settings) -> None:
-    decode_cases = cases.decode(settings.quick) if "decode" in settings.kernels else []
+    decoding = decode_cases(settings, settings.quick)
     flash_cases = cases.flash(settings.quick) if "flash" in settings.kernels else []
     if settings.tune:
         return tune(record, settings)
     for dtype in ("float32", "bfloat16") if settings.check else ("bfloat16",):
-        for compare, found in ((check_decode, decode_cases), (check_flash, flash_cases)):
+        for compare, found in ((check_decode, decoding), (check_flash, flash_cases)):
             for case in (case.of(dtype) for case in found):
                 run = lambda case=case, compare=compare: compare(record, case)  # noqa: E731
                 record.guard(run, name="check", case=case.name, dtype=dtype, passed=False)
     if settings.check:
         return
     copy, matmul = machine_rates(record, settings)
-    for case in decode_cases:
+    for case in decoding:
         record.guard(lambda case=case: bench_decode(record, case, settings, copy), name="decode", case=case.name)
     for case in flash_cases:
         record.guard(lambda case=case: bench_flash(record, case, settings, matmul), name="flash", case=case.name)
     if settings.peers:
-        for case in decode_cases[:1]:
+        for case in [case for case in decoding if not case.U][:1]:
             decode_peers(record, case, settings, copy)
         for case in flash_cases:
             flash_peers(record, case, settings, matmul)
@@ -369,8 +376,9 @@ def in_the_interpreter(record: Record, settings: Settings) -> None:
 
     interpreted_jax_triton.install()
     for dtype in ("float32", "bfloat16"):
-        for case in cases.tiny_decode() if "decode" in settings.kernels else []:
-            check_decode(record, case.of(dtype))
+        for kind, found in (("decode", cases.tiny_decode), ("latent", cases.tiny_latent)):
+            for case in found() if kind in settings.kernels else []:
+                check_decode(record, case.of(dtype))
         for case in cases.tiny_flash() if "flash" in settings.kernels else []:
             check_flash(record, case.of(dtype))
 

@@ -15,12 +15,16 @@ from dms_jax.types import MASK_VALUE
 
 @dataclass(frozen=True)
 class Decode:
-    """One decode step: B sequences, K KV heads of G query heads; spread: longest over shortest head, equal total."""
+    """One decode step: B sequences, K KV heads of G query heads; spread: longest over shortest head, equal total.
+
+    U: in latent attention values are the first U numbers of the keys; 0: they have a pool of their own.
+    """
 
     B: int = 16
     K: int = 8
     G: int = 4
     D: int = 128
+    U: int = 0
     mean_length: int = 8192
     spread: int = 1
     page: int = 64
@@ -30,6 +34,7 @@ class Decode:
     @property
     def name(self) -> str:
         pages = f" {self.pages}" if self.pages else ""
+        pages = f" U{self.U}{pages}" if self.U else pages
         return f"B{self.B} K{self.K} G{self.G} D{self.D} S{self.mean_length} spread{self.spread} page{self.page}{pages}"
 
     def of(self, dtype: str) -> "Decode":
@@ -46,7 +51,7 @@ class Decode:
     def live_bytes(self) -> int:
         """Of the keys and values that one step must read, with their scales."""
         size = jnp.dtype(self.pages or self.dtype).itemsize
-        return int(self.lengths().sum()) * 2 * (self.D * size + (4 if size == 1 else 0))
+        return int(self.lengths().sum()) * ((1 if self.U else 2) * self.D * size + (8 if size == 1 else 0))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one, on purpose: a sweep uses it again and again)
     def inputs(self) -> tuple[jax.Array, kernels.Pages]:
@@ -70,7 +75,9 @@ class Decode:
         scales = ()
         if pages.itemsize == 1:
             scales = jnp.asarray(rng.uniform(0.5, 1, (2, N, self.page)) / 60, jnp.float32)
-        return q, kernels.Pages(pool(0), pool(1), jnp.asarray(table), jnp.asarray(lengths), *scales)
+        k = pool(0)
+        v = k[:, :0, : self.U] if self.U else pool(1)
+        return q, kernels.Pages(k, v, jnp.asarray(table), jnp.asarray(lengths), *scales)
 
     def attend(self, q, pages: kernels.Pages, tiles=None):
         if tiles is None:
@@ -137,6 +144,16 @@ def decode(quick: bool) -> list[Decode]:
     return found
 
 
+def latent(quick: bool) -> list[Decode]:
+    """Latent attention. The first is the target: 16 query heads on 576 numbers a token, as in Youtu-LLM."""
+    youtu = {"B": 64, "K": 1, "G": 16, "D": 576, "U": 512}
+    found = [Decode(**youtu)]
+    if not quick:
+        found += [Decode(**youtu, spread=8), Decode(**youtu, pages="int8"), Decode(**{**youtu, "G": 128})]
+        found += [Decode(**{**youtu, "B": 1}, mean_length=32768), Decode(**{**youtu, "G": 40, "D": 288, "U": 256})]
+    return found
+
+
 def flash(quick: bool) -> list[Flash]:
     """Soft, as in training; hard, with evicted tokens alone (no tile can be skipped) and in runs."""
     found = [Flash(), Flash(hard=True, cr=4)]
@@ -150,6 +167,11 @@ def tiny_decode() -> list[Decode]:
     return [Decode(**few), Decode(**few, spread=8), Decode(**few, pages="int8"), Decode(**few, pages="float8_e4m3fn")]
 
 
+def tiny_latent() -> list[Decode]:
+    few = {"B": 2, "K": 1, "G": 20, "D": 26, "U": 16, "mean_length": 40, "page": 16}
+    return [Decode(**few), Decode(**few, pages="int8")]
+
+
 def tiny_flash() -> list[Flash]:
     few = {"T": 150, "H": 6, "K": 2, "D": 10, "window": 20}
     return [Flash(**few), Flash(**few, hard=True), Flash(**few, hard=True, runs=16)]
@@ -161,6 +183,17 @@ def decode_tilings(quick: bool) -> list:
 
     small, large = ((32, 64, 128), (4,), (2, 3), (2, 3, 4)), ((32, 64, 128), (4, 8), (2, 3, 4), (2, 3, 4, 6))
     grid = itertools.product(*(small if quick else large))
+    return [Tiling(block, warps, stages, n * multiprocessors()) for block, warps, stages, n in grid]
+
+
+def latent_tilings(quick: bool) -> list:
+    """Tiles of 18 to 72 KB; with fewer programs there are fewer splits to merge."""
+    from dms_jax.kernels.launch import multiprocessors
+    from dms_jax.kernels.triton_decode import Tiling
+
+    few = [(64, 4, 2, 2), (32, 4, 3, 2), (32, 4, 2, 2), (16, 4, 4, 3), (64, 8, 2, 2), (64, 8, 3, 1), (64, 4, 3, 1)]
+    few += [(64, 4, 2, 4), (32, 8, 3, 2)]
+    grid = few if quick else [*itertools.product((16, 32, 64), (4, 8), (2, 3, 4), (1, 2, 3))]
     return [Tiling(block, warps, stages, n * multiprocessors()) for block, warps, stages, n in grid]
 
 

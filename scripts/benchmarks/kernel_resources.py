@@ -25,7 +25,16 @@ from rich.table import Table
 
 from dms_jax import kernels
 
-SHAPES = {"Llama-3.2-1B": (32, 8, 64), "Qwen3-8B": (32, 8, 128), "Qwen-R1-32B": (40, 8, 128)}  # H, K, D
+# H, K, D, U; with U < D there is no kernel of flash attention
+SHAPES = {
+    "Llama-3.2-1B": (32, 8, 64, 64),
+    "Qwen3-8B": (32, 8, 128, 128),
+    "Qwen-R1-32B": (40, 8, 128, 128),
+    "Youtu-LLM-2B": (16, 1, 576, 512),
+    "MiniCPM3-4B": (40, 1, 288, 256),
+    "DeepSeek-V3": (128, 1, 576, 512),
+}
+QUANTIZED = ("Qwen3-8B", "Youtu-LLM-2B")  # whose pages are also compiled in fewer bits
 ARCHS = (80, 90)  # A100; H100 and H200
 TYPES = {
     "int": "i32",
@@ -42,7 +51,7 @@ TYPES = {
 class Settings:
     """What to compile.
 
-    archs: compute capabilities. models: of Llama-3.2-1B, Qwen3-8B and Qwen-R1-32B. backward: also the backward pass.
+    archs: compute capabilities. models: keys of SHAPES. backward: also the backward pass.
     context: tokens. out: JSON file for the results ("-" prints JSON instead of a table).
     """
 
@@ -76,25 +85,25 @@ def traced_launches(call, *shapes) -> list[tuple]:
     return launches
 
 
-def decode_launches(shape: tuple[int, int, int], context: int, pages: str = "bfloat16", page: int = 16) -> list[tuple]:
-    """The launches of one decode step of 16 sequences."""
-    H, K, D = shape
-    B, N = 16, 4096
+def decode_launches(shape: tuple[int, ...], context: int, pages: str = "bfloat16") -> list[tuple]:
+    """The launches of one decode step of 16 sequences, in pages of 16 tokens or of 64 latent entries."""
+    H, K, D, U = shape
+    B, N, page = 16, 4096, 64 if shape[3] < shape[2] else 16
     spec = jax.ShapeDtypeStruct
-    scale = spec((N, page), jnp.float32) if pages != "bfloat16" else None
+    pools = spec((N, page, D), jnp.dtype(pages)), spec((N, 0 if U < D else page, U), jnp.dtype(pages))
+    scales = [spec((N, page), jnp.float32) if pages != "bfloat16" else None] * 2
 
     def call(q, k, v, table, lengths, k_scale, v_scale):
         pages = kernels.Pages(k, v, table, lengths, k_scale, v_scale)
         return kernels.paged_decode_attention(q, pages, implementation="triton")
 
-    pool = spec((N, page, D), jnp.dtype(pages))
     table, lengths = spec((B, K, context // page), jnp.int32), spec((B, K), jnp.int32)
-    return traced_launches(call, spec((B, H, D), jnp.bfloat16), pool, pool, table, lengths, scale, scale)
+    return traced_launches(call, spec((B, H, D), jnp.bfloat16), *pools, table, lengths, *scales)
 
 
-def flash_launches(shape: tuple[int, int, int], context: int, backward: bool) -> list[tuple]:
+def flash_launches(shape: tuple[int, ...], context: int, backward: bool) -> list[tuple]:
     """The launches of one pass over a sequence, with the backward pass or without."""
-    H, K, D = shape
+    H, K, D, _ = shape
     spec = jax.ShapeDtypeStruct
     key = spec((1, context, K, D), jnp.bfloat16)
     log_keep_prob = spec((1, K, context), jnp.float32)
@@ -142,9 +151,10 @@ def main(settings: Settings) -> None:
     jobs = []
     for model in settings.models:
         shape = SHAPES[model]
-        for pages in ("bfloat16", "int8", "float8_e4m3fn") if model == "Qwen3-8B" else ("bfloat16",):
+        for pages in ("bfloat16", "int8", "float8_e4m3fn") if model in QUANTIZED else ("bfloat16",):
             jobs += [(model, pages, launch) for launch in decode_launches(shape, settings.context, pages)]
-        jobs += [(model, "bfloat16", launch) for launch in flash_launches(shape, settings.context, settings.backward)]
+        flash = flash_launches(shape, settings.context, settings.backward) if shape[2] == shape[3] else []
+        jobs += [(model, "bfloat16", launch) for launch in flash]
     rows = []
     # Before sm_89 there is no float8 of this kind.
     todo = [(*job, arch) for arch in settings.archs for job in jobs if arch >= 89 or job[1] != "float8_e4m3fn"]

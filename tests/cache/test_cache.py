@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 
 from dms_jax import dms
 from dms_jax.cache import DecodeQuery, kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, ModelConfig
+from dms_jax.config import CacheConfig, DMSConfig, LatentConfig, ModelConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import EvictionMask, attention
 from dms_jax.models import layers, transformer
 from dms_jax.policies import DecodeStep, DelayedEviction, NewToken, PrefillChunk
 
-B, K, G, D, L, TOTAL, CHUNK = 3, 2, 3, 6, 2, 36, 8
+B, K, G, D, U, L, TOTAL, CHUNK = 3, 2, 3, 6, 4, 2, 36, 8
 MODEL = ModelConfig("llama", 8, L, 8, K * G, K, D, 8)
+LATENT = dataclasses.replace(MODEL, num_kv_heads=1, latent=LatentConfig(U, 1, D - U, 1))
+object.__setattr__(LATENT, "num_kv_heads", K)  # for storage there may be two such heads
 CAPACITY = 40  # of masked storage, which keeps a slot for every token
 KEYS = np.zeros((B, 2), np.uint32)
 
@@ -118,6 +120,42 @@ def test_what_a_page_is_in_each_storage():
     assert (free.tolist(), pages, page_bytes) == ([5], 5, 3 * (2 * D * 4 + 4))
 
 
+@pytest.mark.parametrize("quant, number, scales", [("none", 2, 0), ("int8", 1, 8)])
+def test_a_latent_entry_is_stored_once(quant, number, scales):
+    """Youtu-LLM's shape in bfloat16: 576 numbers a token and layer, in one pool, and its position."""
+    model = ModelConfig("youtu", 8, L, 8, 16, 1, 576, 8, latent=LatentConfig(512, 128, 64, 128))
+    config = CacheConfig("paged", CAPACITY, 8, quant)
+    cache = kv_cache(config).allocate(model, B, jnp.bfloat16, 6)
+    assert sum(x.nbytes for x in (cache.k, cache.v)) == 6 * 8 * 576 * number  # two scales: see kernels/quant.py
+    page_bytes = kv_cache(config).pool(cache).page_bytes
+    assert page_bytes == 8 * (576 * number + scales + 4) == paged.bytes_per_page(model, config, jnp.bfloat16)
+    masked = kv_cache(CacheConfig("masked", CAPACITY)).allocate(model, B, jnp.bfloat16)
+    assert sum(x.nbytes for x in (*masked.k, *masked.v)) == L * B * CAPACITY * 576 * 2
+
+
+def test_quantized_latent_entries(rng):
+    """A chunk and a step: attention, and the view whose values are a part of its keys."""
+    T, config = 7, CacheConfig("paged", 8, 4, "int8")
+    q, k = (jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (K * G, K))
+    k *= jnp.where(jnp.arange(D) < U, 1.0, 50.0)  # the part that RoPE turns has a scale of its own
+    q *= jnp.where(jnp.arange(D) < U, 1.0, 0.02)
+    v, store, found = k[..., :U], kv_cache(config), {}
+    position, keep = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1)), jnp.ones((B, K, T - 1), bool)
+    for kind in ("none", "int8"):
+        store = kv_cache(dataclasses.replace(config, quant=kind))
+        cache = store.allocate(LATENT, B, jnp.float32, 2 * L * B * K)
+        cache, _ = store.write_prefill(cache, 1, k[:, :-1], v[:, :-1], position, keep)
+        cache, slot = store.append(cache, 1, jnp.full(B, T - 1), jnp.full((1, B, K), -1), jnp.ones(B, bool))
+        cache, out, _ = store.attend(cache, 1, DecodeQuery(q[:, -1], k[:, -1], v[:, -1], slot), False)
+        view = store.view(cache, 1, T)
+        np.testing.assert_array_equal(view.v, view.k[..., :U])
+        found[kind] = out, view.k
+    np.testing.assert_allclose(found["none"][1], k.swapaxes(1, 2), atol=1e-6)
+    assert 0 < np.abs(found["int8"][0] - found["none"][0]).max() < 0.03
+    errors = np.abs(found["int8"][1] - found["none"][1])
+    assert 0 < errors[..., :U].max() < 0.03 and 0.03 < errors[..., U:].max() < 1.0
+
+
 @pytest.mark.parametrize("kind", ("masked", "paged"))
 def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     """A page size that does not divide the capacity: of 9 tokens in pages of 4, those of pages 0 and 2 are read."""
@@ -177,24 +215,27 @@ def test_the_offset_of_keys_is_their_mean_rotated_bias(rng):
     assert transformer.mean_key_bias(params, MODEL, TOTAL) is None
 
 
+# Window, offset; every second one with latent attention
 STATIC = [(0, 0), (0, 1), (3, 0), (3, 2), (3, 4), (16, 1), (50, 0)]
 
 
 @settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    rule=st.sampled_from([(w, o, page) for n, (w, o) in enumerate(STATIC) for page in (1, 3, 8)[n % 3 :: 3]]),
+    rule=st.sampled_from([(w, o, page, n % 2) for n, (w, o) in enumerate(STATIC) for page in (1, 3, 8)[n % 3 :: 3]]),
     seed=st.integers(0, 2**31),
     shares=st.lists(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=K, max_size=K), min_size=L, max_size=L),
     turns=st.lists(st.one_of(st.none(), st.lists(st.integers(0, CHUNK), min_size=B, max_size=B)), max_size=7),
 )
 def test_every_storage_equals_the_definition_turn_by_turn(rule, seed, shares, turns):
     """A turn is a chunk of so many tokens for each sequence, or None: a decode step for all."""
-    window, offset, page = rule
+    window, offset, page, latent = rule
     q, k, v, logit = history(seed, shares)
+    v = k[..., :U] if latent else v
     want, seen = (np.asarray(x) for x in oracle(q, k, v, logit, window, offset))
     for kind in ("masked", "paged"):
         dms, store = rules(window, offset, kind, page)
-        cache = store.allocate(MODEL, B, jnp.float32, int(store.pages_needed(np.full((B, L, K), CAPACITY)).max()))
+        model = LATENT if latent else MODEL
+        cache = store.allocate(model, B, jnp.float32, int(store.pages_needed(np.full((B, L, K), CAPACITY)).max()))
         states = tuple(dms.init_state(B, K, store.slots, D) for _ in range(L))
         position = np.zeros(B, np.int32)
         for turn in [[1, CHUNK, 3], *turns, None]:

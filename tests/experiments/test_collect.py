@@ -13,14 +13,18 @@ COUNTS = ("kv_reads", "prefill_reads", "peak_tokens", "tokens", "achieved_cr", "
 def finished_run(folder, source, answers, chains=(1,), metric="vote", **changes):
     """A finished run of one model; answers: problem -> whether each of its chains is right."""
     folder.mkdir()
-    config = {**CONFIG, **changes}
+    config = {**CONFIG, "chains": list(chains), "max_length": 64, **changes}
     samples = [
-        {"source": source, "id": p, "chain": n, "answer": str(right), "correct": right, **dict.fromkeys(COUNTS, 1.0)}
+        {
+            **{"source": source, "id": p, "chain": n, "answer": str(right), "correct": right, "policy": "full"},
+            **{"config": f"1-{max(chains)}-1", **dict.fromkeys(COUNTS, 1.0)},
+        }
         for p, verdicts in answers.items()
         for n, right in enumerate(verdicts)
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     run.write_json(folder / "config.json", config)
+    run.write_json(folder / "metadata.json", [{"command": "x"}])
     cells = [stats.Cell(f"1-{w}-1", source, "full", 1.0, w, 64) for w in chains]
     about = dict.fromkeys(("experiment", "task", "form", "interval", "caption", "command", "environment"), "x")
     run.write_json(folder / "results.json", {**about, "seed": 0, "rows": stats.table(samples, cells, metric)})
@@ -68,3 +72,19 @@ def test_unfinished_runs_are_named(tmp_path, capsys):
     assert "one: this run is not finished" in capsys.readouterr().err
     assert collect.main((tmp_path / "none",), tmp_path / "all.json") == 2
     assert "none: not a run folder" in capsys.readouterr().err
+
+
+def test_of_an_interrupted_run_what_is_complete_counts(tmp_path):
+    one = finished_run(tmp_path / "one", "a", {"1": [True], "2": [False]})
+    whole = finished_run(tmp_path / "whole", "b", {"1": [True, True], "2": [True, False]}, (1, 2))
+    part = finished_run(tmp_path / "part", "c", {"1": [True, True], "2": [True]}, (1, 2))
+    for folder in (whole, part):
+        (folder / "results.json").unlink()
+    assert collect.main((one, whole), tmp_path / "all.json") == 0
+    outcome = json.loads((tmp_path / "all.json").read_text())
+    assert [(r["run"], r["chains"], r["accuracy"]["mean"]) for r in outcome["rows"]] == [
+        ("one", 1, 0.5), ("whole", 1, 1.0), ("whole", 2, 1.0)
+    ]  # fmt: skip
+    assert [row["config"] for row in outcome["rows"]] == ["1-1-1", "1-1-1", "1-2-1"]
+    assert [outcome["runs"][name]["finished"] for name in ("one", "whole")] == [True, False]
+    assert collect.main((one, part), tmp_path / "none.json") == 2

@@ -117,6 +117,12 @@ def test_a_data_file_is_run_and_judged(job, tmp_path, monkeypatch):
     assert results["config"]["temperature"] == 0.6
 
 
+def test_another_model_on_the_problems_of_the_mini_model(job):
+    _, mini, _ = job("mini", "--policy", "full", "--limit", "2")
+    _, other, results = job("other", "--model", "real", "--data", "mini", "--policy", "full", "--limit", "2")
+    assert {s["gold"] for s in other} == {s["gold"] for s in mini} and results["config"]["temperature"] == 1.0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -315,7 +315,10 @@ class VaSEDKV(Ranked):
 
     def scores(self, h, p):
         g = self.drawn.normal(p)
-        return {j: np.sum((self.k[j, h] @ g) ** 2) * np.sum((self.v[j, h] @ g) ** 2) for j in self.live[h]}
+        return {
+            j: np.sum((self.k[j, h] @ g) ** 2) * np.sum((self.v[j, h] @ g[: self.v.shape[-1]]) ** 2)
+            for j in self.live[h]
+        }
 
 
 class Quest(Layer):

@@ -10,7 +10,7 @@ import numpy as np
 import dms_jax
 from dms_jax import policies
 from dms_jax.cache import kv_cache
-from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, SamplingConfig
+from dms_jax.config import CacheConfig, DMSConfig, LatentConfig, ModelConfig, SamplingConfig
 from dms_jax.inference import decode
 from dms_jax.models import transformer
 
@@ -21,6 +21,12 @@ def tiny(groups: int = 3, **changes) -> ModelConfig:
         family="llama", vocab_size=53, num_layers=2, model_dim=24, num_heads=2 * groups, num_kv_heads=2,
         head_dim=10, mlp_dim=40, **changes,
     )  # fmt: skip
+
+
+def tiny_latent(**changes) -> ModelConfig:
+    """The same with latent attention; dims that are all different."""
+    latent = LatentConfig(kv_rank=12, nope_dim=7, rope_dim=4, value_dim=9, query_rank=8)
+    return ModelConfig("youtu", 53, 2, 24, 6, 1, 16, 40, **{"latent": latent, **changes})
 
 
 def random_params(config: ModelConfig, dms: DMSConfig | None = None, seed: int = 1, dtype="float32"):

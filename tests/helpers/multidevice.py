@@ -23,13 +23,14 @@ if COUNT > 1:
 import numpy as np  # noqa: E402
 
 from dms_jax import sharding  # noqa: E402
-from dms_jax.config import DMSConfig, ModelConfig  # noqa: E402
+from dms_jax.config import DMSConfig, LatentConfig, ModelConfig  # noqa: E402
 from dms_jax.training import checkpoint  # noqa: E402
 from dms_jax.training.config import RetrofitConfig  # noqa: E402
 from dms_jax.training.data import Packed  # noqa: E402
 from dms_jax.training.step import abstract_state, compiled_step, initial_state, layout  # noqa: E402
 
 MODEL = ModelConfig("qwen3", 40, 1, 16, 8, 8, 4, 24, qk_norm=True)
+LATENT = ModelConfig("youtu", 40, 1, 16, 8, 1, 10, 24, latent=LatentConfig(6, 4, 4, 4, 8))
 CONFIG = RetrofitConfig(
     # A soft gate: with the default scale and tau, rounding errors grow a hundredfold in ten steps of any run.
     dms=DMSConfig(window=2, gate="adapter", decision_offset=1, scale=10.0, logit_bias=1.0, tau=0.5),
@@ -45,8 +46,8 @@ CONFIG = RetrofitConfig(
 STEPS, HALF = 20, 10
 
 
-def params():
-    _, shapes = abstract_state(MODEL, CONFIG)
+def params(model: ModelConfig):
+    _, shapes = abstract_state(model, CONFIG)
     rng = np.random.default_rng(0)
 
     def weight(path, x):
@@ -65,12 +66,12 @@ def batch(step: int) -> Packed:
     return Packed(tokens, np.where(place < edge, place, place - edge), segments)
 
 
-def curve(shape, folder: Path | None = None, resume: bool = False) -> list[float]:
+def curve(shape, folder: Path | None = None, resume: bool = False, model: ModelConfig = MODEL) -> list[float]:
     """Losses of the steps; the state at HALF is saved in `folder`, or the rest is run from the one found there."""
     mesh = sharding.make_mesh(shape)
     with jax.set_mesh(mesh):
-        state, base = initial_state(params(), MODEL, CONFIG, mesh)
-        places, step_fn = layout(MODEL, CONFIG, mesh), compiled_step(MODEL, CONFIG, False, mesh)
+        state, base = initial_state(params(model), model, CONFIG, mesh)
+        places, step_fn = layout(model, CONFIG, mesh), compiled_step(model, CONFIG, False, mesh)
         losses, layouts = [], [x.sharding for x in jax.tree.leaves(state)]
         checkpoints = checkpoint.Checkpoints(folder) if folder else None
         if resume:
@@ -89,7 +90,7 @@ def curve(shape, folder: Path | None = None, resume: bool = False) -> list[float
 
 def split(shape) -> float:
     """Bytes of the state on the first device as a share of the whole."""
-    state, _ = initial_state(params(), MODEL, CONFIG, sharding.make_mesh(shape))
+    state, _ = initial_state(params(MODEL), MODEL, CONFIG, sharding.make_mesh(shape))
     leaves = jax.tree.leaves(state)
     return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
 
@@ -99,6 +100,7 @@ def one_process() -> dict:
     found = {name: curve(shape) for name, shape in shapes.items()}
     folder = OUT.with_suffix(".checkpoints")
     found["2x2x2"] = curve((2, 2, 2), folder)
+    found["latent"] = [curve(shape, model=LATENT) for shape in ((1, 1, 1), (2, 2, 2))]
     return found | {"resumed": curve((1, 4, 2), folder, resume=True), "share": [split((1, 8, 1)), split((2, 2, 2))]}
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 HF_CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+LATENT_CLASSES = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "youtu": "Youtu", "minicpm3": "MiniCPM3"}
 
 # Odd shapes: G = 1, 3, 7; a head dim that is not model_dim / heads.
 SHAPES = {
@@ -11,6 +12,13 @@ SHAPES = {
     "G3": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16},
     "G7": {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 10},
 }
+# Queries by way of a vector or not, dims that are all different (and keys of an even width, which torch needs for V2).
+LATENT_SHAPES = {
+    "ranked": {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 20,
+               "kv_lora_rank": 26, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 14},
+    "whole": {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": None,
+              "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 9},
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROPES = {
     "default": {"rope_type": "default"},
@@ -24,29 +32,37 @@ ROPES = {
 }  # fmt: skip
 
 
+# As in MiniCPM3-4B, within the context of the first training; for the four pairs of the "ranked" shape.
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.3, 2.0, 2.9], "long_factor": [9.0] * 4,
+            "original_max_position_embeddings": 128}  # fmt: skip
+
+
 def hf_config(family: str, shape: str = "G3", rope: str = "default", **changes):
     """A transformers config; theta is small, so that every part of a RoPE scaling matters in 64 positions."""
     import transformers
 
     values = {
-        **SHAPES[shape],
+        **(SHAPES | LATENT_SHAPES)[shape],
         "vocab_size": 97,
         "num_hidden_layers": 2,
         "intermediate_size": 40,
         "max_position_embeddings": 128,
-        "rope_parameters": {**ROPES[rope], "rope_theta": 500.0},
+        "rope_parameters": {**(ROPES | {"longrope": LONGROPE})[rope], "rope_theta": 500.0},
         "bos_token_id": 1,
         "eos_token_id": 2,
         **changes,
     }
-    return getattr(transformers, f"{HF_CLASSES[family]}Config")(**values)
+    if family.startswith("deepseek"):
+        values = {"first_k_dense_replace": values["num_hidden_layers"], **values}
+    return getattr(transformers, f"{(HF_CLASSES | LATENT_CLASSES)[family]}Config")(**values)
 
 
 def hf_model(config, seed: int = 0):
     """A float32 torch model; every weight, norm and bias is random and large enough to matter."""
     import transformers
 
-    model = getattr(transformers, f"{HF_CLASSES[config.model_type]}ForCausalLM")(config).float().eval()
+    name = (HF_CLASSES | LATENT_CLASSES)[config.model_type]
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -8,7 +8,7 @@ import pytest
 from dms_jax.config import CacheConfig, DMSConfig
 from dms_jax.inference import decode, generation, sampling
 from dms_jax.models import transformer
-from tests.helpers.models import full_forward, prefill, random_lm, spec_for, step, tiny
+from tests.helpers.models import full_forward, prefill, random_lm, spec_for, step, tiny, tiny_latent
 
 LENGTHS = (9, 1, 5, 14)
 TOTAL = 40
@@ -62,13 +62,31 @@ def test_decode_equals_teacher_forced_forward(window, offset, gate, per):
     want, alpha = full_forward(lm, tokens[:, :TOTAL])
     assert 0.2 < alpha.mean() < 0.8, "both decisions must occur"
     cache, chunk = (PAGED, 14) if gate == "query" else (PAGED, 5) if window % 2 else (MASKED, 5)
-    got, live, seen = forced_decode(lm, tokens, LENGTHS, cache=cache, chunk=chunk)
+    check_forced(forced_decode(lm, tokens, LENGTHS, cache=cache, chunk=chunk), want, alpha, window)
+
+
+def check_forced(decoded, want, alpha, window):
+    """Logits as of the forward pass, live and seen keys as by the definition."""
+    got, live, seen = decoded
     for b, length in enumerate(LENGTHS):
         steps = TOTAL - max(LENGTHS)
         np.testing.assert_allclose(got[:, b], want[b, length - 1 : length + steps], atol=1e-4)
         brute = brute_live(alpha[:, b], window)  # [L, K, T]
         np.testing.assert_array_equal(live[:, b], np.moveaxis(brute[..., length : length + steps], -1, 0))
         np.testing.assert_array_equal(seen[b, :length], brute[..., :length].sum((0, 1)))
+
+
+@pytest.mark.parametrize("window", (0, 1, 7, 16))
+@pytest.mark.parametrize("offset", (0, 1))
+def test_latent_decoding_equals_teacher_forced_forward(window, offset):
+    """One entry a token, layer and decision; tests/models/test_mla.py has the forward pass against expanded keys."""
+    dms = DMSConfig(window=window, decision_offset=offset, gate="adapter", scale=3.0, logit_bias=0.3)
+    lm = random_lm(tiny_latent(), dms, seed=window * 31 + offset)
+    tokens = np.random.default_rng(window + offset).integers(0, 53, (len(LENGTHS), TOTAL + 8))
+    want, alpha = full_forward(lm, tokens[:, :TOTAL])
+    assert alpha.shape[2] == 1 and 0.2 < alpha.mean() < 0.8, "both decisions must occur"
+    cache, chunk = (PAGED, 14) if offset else (MASKED if window else PAGED, 5)
+    check_forced(forced_decode(lm, tokens, LENGTHS, cache=cache, chunk=chunk), want, alpha, window)
 
 
 def brute_live(alpha, window):

@@ -20,7 +20,7 @@ from dms_jax.inference import decode, generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
 from dms_jax.policies import KeyDiff
-from tests.helpers.models import prefill, random_lm, spec_for, step, tiny
+from tests.helpers.models import prefill, random_lm, spec_for, step, tiny, tiny_latent
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP = [3, 11, 30]
@@ -31,6 +31,14 @@ NEW = 24
 @pytest.fixture(scope="module")
 def lm():
     return dataclasses.replace(random_lm(tiny(), DMSConfig(window=3, scale=3.0, logit_bias=0.3)), cr=2.0)
+
+
+LATENT = DMSConfig(window=3, gate="adapter", scale=3.0, logit_bias=0.3)
+
+
+@pytest.fixture(scope="module")
+def latent_lm():
+    return dataclasses.replace(random_lm(tiny_latent(), LATENT), cr=2.0)
 
 
 def jobs(prompts=PROMPTS, chains=3):
@@ -77,6 +85,14 @@ def test_chains_do_not_depend_on_their_company(lm, wanted):
 
 def test_masked_storage_gives_the_same_chains(lm, wanted):
     assert_same(by_name(build(lm, cache="masked").run(jobs())), wanted)
+
+
+def test_latent_entries_in_masked_storage_and_in_a_pool_that_grows(latent_lm):
+    want = by_name(build(latent_lm, cache="masked").run(jobs()[:4]))
+    engine = build(latent_lm, engine={"pages": 1, "prefill_chunk": 8})
+    assert_same(by_name(engine.run(jobs()[:4])), want)
+    pool = engine.spec.kv_cache.pool(engine.runner.state.cache)
+    assert pool.free == pool.size > 1 and pool.page_bytes == 4 * (16 * 4 + 4)  # entries of 16 float32 numbers
 
 
 def test_long_prompts_are_read_in_chunks(lm, wanted):
@@ -144,8 +160,10 @@ def test_the_pool_grows_without_a_limit(lm, wanted):
     assert engine.spec.kv_cache.pool(engine.runner.state.cache).size > 1
 
 
-def test_quantized_storage_is_close(lm):
+@pytest.mark.parametrize("model", ["lm", "latent_lm"])
+def test_quantized_storage_is_close(model, request):
     """Logits of teacher-forced steps: int8 and fp8 keys and values stay near float32 ones."""
+    lm = request.getfixturevalue(model)
     tokens = np.random.default_rng(0).integers(0, 53, (3, 40))
 
     def run(quant):
@@ -181,10 +199,15 @@ def test_retention_by_head_and_position(wanted):
 
 
 # An eviction of several copies the slots of one layer, which is more than a quarter of a pool of 3,001 pages.
-@pytest.mark.parametrize("policy, pages", [("dms", 3001), (KeyDiff(64, evict_every=8), 30011)], ids=("one", "several"))
-def test_no_pool_sized_buffer_is_copied(policy, pages):
+@pytest.mark.parametrize(
+    "policy, pages, model",
+    [("dms", 3001, tiny()), (KeyDiff(64, evict_every=8), 30011, tiny()), ("dms", 6007, tiny_latent())],
+    ids=("one", "several", "latent"),
+)
+def test_no_pool_sized_buffer_is_copied(policy, pages, model):
     """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
-    lm = random_lm(tiny(), DMSConfig(window=7, scale=3.0, logit_bias=0.3))
+    gate = "adapter" if model.latent else "query"
+    lm = random_lm(model, DMSConfig(window=7, gate=gate, scale=3.0, logit_bias=0.3))
     spec = spec_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
     spec = spec if policy == "dms" else dataclasses.replace(spec, policy=policy)
     state = jax.eval_shape(lambda: decode.init(spec, 4, jnp.float32, pages))

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dms_jax import kernels
+from dms_jax.config import ConfigError
 from dms_jax.kernels import EvictionMask, attention
 from dms_jax.types import MASK_VALUE
 
@@ -111,6 +113,18 @@ def temp_bytes(fn, T, **options):
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(q, k, k, log_keep_prob).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_values_narrower_than_keys():
+    """As with values filled up with zeros, for more query heads than the kernel takes; wider ones are refused."""
+    q, k, v, query_pos, key_pos, keep = as_jax(*inputs(4, 2, 140, 1, 20, 10, True))
+    mask = EvictionMask(query_pos, key_pos, keep, 7)
+    want = attention.dense(q, k, v.at[..., 6:].set(0), mask)[..., :6]
+    np.testing.assert_allclose(kernels.flash_attention(q, k, v[..., :6], mask, hard=True), want, atol=1e-5)
+    with pytest.raises(ConfigError, match="v=.*: the kernel needs values as wide as keys, 10"):
+        kernels.flash_attention(q, k, v[..., :6], mask, implementation="triton")
+    with pytest.raises(ConfigError, match="k, v=.* no wider values"):
+        kernels.flash_attention(q, k, jnp.concatenate([v, v], axis=-1), mask)
 
 
 def test_blockwise_memory_grows_linearly():

@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"split_kv", "merge_splits", "forward", "key_gradients", "query_gradients"}
 NO_SPILLS = {"split_kv", "merge_splits", "forward"}
 MODELS = ("Llama-3.2-1B", "Qwen3-8B")  # head dims of 64 and 128
+LATENT = ("Youtu-LLM-2B", "MiniCPM3-4B", "DeepSeek-V3")  # only decoded, with tiles for an H100
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # the most that one program may have
 
 
-def compiled(*arguments: str) -> list[dict]:
+def compiled(*arguments: str, models: tuple[str, ...] = MODELS) -> list[dict]:
     """Rows of kernel_resources.py, in its own process: Triton compiles only where it does not interpret."""
-    command = [sys.executable, "-m", "scripts.benchmarks.kernel_resources", "--out", "-", "--models", *MODELS]
+    command = [sys.executable, "-m", "scripts.benchmarks.kernel_resources", "--out", "-", "--models", *models]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -30,13 +31,16 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """All for an H100; for an A100 without the backward pass."""
-    return compiled("--archs", "90") + compiled("--archs", "80", "--no-backward")
+    latent = compiled("--archs", "90", models=LATENT)
+    return compiled("--archs", "90") + compiled("--archs", "80", "--no-backward") + latent
 
 
 def test_everything_is_compiled(rows):
     for arch, kernels in ((90, KERNELS), (80, NO_SPILLS)):
         for model in MODELS:
             assert {row["kernel"] for row in rows if (row["arch"], row["model"]) == (arch, model)} == kernels
+    latent = {(row["model"], row["kernel"]) for row in rows if row["model"] in LATENT}
+    assert latent == {(model, kernel) for model in LATENT for kernel in ("split_kv", "merge_splits")}
     decoded = {(row["arch"], row["dtype"]) for row in rows if row["kernel"] == "split_kv"}
     assert decoded == {(80, "bfloat16"), (80, "int8"), (90, "bfloat16"), (90, "int8"), (90, "float8_e4m3fn")}
 

@@ -9,7 +9,7 @@ import pytest
 
 from dms_jax import kernels
 from dms_jax.config import ConfigError
-from dms_jax.kernels import Pages, reference
+from dms_jax.kernels import Pages, quant, reference
 from scripts.benchmarks import interpreted_jax_triton
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
@@ -28,8 +28,11 @@ def pools(rng, N, page, D, dtype):
     return *jnp.asarray(stored), *jnp.asarray(scale, jnp.float32)
 
 
-def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None):
-    """Random queries and pools, pages in random order; entries past a head's pages are N, which must not be read."""
+def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None, U=None):
+    """Random queries and pools, pages in random order; entries past a head's pages are N, which must not be read.
+
+    U: values are the first so many numbers of the keys.
+    """
     lengths = np.array(lengths, np.int32)
     B, K = lengths.shape
     N = B * K * P + 2
@@ -37,6 +40,8 @@ def inputs(rng, lengths, G=3, D=10, page=16, P=3, dtype="float32", pages=None):
     table = np.where(used, rng.permutation(N)[: B * K * P].reshape(B, K, P), N).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(B, K * G, D)), dtype)
     k, v, *scales = pools(rng, N, page, D, jnp.dtype(pages or dtype))
+    if U is not None:
+        v = v[:, :0, :U]
     return q, Pages(k, v, jnp.asarray(table), jnp.asarray(lengths), *scales)
 
 
@@ -110,6 +115,51 @@ def test_kernel_equals_reference(rng, few_programs, lengths, shape):
     compare(arrays, twice="D" in shape, weights=True)
 
 
+LATENT = {"G": 20, "D": 26, "U": 16}  # more query heads than a program holds
+
+
+@pytest.mark.parametrize(
+    "lengths, shape",
+    [
+        ([[0], [48], [33]], LATENT),
+        ([[3], [640], [17]], {**LATENT, "G": 3, "P": 40}),
+        ([[70], [97]], {"G": 40, "D": 37, "U": 33, "page": 64, "P": 2}),
+        ([[45], [72]], {**LATENT, "page": 24}),  # pages that tiles straddle
+        ([[45], [20]], {**LATENT, "U": 26}),  # the whole key
+        ([[40], [17]], {**LATENT, "dtype": "bfloat16"}),
+        ([[40], [17]], {**LATENT, "pages": INT8}),
+        ([[40], [17]], {**LATENT, "pages": FP8, "dtype": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_values_that_are_a_part_of_the_keys(rng, few_programs, lengths, shape):
+    """As with a pool of values of their own, and that as from loops above."""
+    q, pages = inputs(rng, lengths, **shape)
+    got = compare((q, pages), weights=True)
+    if pages.k_scale is not None:
+        pages = pages._replace(
+            k=quant.decode(pages.k, quant.joined(pages.v_scale, pages.k_scale, shape["U"], q.shape[2]), q.dtype)
+        )
+    wide = reference.paged_decode_attention(q, pages._replace(v=pages.k, k_scale=None, v_scale=None))
+    close(got.out, wide.out[..., : shape["U"]], TOLERANCE[str(q.dtype)])
+    assert got.out.shape == (*q.shape[:2], shape["U"])
+
+
+def test_latent_pages_that_may_be_read(rng, few_programs):
+    arrays = inputs(rng, [[40], [33]], **LATENT)
+    readable = jnp.asarray([[[True, False, True]], [[False, True, True]]])
+    compare(arrays, readable=readable, weights=True)
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_latent_result_does_not_depend_on_the_split(rng, few_programs, heads):
+    arrays = inputs(rng, [[3], [200], [48]], **{**LATENT, "G": 70}, P=13)
+    want = kernels.paged_decode_attention(*arrays, implementation="reference")
+    for programs in (1, 40):
+        got, _ = few_programs.decode(*arrays, tiles=few_programs.Tiling(32, programs=programs, heads=heads))
+        close(got.out, want.out, 1e-5), close(got.lse, want.lse, 1e-5)
+
+
 def test_random_shape(rng, few_programs):
     B, K, P = rng.integers(1, 4, 3)
     page = int(rng.choice([16, 32]))
@@ -154,15 +204,25 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
         close(got.out, want.out, 1e-5), close(got.lse, want.lse, 1e-5)
 
 
-@pytest.mark.parametrize("version, layer, own", [("0.3", 0, True), ("0.3", 1, False), ("0.4", 2, False)])
-def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own):
+@pytest.mark.parametrize(
+    "version, layer, own, latent",
+    [
+        ("0.3", 0, True, {}),
+        ("0.3", 1, False, {}),
+        ("0.4", 2, False, {}),
+        ("0.3", 1, False, LATENT),
+        ("0.4", 0, True, LATENT),
+    ],
+)
+def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own, latent):
     """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written.
 
     The other layers' tables, lengths and slots are of no account; own: the slots are this layer's alone.
     """
     monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
-    q, pages = inputs(rng, [[1, 40, 17], [48, 3, 0]])
-    new = jnp.asarray(rng.normal(size=(2, 2, 3, 10)), jnp.float32)
+    q, pages = inputs(rng, [[1, 40, 17], [48, 3, 0]], **latent)
+    k_new, v_new = jnp.asarray(rng.normal(size=(2, 2, 3, q.shape[2])), jnp.float32)
+    new = (k_new, k_new[..., :16] if latent else v_new)
     slots = jnp.asarray([[0, 5, 16], [47, -1, 0]], jnp.int32)
 
     def among_others(x, other):
@@ -175,14 +235,14 @@ def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, la
     want, want_pages = kernels.paged_decode_attention_update(*args, weights=True, implementation="reference")
     for x, y in zip(got, want, strict=True):
         close(x, y, 1e-5)
-    for x, y, before in zip(got_pages[:2], want_pages[:2], pages[:2], strict=True):
+    for x, y, before in list(zip(got_pages[:2], want_pages[:2], pages[:2], strict=True))[: 1 if latent else 2]:
         np.testing.assert_array_equal(x, y)
         assert (np.asarray(x) != before).any(-1).sum() == 4
     for b, k in np.ndindex(2, 2):
         slot = int(slots[b, k])
         if slot >= 0:
             page = pages.table[b, k, slot // 16]
-            np.testing.assert_array_equal(got_pages.k[page, slot % 16], new[0, b, k])
+            np.testing.assert_array_equal(got_pages.k[page, slot % 16], k_new[b, k])
 
 
 @pytest.mark.parametrize("version", ["0.3", "0.4"])

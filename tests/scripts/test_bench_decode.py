@@ -8,6 +8,7 @@ import pytest
 
 from dms_jax.inference import decode
 from scripts.benchmarks import bench_decode
+from tests.helpers.models import tiny_latent
 
 
 def small(tmp_path, **changes) -> bench_decode.Settings:
@@ -63,6 +64,16 @@ def test_rows(tmp_path):
     one_more = bench_decode.planned(settings, (str(largest["batch"] + 1), 64, 1.0), 0, 0)
     weights = largest["bytes_needed"] - largest["pool_bytes"]
     assert one_more.pool_bytes + weights > 0.9 * settings.memory
+
+
+def test_latent_attention(tmp_path, monkeypatch):
+    """An entry of 16 numbers a token and layer, stored once."""
+    monkeypatch.setitem(bench_decode.MODELS, "tiny", tiny_latent())
+    vanilla, four = rows(small(tmp_path, cells=("2x64x1", "2x64x4")))
+    for row, tokens in ((vanilla, 64), (four, 16)):
+        held = row["live_kv_bytes"] / (16 * 4) / (2 * 2)
+        assert tokens < held < tokens + 9 * 2
+    assert vanilla["pool_bytes"] > four["pool_bytes"]
 
 
 def test_nothing_fits(tmp_path):

@@ -43,6 +43,28 @@ def test_decode_inputs_fit_the_lengths():
     assert case.live_bytes() == 160 * 2 * (4 + 4)
 
 
+@pytest.mark.parametrize("pages", [None, "int8"])
+def test_a_latent_entry_is_counted_once(pages):
+    case = kernel_cases.Decode(B=2, K=1, G=20, D=26, U=16, mean_length=40, page=16, dtype="bfloat16", pages=pages)
+    _, inputs = case.inputs()
+    stored = [x for x in (inputs.k, inputs.v, inputs.k_scale, inputs.v_scale) if x is not None]
+    slots = inputs.k.shape[0] * inputs.k.shape[1]
+    assert case.live_bytes() == 80 * sum(x.nbytes for x in stored) / slots and inputs.v.shape[2] == 16
+
+
+def test_the_sweep_knows_every_kind_of_decoding(monkeypatch):
+    """`--tune` on a machine without a GPU: each tiling of each case is asked for."""
+    from dms_jax.kernels import triton_decode  # noqa: F401
+
+    asked, record = [], bench_kernels.Record(None, {})
+    monkeypatch.setattr(bench_kernels, "machine_rates", lambda *_: (1e12, 1e15))
+    monkeypatch.setattr(bench_kernels, "decode_calls", lambda case, tiles: asked.append((case, tiles)) or ([], None))
+    monkeypatch.setattr(bench_kernels, "median_time", lambda *_: 1e-3)
+    bench_kernels.tune(record, bench_kernels.Settings(kernels=("latent",), quick=True, tune=True))
+    assert len({tiles for _, tiles in asked}) == len(asked) == len(record.rows) - 1
+    assert record.rows[0]["of_copy"] == pytest.approx(64 * 8192 * 576 * 2 / 1e-3 / 1e12)
+
+
 def test_a_run_lasts_from_its_first_kernel_to_its_last():
     """Three runs of three kernels, out of order, with gaps in and between them; the second is the median."""
     runs = [(0, [(0, 5), (6, 8), (8, 9)]), (100, [(0, 5), (7, 8), (9, 11)]), (300, [(0, 9), (2, 20), (3, 4)])]

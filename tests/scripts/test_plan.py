@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
+from dms_jax.config import ConfigError, DMSConfig, LatentConfig, ModelConfig, load_yaml
 from dms_jax.models import transformer
 from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig
 from scripts import plan
+from tests.helpers.models import tiny_latent
 
 TINY = ModelConfig("llama", 96, 2, 64, 4, 2, 16, 128)
 MODELS = {
@@ -20,6 +21,8 @@ MODELS = {
     "tied": dataclasses.replace(TINY, tie_embeddings=True, mlp_bias=True),
     "qwen2": dataclasses.replace(TINY, family="qwen2", qkv_bias=True),
     "qwen3": dataclasses.replace(TINY, family="qwen3", qk_norm=True, head_dim=24),
+    "latent": tiny_latent(),
+    "latent, biases": tiny_latent(qkv_bias=True, out_bias=True, latent=LatentConfig(12, 7, 4, 9)),
     "all biases": dataclasses.replace(TINY, qkv_bias=True, out_bias=True),
 }
 

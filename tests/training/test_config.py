@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dms_jax.config import ConfigError, DMSConfig, load_yaml
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
 from dms_jax.inference.scheduler import EngineConfig
 from dms_jax.policies import TOVA, Quest
 from dms_jax.training.config import LoraConfig, RetrofitConfig, SourceConfig
@@ -82,6 +82,11 @@ def test_config_files_are_read_and_checked(tmp_path):
     settings = load_yaml(RetrofitConfig, "configs/mini_retrofit.yaml")
     assert settings.dms.gate == "query" and settings.learning_rate == 5e-4
     load_yaml(pretrain_mini.PretrainConfig, "configs/mini_pretrain.yaml")
+    for name in ("mini_latent_retrofit", "youtu_llm_2b"):
+        assert load_yaml(RetrofitConfig, f"configs/{name}.yaml").mode == "adapter"
+    mini, other = pretrain_mini.MODEL, load_yaml(ModelConfig, "configs/models/mini_latent.yaml")
+    per_layer = mini.num_kv_heads * mini.entry_numbers
+    assert other.entry_numbers == per_layer and other.vocab_size == mini.vocab_size, "as its header says"
     file = tmp_path / "config.yaml"
     for text, message in (
         ("learning_rat: 1", "learning_rat"),

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 
 from dms_jax import sharding
-from dms_jax.config import DMSConfig
+from dms_jax.config import DMSConfig, LatentConfig
 from dms_jax.training import checkpoint, flops
 from dms_jax.training import train as training
 from dms_jax.training.checkpoint import Checkpoints
 from dms_jax.training.data import batch_at, one_document
 from dms_jax.training.loop import Loop
+from dms_jax.training.parameters import overlay
 from dms_jax.training.step import TrainState, compiled_step
+from dms_jax.weights.lm import LM
+from dms_jax.weights.load import load
+from dms_jax.weights.save import save, save_gate
+from tests.helpers.models import random_params
 from tests.helpers.training import (
     CONFIG,
     MODEL,
@@ -76,6 +81,26 @@ def test_a_run_with_the_adapter_gate(tmp_path):
     assert list(members) == [1.5, 2.0] and checkpoint.steps_in(tmp_path / "checkpoints") == [40, 20, 10]
     assert_same(members[2.0], state.params)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, members.values()), strict=True))
+
+
+def test_a_run_on_latent_attention(tmp_path):
+    """One decision a token and layer, of a gate from E to 1; the original's weights stay as they are."""
+    latent = LatentConfig(kv_rank=6, nope_dim=4, rope_dim=4, value_dim=5)
+    model = dataclasses.replace(MODEL, family="youtu", num_kv_heads=1, head_dim=10, latent=latent)
+    gate = DMSConfig(window=2, gate="adapter", decision_offset=1)
+    config = dataclasses.replace(CONFIG, mode="adapter", dms=gate)
+    teacher = random_params(model)
+    state = training.train(teacher, model, config, stream, tmp_path)
+    log = log_of(tmp_path)
+    assert log[0]["kl"] < 5e-3
+    assert_reaches_its_target(log)
+    lm = training.retrofitted(LM(model, teacher), overlay(teacher, state.params), config.dms, 2.0, "float32")
+    assert lm.params["layers_0"]["attn"]["gate"]["proj"]["kernel"].shape == (12, 1)
+    save_gate(lm, tmp_path / "gate.safetensors")
+    save(LM(model, teacher), tmp_path / "base")
+    again = load(tmp_path / "base", dtype="float32", gate=tmp_path / "gate.safetensors")
+    assert again.config == model and again.dms == config.dms
+    assert_same(again.params, lm.params)
 
 
 def test_noise_is_new_at_every_step_and_the_same_when_it_is_run_again():

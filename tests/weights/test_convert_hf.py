@@ -51,7 +51,7 @@ def hidden_states(lm, ids):
 
     (logits, _), state = run(lm.params)
     blocks = [state["intermediates"][f"layers_{n}"]["__call__"][0][0] for n in range(lm.config.num_layers)]
-    return [lm.params["embed"]["embedding"][ids], *blocks], logits
+    return [lm.config.embed_scale * lm.params["embed"]["embedding"][ids], *blocks], logits
 
 
 def test_hidden_states_and_logits_equal_transformers_and_back(pair):
@@ -188,7 +188,19 @@ def test_old_and_new_spelling_of_rope_agree():
         (LLAMA_2_7B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (LLAMA_2_7B, {"quantization_config": {"bits": 4}}, "quantization_config="),
         (LLAMA_2_7B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
-        (LLAMA_2_7B, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope'"),
+        (LLAMA_2_7B, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "short_factor=None"),
+        (
+            LLAMA_2_7B,
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 64,
+                    "original_max_position_embeddings": 99,
+                }
+            },
+            "max_position_embeddings=4096: longrope beyond",
+        ),
+        (LLAMA_2_7B, {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 2.0]}}, "rope.short_factor="),
         (LLAMA_2_7B, {"rope_scaling": {"rope_type": "linear"}}, "factor=None"),
         (LLAMA_2_7B, {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope.factor=0.5"),
         (
