@@ -116,7 +116,7 @@ class _Run:
 
     def __init__(self, engine: Engine, scheduler: Scheduler):
         self.engine, self.scheduler, self.config = engine, scheduler, scheduler.config
-        options = {"prefill_chunk": self.config.prefill_chunk, "pad_rows": self.config.pad_rows}
+        options = {key: getattr(self.config, key) for key in ("prefill_chunk", "prefill_tokens", "pad_rows")}
         options |= {"max_pages": self.config.max_pages, "mesh": engine.mesh}
         pages = engine.first_pool(scheduler)
         self.runner = engine.runner = Runner(engine.spec, engine.params, len(scheduler.rows), pages, **options)

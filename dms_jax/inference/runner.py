@@ -43,7 +43,7 @@ def pick(arrays, rows: Int[Array, "A"]):
 class Runner:
     """`rows` rows of one DecodeSpec, with a pool of `pages` pages on each device of `mesh`.
 
-    prefill_chunk, pad_rows: see EngineConfig. max_pages: how far the pool may grow.
+    prefill_chunk, prefill_tokens, pad_rows: see EngineConfig. max_pages: how far the pool may grow.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class Runner:
         pages: int,
         *,
         prefill_chunk: int = 512,
+        prefill_tokens: int = 8192,
         pad_rows: int = 1,
         max_pages: int | None = None,
         mesh: Mesh | None = None,
     ):
         self.spec, self.params, self.rows, self.mesh = spec, params, rows, mesh
-        self.prefill_chunk, self.pad_rows, self.max_pages = prefill_chunk, pad_rows, max_pages
+        self.prefill_chunk, self.prefill_tokens = prefill_chunk, prefill_tokens
+        self.pad_rows, self.max_pages = pad_rows, max_pages
         dtype = params["embed"]["embedding"].dtype
         self.state = self._call(decode.init, spec, rows, dtype, pages)
         offset = mean_key_bias(params, spec.model.config, spec.kv_cache.slots)
@@ -126,8 +128,10 @@ class Runner:
 
     def _batch(self, rows: list[int], prompts: list[list[int]]):
         """Right-padded tokens `[A, T]`, counts `[A]` and rows `[A]`; few sizes, so that few programs are compiled."""
-        A = padded_count(len(rows), self.rows, self.pad_rows)
         length = padded_length(max(map(len, prompts)), self.prefill_chunk)
+        # Long prompts are few at a time: as many empty rows as for short ones would be most of the work.
+        together = max(1, self.prefill_tokens // min(length, self.prefill_chunk))
+        A = padded_count(len(rows), self.rows, min(self.pad_rows, together))
         tokens, counts = np.zeros((A, length), np.int32), np.zeros(A, np.int32)
         padded = np.full(A, self.rows, np.int32)
         padded[: len(rows)] = rows

@@ -99,6 +99,21 @@ def test_long_prompts_are_read_in_chunks(lm, wanted):
     assert_same(by_name(build(lm, engine={"prefill_chunk": 16}).run(jobs()[4:])), wanted)
 
 
+def test_long_prompts_are_padded_to_as_many_as_are_read_together(lm, wanted, monkeypatch):
+    """On an accelerator short prompts come 64 at a time; a few long ones are not read with 60 empty rows."""
+    shapes, prefill = [], decode.prefill
+
+    def seen(spec, params, state, chunk, width):
+        shapes.append(chunk.tokens.shape)
+        return prefill(spec, params, state, chunk, width)
+
+    monkeypatch.setattr(decode, "prefill", seen)
+    engine = {"max_num_seqs": 12, "pad_rows": 8, "prefill_tokens": 128, "prefill_chunk": 64}
+    assert_same(by_name(build(lm, engine=engine).run(jobs())), wanted)
+    assert max(rows * width for rows, width in shapes) <= 128, shapes
+    assert {rows for rows, _ in shapes} == {2}, shapes  # not 8
+
+
 def test_results_stream_and_tokens_are_reported_once(lm, wanted):
     seen, shown, order = {}, [], []
     engine = build(
