@@ -1,5 +1,6 @@
 """Environment and fixtures for every test."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -126,8 +127,13 @@ def tiny_family(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def release_compiled_programs():
-    """Every compiled program maps memory; those of the whole suite would pass what Linux allows a process."""
+    """Every compiled program maps memory; those of the whole suite would pass what Linux allows a process.
+
+    What is there before a module is not searched for garbage while it runs: torch, JAX and its programs are large.
+    """
+    gc.freeze()
     yield
     from dms_jax import programs
 
+    gc.unfreeze()
     programs.release()

@@ -198,7 +198,8 @@ def says_tokenizer(file: str, root: Path, got: dict[str, Any]) -> bool:
 
     if not (root / file).exists() and "ids" not in got:
         return True  # a folder without a tokenizer
-    alone = Tokenizer.from_file(str((root / file).parent / "tokenizer.json"))
+    whole = (root / file).with_name("tokenizer.json")
+    alone = Tokenizer.from_file(str(whole))
     named_in = (root / file).parent / "tokenizer_config.json"
     raw = json.loads(named_in.read_bytes()) if named_in.exists() else {}
 
@@ -206,7 +207,9 @@ def says_tokenizer(file: str, root: Path, got: dict[str, Any]) -> bool:
         return raw[key].get("content") if isinstance(raw.get(key), dict) else raw.get(key)
 
     ends = all(mine == named(key) for mine, key in zip(got["ends"], ("bos_token", "eos_token"), strict=True))
-    alone.add_special_tokens([token for token in map(named, ("bos_token", "eos_token")) if isinstance(token, str)])
+    there = {token["content"] for token in json.loads(whole.read_bytes()).get("added_tokens", [])}
+    wanted = {token for token in map(named, ("bos_token", "eos_token")) if isinstance(token, str)}
+    alone.add_special_tokens(sorted(wanted - there))
     ids = [alone.encode(text).ids for text in TEXTS]
     if getattr(alone.model, "dropout", None):  # merges are left out at random: other ids of the same text
         return ends and got["texts"] == [alone.decode(each, skip_special_tokens=False) for each in ids if each]

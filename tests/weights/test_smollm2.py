@@ -47,9 +47,9 @@ TIE = 2e-3  # the bound on logits above: a smaller gap between the best two is n
 
 
 def prompts(lm) -> list[list[int]]:
-    """10 prompts in two lengths, from places all over the text."""
+    """8 prompts in two lengths, from places all over the text."""
     ids = lm.tokenizer(texts.real_text())["input_ids"]
-    return [ids[n * 700 : n * 700 + PROMPT_LENGTHS[n % 2]] for n in range(10)]
+    return [ids[n * 800 : n * 800 + PROMPT_LENGTHS[n % 2]] for n in range(8)]
 
 
 def hf_greedy(model, prompts: list[list[int]]) -> list[list[int]]:
