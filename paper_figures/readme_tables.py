@@ -227,40 +227,37 @@ def sweep() -> str:
     return f"{markdown(['policy', *(f'CR {cr:g}' for cr in ratios)], rows)}\n\n{note}"
 
 
-def read_fidelity(kind: str = "") -> tuple[dict, dict]:
-    """The record, and its rows by policy and target CR."""
+def read_fidelity(kind: str = "") -> tuple[dict, dict, dict]:
+    """The record of the policies on a GPU, that of the bundled gates on a CPU, and rows by policy and target CR."""
     results = json.loads((RESULTS / "h100" / f"fidelity_smollm2{kind}.json").read_text())
-    return results, {(row["policy"], row["cr"] or 1 / (row["budget"] or 1)): row for row in results["rows"]}
-
-
-def fidelity_note(results: dict) -> str:
-    config, first = results["config"], results["rows"][0]
-    return (
-        f"{first['windows']} windows of {config['length']} tokens of held-out WikiText-2 as the answer to "
-        f'"{config["chat"]}", the last {config["length"] - config["prompt"]} decoded through the cache '
-        f"({config['dtype']}, pages of {config['page_size']}); KL in nats a token and agreement with the original's "
-        f"greedy choice, 95% intervals by bootstrap over windows."
-    )
-
-
-def distance(policy: str, cr: float, row: dict) -> list[str]:
-    achieved = f"{row['achieved_cr']:.2f}"
-    return [style.LABELS[policy], f"{cr:g}", achieved, interval(row["kl"]), interval(row["agreement"], 100)]
+    bundled = json.loads((RESULTS / "smollm2" / f"fidelity_bundled{kind}.json").read_text())
+    others = [row for row in results["rows"] if row["policy"] != "dms"]
+    rows = [others[0], *bundled["rows"], *others[1:]]
+    return results, bundled, {(row["policy"], row["cr"] or 1 / (row["budget"] or 1)): row for row in rows}
 
 
 def fidelity() -> str:
     """How far a compressed SmolLM2 is from the original, under the cache as it runs: in a chat, and on bare text."""
-    (results, cells), (_, alone) = read_fidelity(), read_fidelity("_text_alone")
+    (results, bundled, cells), (_, _, alone) = read_fidelity(), read_fidelity("_text_alone")
     rows = [
-        [*distance(policy, cr, row), interval(row["perplexity"]), interval(alone[policy, cr]["kl"])]
+        [
+            *(style.LABELS[policy], f"{cr:g}", f"{row['achieved_cr']:.2f}", interval(row["kl"])),
+            *(interval(row["agreement"], 100), interval(row["perplexity"]), interval(alone[policy, cr]["kl"])),
+            str(row["windows"]),
+        ]
         for (policy, cr), row in cells.items()
     ]
-    original = results["rows"][0]["perplexity_reference"]["mean"]
+    config, first, own = results["config"], results["rows"][0], bundled["rows"][0]
     note = (
-        f"{fidelity_note(results)} The original has perplexity {original:.2f}. Last column: the same text without the "
-        f"chat template. Quest stores everything and reads that share. {device(results)}"
+        f"The first windows of {config['length']} tokens of held-out WikiText-2 as the answer to "
+        f'"{config["chat"]}", the last {config["length"] - config["prompt"]} decoded through the cache (pages of '
+        f"{config['page_size']}); KL in nats a token and agreement with the original's greedy choice, 95% intervals by "
+        f"bootstrap over windows. The original has perplexity {first['perplexity_reference']['mean']:.1f} over "
+        f"{first['windows']} windows and {own['perplexity_reference']['mean']:.1f} over {own['windows']}. KL, text alone: "
+        f"without the chat template. Quest stores everything and reads that share. {results['config']['dtype']}, {device(results)} DMS: "
+        f"{bundled['config']['dtype']}, {device(bundled)}"
     )
-    header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity", "KL, text alone"]
+    header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity", "KL, text alone", "windows"]
     return f"{markdown(header, rows)}\n\n{note}"
 
 
