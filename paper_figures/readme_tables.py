@@ -253,8 +253,9 @@ def fidelity() -> str:
         f'"{config["chat"]}", the last {config["length"] - config["prompt"]} decoded through the cache (pages of '
         f"{config['page_size']}); KL in nats a token and agreement with the original's greedy choice, 95% intervals by "
         f"bootstrap over windows. The original has perplexity {first['perplexity_reference']['mean']:.1f} over "
-        f"{first['windows']} windows and {own['perplexity_reference']['mean']:.1f} over {own['windows']}. KL, text alone: "
-        f"without the chat template. Quest stores everything and reads that share. {results['config']['dtype']}, {device(results)} DMS: "
+        f"{first['windows']} windows and {own['perplexity_reference']['mean']:.1f} over {own['windows']}. KL, text "
+        f"alone: without the chat template. Quest stores everything and reads that share. "
+        f"{results['config']['dtype']}, {device(results)} DMS: "
         f"{bundled['config']['dtype']}, {device(bundled)}"
     )
     header = ["policy", "target CR", "achieved CR", "KL", "agreement %", "perplexity", "KL, text alone", "windows"]
