@@ -83,7 +83,8 @@ class EngineConfig:
     prefill_chunk: prompt tokens of a sequence that are read at once; prefill_tokens: of all sequences together, None
       for 8,192 on accelerators and 512 on a CPU.
     pad_rows: prompts and chains that start together are padded to so many rows, or to four times as many and so on,
-      None for 64 on accelerators and 1 on a CPU: every number of rows is a program to compile.
+      None for 64 on accelerators and 1 on a CPU: every number of rows is a program to compile. Long prompts, of which
+      prefill_tokens lets fewer together, are padded to no more.
     lookahead: whether the next chunk is launched before the last one's results are looked at, so that the device
       never waits for the host; a chain that has ended then idles for one more chunk. None: on accelerators.
     pages: pages of the pool (of each device's) at first, None for an estimate from the compression expected.
