@@ -72,8 +72,9 @@ def rivals(name: str) -> str:
     for cr in (2, 4, 8):
         own = [row for row in single if f"_cr{cr}_" in row["run"]]
         lines += [line(row, f"DMS CR{cr}") for row in single if row["policy"] == "dms" and row["cr"] == cr and own]
-        for row in sorted(own, key=lambda row: order[row["policy"]]):
-            kept = {True: "yes", False: "no", None: ""}[results["runs"][row["run"]]["protect_prompt"]]
+        protected = {row["run"]: results["runs"][row["run"]]["protect_prompt"] for row in own}
+        for row in sorted(own, key=lambda row: (order[row["policy"]], protected[row["run"]] is False)):
+            kept = {True: "yes", False: "no", None: ""}[protected[row["run"]]]
             lines.append(line(row, f"{style.LABELS[row['policy']]}, as CR{cr}", kept))
     return table(lines, results)
 
@@ -84,7 +85,7 @@ def headline() -> str:
     longest = results["rows"][0]["max_length"]
     single = [row for row in results["rows"] if row["chains"] == 1 and row["max_length"] == longest]
     own = [row for row in single if row["policy"] in ("full", "dms")]
-    others = [row for row in single if "_cr4_" in row["run"]]
+    others = [row for row in single if "_cr4_" in row["run"] and results["runs"][row["run"]]["protect_prompt"] is not False]
     rows = [*own, *sorted(others, key=lambda row: -row["accuracy"]["mean"])]
     lines = [
         [
@@ -123,5 +124,7 @@ TABLES = {
     "gsm8k_rivals": functools.partial(rivals, "gsm8k_512"),
     "gsm8k_retrofits": retrofits,
     "math500": functools.partial(family, "math500_512"),
+    "math500_rivals": functools.partial(rivals, "math500_512"),
     "humaneval": functools.partial(family, "humaneval_512"),
+    "humaneval_rivals": functools.partial(rivals, "humaneval_512"),
 }
