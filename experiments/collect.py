@@ -2,7 +2,7 @@
 
 A comparison of many models or policies is often sampled in parts, on several devices or with options that differ
 from policy to policy. The first row of the first run is what gains are paired with. Of a run that was interrupted those
-models count that have all chains of all its problems.
+models count that have all chains of all its problems, or with --common of the problems that every run finished.
 
 example:
   python -m experiments.collect runs/gsm8k-full runs/gsm8k-dms runs/gsm8k-tova --out gsm8k.json
@@ -111,16 +111,30 @@ def collect(parts: list[Part]) -> dict[str, Any]:
     }
 
 
-def main(runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...")]], out: Path) -> int:
+def finished_problems(folder: Path) -> set[str]:
+    """Problems of which every model in a run folder has all its chains."""
+    config, groups = read_config(folder) or {}, stats.group_samples(read_jsonl(folder / "samples.jsonl"))
+    most = max(config.get("chains") or [1])
+    done = [{problem for problem, made in group.items() if len(made) >= most} for group in groups.values()]
+    return set.intersection(*done) if done else set()
+
+
+def main(
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...")]], out: Path, common: bool = False
+) -> int:
     """Writes OUT, which the scripts of paper_figures draw, and prints its table.
 
     Args:
       runs: run folders of one task, of which the first is finished.
       out: the JSON file.
+      common: count every model, over the problems that all runs finished. Which these are depends on where a run was
+        interrupted: on the order of the problems, and a little on how long their chains are.
     """
     try:
         first = read_part(runs[0])
         problems = {sample["id"] for sample in first.samples}
+        if common:
+            problems = problems.intersection(*(finished_problems(folder) for folder in runs))
         outcome = collect([first, *(read_part(folder, problems) for folder in runs[1:])])
     except RunError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)

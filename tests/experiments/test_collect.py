@@ -88,3 +88,15 @@ def test_of_an_interrupted_run_what_is_complete_counts(tmp_path):
     assert [row["config"] for row in outcome["rows"]] == ["1-1-1", "1-1-1", "1-2-1"]
     assert [outcome["runs"][name]["finished"] for name in ("one", "whole")] == [True, False]
     assert collect.main((one, part), tmp_path / "none.json") == 2
+
+
+def test_common_counts_an_interrupted_run_over_the_problems_that_all_finished(tmp_path):
+    one = finished_run(tmp_path / "one", "base/full", {"1": [True], "2": [False], "3": [True]})
+    two = finished_run(tmp_path / "two", "base/dms", {"1": [True, True], "2": [True, True], "3": [False]}, (1, 2))
+    (two / "results.json").unlink()
+    assert collect.main((one, two), tmp_path / "all.json") == 2  # its model has not all chains of all problems
+    assert collect.main((one, two), tmp_path / "all.json", common=True) == 0
+    outcome = json.loads((tmp_path / "all.json").read_text())
+    assert outcome["problems"] == 2 and outcome["runs"]["two"]["finished"] is False
+    assert [(row["run"], row["chains"]) for row in outcome["rows"]] == [("one", 1), ("two", 1), ("two", 2)]
+    assert [row["accuracy"]["mean"] for row in outcome["rows"]] == [0.5, 1.0, 1.0]
