@@ -105,6 +105,7 @@ def collect(parts: list[Part]) -> dict[str, Any]:
     return {
         **copied,
         "problems": rows[0]["problems"] if rows else 0,
+        "all_problems": len({sample["id"] for sample in first.samples}),
         "config": first.config,
         "runs": runs,
         "rows": rows,

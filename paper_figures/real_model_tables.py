@@ -33,8 +33,10 @@ def note(results: dict) -> str:
     config, (first, *_) = results["config"], results["runs"].values()
     about, rows = first["environment"], results["rows"]
     scored = "pass@all" if "pass_at" in rows[0] else "majority vote"
+    every = results["all_problems"]
+    of = "" if results["problems"] == every else f" of {every} (those that all runs, some of them cut short, finished)"
     return (
-        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), {results['problems']} problems, at "
+        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), {results['problems']} problems{of}, at "
         f"most {rows[0]['max_length']} new tokens, temperature {config['temperature']:g}, top-p {config['top_p']:g}, "
         f"seed {results['seed']}; {scored}; 95% intervals by {results['interval']}, gains paired with the first row. "
         f"KV reads and peak tokens: mean of layers and KV heads, summed over chains. "
@@ -43,8 +45,10 @@ def note(results: dict) -> str:
 
 
 def label(row: dict, results: dict) -> str:
-    """`vanilla`, `DMS CR4`; a length that is not the first row's is named."""
+    """`vanilla`, `DMS CR4`; an adapter without LoRA, and a length that is not the first row's, are named."""
     name = "vanilla" if row["policy"] == "full" else f"DMS CR{row['cr']:g}"
+    if row["policy"] == "dms" and "_dms" in row["run"]:
+        name += ", adapter alone"
     longest = results["rows"][0]["max_length"]
     return name if row["max_length"] == longest else f"{name}, at most {row['max_length']} tokens"
 
@@ -71,7 +75,8 @@ def rivals(name: str) -> str:
     order = {policy: n for n, policy in enumerate(style.POLICIES)}
     for cr in (2, 4, 8):
         own = [row for row in single if f"_cr{cr}_" in row["run"]]
-        lines += [line(row, f"DMS CR{cr}") for row in single if row["policy"] == "dms" and row["cr"] == cr and own]
+        family = [row for row in single if row["policy"] == "dms" and row["cr"] == cr and own]
+        lines += [line(row, label(row, results)) for row in family]
         protected = {row["run"]: results["runs"][row["run"]]["protect_prompt"] for row in own}
         for row in sorted(own, key=lambda row: (order[row["policy"]], protected[row["run"]] is False)):
             kept = {True: "yes", False: "no", None: ""}[protected[row["run"]]]
@@ -114,6 +119,8 @@ def retrofits() -> str:
 RETROFITS = {
     **{f"dms{cr}": "adapter, window 16, o = 1" for cr in (2, 4, 8)},
     "lora": "adapter and LoRA, window 16, o = 1",
+    **{f"lora0_cr{cr}": "adapter and LoRA, window 16, o = 0" for cr in (2, 4, 8)},
+    **{f"full0_cr{cr}": "query neuron and all weights, window 16, o = 0" for cr in (4, 8)},
     **{f"w{w}_delayed": f"adapter, window {w}, o = 0, batch 8" for w in (4, 16, 64)},
     **{f"w{w}_immediate": f"adapter, window {w}, o = {w}, batch 8" for w in (4, 16, 64)},
 }

@@ -97,6 +97,7 @@ def test_common_counts_an_interrupted_run_over_the_problems_that_all_finished(tm
     assert collect.main((one, two), tmp_path / "all.json") == 2  # its model has not all chains of all problems
     assert collect.main((one, two), tmp_path / "all.json", common=True) == 0
     outcome = json.loads((tmp_path / "all.json").read_text())
-    assert outcome["problems"] == 2 and outcome["runs"]["two"]["finished"] is False
+    assert (outcome["problems"], outcome["all_problems"]) == (2, 3)
+    assert outcome["runs"]["two"]["finished"] is False
     assert [(row["run"], row["chains"]) for row in outcome["rows"]] == [("one", 1), ("two", 1), ("two", 2)]
     assert [row["accuracy"]["mean"] for row in outcome["rows"]] == [0.5, 1.0, 1.0]
