@@ -301,6 +301,7 @@ TABLES = {
     "offload": offload_table.offload,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
+    "mini_latent": baseline_tables.latent,
     "regressed": baseline_tables.regressed,
     **real_model_tables.TABLES,
 }

@@ -34,9 +34,10 @@ for step in $steps; do
     dms)
       for task in $tasks; do
         for length in $lengths; do
-          "$python" -m "experiments.$task" --model "$model" --gate "$out/retrofit" --data "$data/${file[$task]}" \
-            --policy full dms --cr 2 4 8 --chains 1 2 4 8 --max-length "$length" --batch-size "$batch" \
-            ${OPTIONS:-} --run-dir "$out/${task}_${length}_dms"
+          common="--data $data/${file[$task]} --chains 1 2 4 8 --max-length $length --batch-size $batch ${OPTIONS:-}"
+          "$python" -m "experiments.$task" --model "$model" --policy full $common --run-dir "$out/${task}_${length}_full"
+          "$python" -m "experiments.$task" --model "$out/retrofit" --policy dms --cr 2 4 8 $common \
+            --run-dir "$out/${task}_${length}_dms"
         done
       done ;;
     rivals)
@@ -68,7 +69,8 @@ for step in $steps; do
     tables)
       for task in $tasks; do
         for length in $lengths; do
-          "$python" -m experiments.collect "$out/${task}_${length}_dms" "$out/${task}_${length}_cr"* \
+          "$python" -m experiments.collect "$out/${task}_${length}_full" "$out/${task}_${length}_dms" \
+            "$out/${task}_${length}_cr"* \
             --out "$out/${task}_${length}.json"
         done
       done ;;
