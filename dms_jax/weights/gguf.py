@@ -183,7 +183,8 @@ def _source(header: _Header, name: str, shape: tuple[int, ...], code: int, start
             return data.view(np.float32 if kind.name == "F32" else np.float16).reshape(-1, columns)
         try:
             with np.errstate(all="ignore"):  # a damaged scale is found by what comes out
-                return quants.dequantize(data.reshape(-1, row), kind)
+                # As one row: gguf works on sixteen rows a call, and so many calls wait for Python's lock.
+                return quants.dequantize(data.reshape(1, -1), kind).reshape(-1, columns)
         except NotImplementedError as error:
             raise WeightError(f"{file}: tensor {name} is quantised as {kind.name}: not supported") from error
 

@@ -28,6 +28,7 @@ from dms_jax.types import Params
 from dms_jax.weights.safetensors import PIECE, Saved, Source, WeightError
 
 DTYPES = ("bfloat16", "float16", "float32")
+READERS = 8  # threads; more of them wait for each other: 64 took three times as long as two on a machine of 64 cores
 
 
 class Row(NamedTuple):
@@ -166,7 +167,7 @@ def read_params(
     order: Mapping[str, np.ndarray] | None = None,
     nonfinite: bool = False,
 ) -> Params:
-    """The parameter tree, tensor by tensor; peak host memory is the tree plus a piece of a tensor for each core.
+    """The parameter tree, tensor by tensor; peak host memory is the tree plus a piece of a tensor for each thread.
 
     Args:
       order: for tensors whose rows (foreign outputs) are permuted; row r of the file is our `order[name][r]`.
@@ -178,7 +179,7 @@ def read_params(
     one_of("dtype", dtype, DTYPES)
     check_names(expected, sources, where)
     tree: Params = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         for spec in tqdm(expected, f"Reading {Path(where).name}", unit=" tensors", disable=None, leave=False, delay=1):
             rows = None if order is None else order.get(spec.name)
             reading = _Reading(spec, sources[spec.name], np.dtype(jax.numpy.dtype(dtype)), rows, nonfinite)
