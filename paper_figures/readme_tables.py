@@ -45,8 +45,10 @@ def mini() -> str:
 def job() -> str:
     """Tokens per second of a whole generate and of its decode steps."""
     runs = json.loads((RESULTS / "h100" / "job_qwen2.5_0.5b.json").read_text())["runs"]
+    runs.append(json.loads((RESULTS / "h100" / "job_qwen2.5_coder_0.5b.json").read_text()))
     rows = [
         [
+            "of a file" if run["settings"]["model"].endswith(".gguf") else "random",
             f"{run['settings']['top_p']:g}",
             str(run["settings"]["steps"]),
             f"{run['tokens_per_second']:,.0f}",
@@ -60,11 +62,12 @@ def job() -> str:
     ]
     s, about = runs[0]["settings"], runs[0]["environment"]
     note = (
-        f"Qwen2.5-0.5B's shape, random weights, {s['dtype']}, {s['prompts']} prompts of {s['prompt_length']} tokens, "
+        f"Qwen2.5-0.5B's shape, {s['dtype']}, {s['prompts']} prompts of {s['prompt_length']} tokens, "
         f"{s['max_new_tokens']} new tokens, {s['max_num_seqs']} sequences, temperature {s['temperature']:g}; medians "
         f"of {s['rounds']} calls. {about['device']}, jax {about['jax']}; `{about['command']}`."
     )
     header = [
+        "weights",
         "top-p",
         "steps a chunk",
         "job, tokens/s",
@@ -74,6 +77,28 @@ def job() -> str:
         "ms prefill",
         "s first call",
     ]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def gsm8k_job() -> str:
+    """An experiment from its first to its last chain, beside generate alone."""
+    record = json.loads((RESULTS / "h100" / "job_gsm8k.json").read_text())
+    alone = json.loads((RESULTS / "h100" / "job_qwen2.5_coder_0.5b.json").read_text())["tokens_per_second"]
+    seconds, config = record["seconds"], record["config"]
+    rate = record["new_tokens"] / seconds["sampling"]
+    rows = [
+        [
+            f"{record['problems']:,} problems, {max(config['chains'])} chains of at most {config['max_length']} tokens",
+            f"{record['new_tokens']:,}",
+            f"{seconds['loading']:.0f}",
+            f"{seconds['sampling']:.0f}",
+            f"{rate:,.0f}",
+            f"{rate / alone:.0%}",
+            f"{record['gpu_busy']['share']:.0%}",
+        ]
+    ]
+    header = ["GSM8K", "tokens", "s loading", "s sampling", "tokens/s", "of generate", "GPU at work"]
+    note = f"{device(record)} Nothing was compiled before; GPU at work: {record['gpu_busy']['of']}."
     return f"{markdown(header, rows)}\n\n{note}"
 
 
@@ -290,6 +315,7 @@ def ruler() -> str:
 
 TABLES = {
     "job": job,
+    "gsm8k_job": gsm8k_job,
     "fidelity": fidelity,
     "mini": mini,
     "ruler": ruler,
