@@ -182,17 +182,21 @@ class PagedCache(KVCache):
         page, P = page_size(cache), pages_of(width, page_size(cache))
         length = cache.length.at[:, source].get(mode="fill", fill_value=0)
         length = jnp.where((target < B)[None, :, None], length, 0)
-        for layer in range(L):
+
+        def copy_layer(layer, cache):
             wanted = (jnp.arange(P) < pages_of(length[layer], page)[..., None]) & ~moved[:, None, None]
             cache, new = _take_pages(cache, wanted)
             old = cache.table.at[layer, source, :, :P].get(mode="clip")
 
-            def copy(pool, old=old, new=new):
+            def copy(pool):
                 return None if pool is None else pool.at[new].set(pool.at[old].get(mode="clip"), mode="drop")
 
             pools = {name: copy(getattr(cache, name)) for name in ("k", "v", "pos", "k_scale", "v_scale")}
             ids = jnp.where(moved[:, None, None], old, jnp.where(wanted, new, 0))
-            cache = cache._replace(**pools, table=cache.table.at[layer, target, :, :P].set(ids, mode="drop"))
+            return cache._replace(**pools, table=cache.table.at[layer, target, :, :P].set(ids, mode="drop"))
+
+        # A loop, and not L copies of it: compiling those takes several times as long.
+        cache = jax.lax.fori_loop(0, L, copy_layer, cache)
         length = cache.length.at[:, target].set(length, mode="drop")
         return cache._replace(length=length.at[:, jnp.where(moved, source, B)].set(0, mode="drop"))
 
