@@ -71,34 +71,42 @@ def latent_tiling(group: int, pages: Pages) -> Tiling:
 
 @triton.jit
 def pages_of(
-    table, order, head, t, span, within,
+    table, order, t, span, within,
     PAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """Index in the head's table, and id in the pool, of the pages under tile t: scalars where it lies in one page."""
     if PAGE % BLOCK == 0:
         page = tl.minimum(t * BLOCK // PAGE, PAGES - 1)  # t may be one past the last tile
         if ORDERED:
-            page = tl.load(order + head * PAGES + page)
-        page_id = tl.load(table + head * PAGES + page)
-    else:
+            page = tl.load(order + page)
+        page_id = tl.load(table + page)
+    elif ORDERED:
         walked = t * BLOCK + within
-        page = walked // PAGE
-        if ORDERED:
-            page = tl.load(order + head * PAGES + page, mask=walked < span, other=PAGES)
-        page_id = tl.load(table + head * PAGES + page, mask=(walked < span) & (page < PAGES), other=0)
+        page = tl.load(order + walked // PAGE, mask=walked < span, other=PAGES)
+        page_id = tl.load(table + page, mask=(walked < span) & (page < PAGES), other=0)
+    else:  # without waiting for the span: what lies past it is no page, and is not followed
+        page = (t * BLOCK + within) // PAGE
+        page_id = tl.load(table + page, mask=page < PAGES, other=0)
     return page, page_id
+
+
+@triton.jit
+def busy(programs, total):
+    """How many programs share the tiles out: none is without one."""
+    return tl.maximum(tl.minimum(programs, total), 1)
 
 
 @triton.jit
 def share_of(tile_ends, program, programs, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr):
     """A program's share of the tiles: the head that its first tile lies in, which tile of that head, and how many."""
-    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
-    start = (program * total // programs).to(tl.int32)
-    count = ((program + 1) * total // programs).to(tl.int32) - start
     all_heads = tl.arange(0, HEADS_PAD)
     before = tl.load(tile_ends + all_heads, mask=all_heads < HEADS, other=2147483647)
+    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
+    programs = busy(programs, total)
+    start = (program * total // programs).to(tl.int32)
+    end = (tl.minimum(program + 1, programs) * total // programs).to(tl.int32)
     head = tl.sum((before <= start).to(tl.int32), 0)
-    return head, start - tl.max(tl.where(before <= start, before, 0), 0), count
+    return head, start - tl.max(tl.where(before <= start, before, 0), 0), end - start
 
 
 @triton.jit
@@ -123,7 +131,7 @@ def attend_tiles(
     top = tl.full([queries.shape[0]], FLOOR, tl.float32)
     denominator = tl.zeros([queries.shape[0]], tl.float32)
     acc = tl.zeros(queries.shape, tl.float32)
-    page, page_id = pages_of(table, order, head, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
+    page, page_id = pages_of(table, order, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
     for t in range(tile, stop):
         offset = t * BLOCK % PAGE + within
         if PAGE % BLOCK != 0:
@@ -132,7 +140,7 @@ def attend_tiles(
         live = slot < length
         row = page_id.to(tl.int64) * PAGE + offset
         # The next tile's page ids are asked for a step ahead: loads that wait for loads would not be pipelined.
-        page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
+        page, page_id = pages_of(table, order, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
         if WRITE:  # the new token is read from k_new
             live = live & (slot != new_slot)
         keys = load_rows(k_pages, row, live, queries, D, D + R)
@@ -164,30 +172,41 @@ def attend_tiles(
 
 
 @triton.jit
+def load_new(
+    new_slot, writes, key_row, value_row, table, queries, rest, k_out, v_out,
+    PAGE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LATENT: tl.constexpr,
+):  # fmt: skip
+    """A head's new key in its two parts, its new value, and the row of the pool that they belong to."""
+    dims = tl.arange(0, queries.shape[1])
+    more = tl.arange(0, rest.shape[1])
+    page_id = tl.load(table + new_slot // PAGE, mask=writes, other=0)
+    key = tl.load(key_row + dims, mask=writes & (dims < D), other=0.0).to(k_out.dtype.element_ty)
+    turned = tl.load(key_row + D + more, mask=writes & (more < R), other=0.0).to(k_out.dtype.element_ty)
+    value = key
+    if not LATENT:
+        value = tl.load(value_row + dims, mask=writes & (dims < D), other=0.0).to(v_out.dtype.element_ty)
+    return page_id.to(tl.int64) * PAGE + new_slot % PAGE, key, turned, value
+
+
+@triton.jit
 def write_and_attend(
-    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
+    top, denominator, acc, queries, rest, rows, head, new_slot, row, key, turned, value, k_out, v_out, scores_out,
     PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr,
     SCORES: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
-    """Writes a head's new key and value to their slot, and adds them to the online softmax.
+    """Writes a head's new key and value to their row, and adds them to the online softmax.
 
     Programs of other query heads of the same KV head write the same.
     """
     dims = tl.arange(0, queries.shape[1])
-    row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
-    key = tl.load(k_new + head * (D + R) + dims, mask=dims < D, other=0.0).to(k_out.dtype.element_ty)
     tl.store(k_out + row * (D + R) + dims, key, mask=dims < D)
     score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
     if R > 0:
         more = tl.arange(0, rest.shape[1])
-        turned = tl.load(k_new + head * (D + R) + D + more, mask=more < R, other=0.0).to(k_out.dtype.element_ty)
         tl.store(k_out + row * (D + R) + D + more, turned, mask=more < R)
         score += tl.sum(rest.to(tl.float32) * turned.to(tl.float32)[None, :], 1)
     score *= SCALE
-    if LATENT:
-        value = key
-    else:
-        value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0).to(v_out.dtype.element_ty)
+    if not LATENT:
         tl.store(v_out + row * D + dims, value, mask=dims < D)
     if SCORES:
         target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
@@ -201,28 +220,25 @@ def write_and_attend(
 
 @triton.jit
 def split_kv(
-    q, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, k_new, v_new, new_slots, first,
+    inputs, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, new_slots, first,
     acc_out, top_out, sum_out, scores_out, k_out, v_out,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, K: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK: tl.constexpr, SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
-    WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr,
+    WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
     """Attention over this program's share of the tiles, one split for each head that it touches.
 
-    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
-    layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
-    over: its length, or with ORDERED the whole pages that `order` lists. `tile_ends` counts the tiles up to each head's
-    last. A value has D numbers, a key D + R.
+    `inputs [B, H, D + R]` are the queries; with WRITE new keys and, unless LATENT, values follow as K more heads each.
+    "head" is a KV head of a sequence, `b * K + k`. Table, lengths, spans and tile_ends hold those of all LAYERS, this
+    layer's from `first` on, and so does new_slots with SLOTS_OF_ALL: a head's place among them is `place`. `spans` is
+    how many tokens of a head are walked over: its length, or with ORDERED the whole pages that `order` lists.
+    `tile_ends` counts the tiles up to each head's last. A value has D numbers, a key D + R.
     """
+    INPUTS: tl.constexpr = K * G + (0 if not WRITE else K if LATENT else 2 * K)  # heads
     program = tl.program_id(1)
-    table += first * PAGES
-    lengths += first
-    spans += first
-    tile_ends += first
-    if SLOTS_OF_ALL:
-        new_slots += first
-    head, tile, left = share_of(tile_ends, program, tl.num_programs(1), HEADS, HEADS_PAD)
+    first = tl.load(first) if LAYERS > 1 else 0
+    head, tile, left = share_of(tile_ends + first, program, tl.num_programs(1), HEADS, HEADS_PAD)
     if WRITE:  # an aliased pool is at hand as the output
         k_pages = k_out
         v_pages = v_out
@@ -231,22 +247,32 @@ def split_kv(
     more = tl.arange(0, R_PAD)
     q_mask = (rows < G)[:, None] & (dims < D)[None, :]
     while left > 0:
-        length = tl.load(lengths + head)
-        span = tl.load(spans + head)
+        place = first + head
+        pages = place * PAGES
+        length = tl.load(lengths + place)
+        span = tl.load(spans + place)
         stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
-        q_rows = (q + (head * G + rows) * (D + R))[:, None]
+        q_rows = (inputs + (head // K * INPUTS + head % K * G + rows) * (D + R))[:, None]
         queries = tl.load(q_rows + dims[None, :], mask=q_mask, other=0.0)
         rest = tl.load(q_rows + D + more[None, :], mask=(rows < G)[:, None] & (more < R)[None, :], other=0.0)
-        new_slot = tl.load(new_slots + head) if WRITE else -1
+        new_slot = tl.load(new_slots + (place if SLOTS_OF_ALL else head)) if WRITE else -1
+        # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
+        writes = (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length)
+        if WRITE:  # asked for before the tiles, so that nothing waits for it afterwards
+            key_row = inputs + (head // K * INPUTS + K * G + head % K) * (D + R)
+            row, key, turned, value = load_new(
+                new_slot, writes, key_row, key_row + K * D, table + pages, queries, rest, k_out, v_out,
+                PAGE, D, R, LATENT,
+            )  # fmt: skip
         top, denominator, acc = attend_tiles(
-            queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale,
-            v_scale, scores_out, PAGES, PAGE, G, D, R, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE, LATENT,
+            queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table + pages,
+            order + pages, k_scale, v_scale, scores_out,
+            PAGES, PAGE, G, D, R, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE, LATENT,
         )  # fmt: skip
         if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
-            # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
-            if (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length):
+            if writes:
                 top, denominator, acc = write_and_attend(
-                    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out,
+                    top, denominator, acc, queries, rest, rows, head, new_slot, row, key, turned, value, k_out, v_out,
                     scores_out, PAGES, PAGE, G, D, R, SCALE, SCORES, LATENT,
                 )  # fmt: skip
         index = (program + head).to(tl.int64) * G + rows
@@ -268,12 +294,14 @@ def merge_splits(
     """Merges the splits of one query head. Those of a head lie side by side, at index program + head."""
     head = tl.program_id(0)
     g = tl.program_id(1)
-    total = tl.load(tile_ends + first + HEADS - 1).to(tl.int64)
-    before = tl.load(tile_ends + first + head - 1, mask=head > 0, other=0).to(tl.int64)
-    after = tl.load(tile_ends + first + head).to(tl.int64)
-    # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
-    first_program = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
-    last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
+    tile_ends += tl.load(first)
+    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
+    before = tl.load(tile_ends + head - 1, mask=head > 0, other=0).to(tl.int64)
+    after = tl.load(tile_ends + head).to(tl.int64)
+    programs = busy(PROGRAMS, total)
+    # Tile t belongs to the program w with w * total // programs <= t < (w + 1) * total // programs.
+    first_program = ((before + 1) * programs - 1) // tl.maximum(total, 1)
+    last = (after * programs - 1) // tl.maximum(total, 1)
     count = tl.where(after > before, last - first_program + 1, 0).to(tl.int32)
 
     dims = tl.arange(0, D_PAD)
@@ -282,11 +310,8 @@ def merge_splits(
     denominator = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([D_PAD], tl.float32)
     for done in range(0, count, CHUNK):
-        program = first_program + done + within
-        # With fewer tiles than programs some programs have none, and wrote nothing.
-        busy = program * total // PROGRAMS < (program + 1) * total // PROGRAMS
-        valid = (done + within < count) & busy
-        index = (program + head) * G + g
+        valid = done + within < count
+        index = (first_program + done + within + head) * G + g
         tops = tl.load(top_in + index, mask=valid, other=DEAD)
         higher = tl.maximum(top, tl.max(tops, 0))
         factors = tl.exp2(tops - higher)
@@ -321,7 +346,7 @@ class _Work(NamedTuple):
     spans: jax.Array
     tile_ends: jax.Array
     order: jax.Array | None
-    first: int
+    first: jax.Array
     tiles: Tiling
 
 
@@ -339,7 +364,7 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.
     tile_ends = jnp.cumsum(-(-spans.reshape(-1, B * K) // tiles.block), axis=1, dtype=jnp.int32)
-    work = _Work(spans, tile_ends, order, (layer or 0) * B * K, tiles)
+    work = _Work(spans, tile_ends, order, jnp.full(1, (layer or 0) * B * K, jnp.int32), tiles)
     *splits, scores, k, v = _split(q, pages, work, weights, new)
     out, lse = _merge(q, splits, work)
     by_slot = _weights(scores, lse, own, readable, page) if weights else None
@@ -354,27 +379,29 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
     G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
     f32, shape = jnp.float32, jax.ShapeDtypeStruct
     compute = q.dtype if quantized else jnp.promote_types(q.dtype, pages.k.dtype)
-    k_new, v_new, slots = (unused(pages.k.dtype), unused(pages.k.dtype), unused()) if new is None else new
+    *made, slots = new or (unused(),)
+    inputs = [q, *made[: 1 if pages.latent else 2]]
     splits, g_pad = tiles.programs + heads, min(power_of_two(G, 16), tiles.heads)
     pools = tuple(shape(x.shape if new and x.size else (1,), x.dtype) for x in (pages.k, pages.v))
     scores = shape((B, K, G, P * page) if weights else (1,), f32)
     return launch(
         split_kv,
-        *(q.astype(compute), pages.k, unused(pages.v.dtype) if pages.latent else pages.v),
-        *(pages.table, pages.lengths, work.spans, work.tile_ends),
+        # In one array, which XLA makes with one kernel.
+        *(jnp.concatenate([x.astype(compute) for x in inputs], axis=1), pages.k),
+        *(unused(pages.v.dtype) if pages.latent else pages.v, pages.table, pages.lengths, work.spans, work.tile_ends),
         *(unused() if work.order is None else work.order,),
         *(unused(f32) if scale is None else scale for scale in (pages.k_scale, pages.v_scale)),
-        *(k_new, v_new, slots, work.first),
+        *(slots, work.first),
         out=(shape((splits, G, U), f32), shape((splits, G), f32), shape((splits, G), f32), scores, *pools),
         grid=(-(-G // g_pad), tiles.programs),
         aliases={} if not new else {1: 4} if pages.latent else {1: 4, 2: 5},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
+        **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "K": K, "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
         **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, 16), "SCALE": D**-0.5 * LOG2E},
         **{"R": D - U, "R_PAD": power_of_two(D - U, 16), "LATENT": pages.latent},
         **{"QUANTIZED": quantized, "ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
-        **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape},
+        **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape, "LAYERS": work.spans.size // heads},
     )
 
 

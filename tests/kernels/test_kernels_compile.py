@@ -73,3 +73,28 @@ dtypes = ["bfloat16"] * 3 + ["int32"] * 2 + ["float32"] + ["int32"] * 4 + ["bflo
 assert resources(triton_flash_kernels.forward, dtypes, options, 90)["spilled_bytes"] > 100
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def test_what_xla_is_given():
+    """Triton IR of both kernels with helpers inlined and no line numbers; the pools share buffers with the outputs."""
+    code = """
+import os; os.environ["TRITON_INTERPRET"] = "0"
+import jax
+from dms_jax import kernels
+
+jax.default_backend = lambda: "gpu"
+spec, new, heads = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((2, 4, 64), "bfloat16"), (3, 2, 4)
+pool = spec((50, 16, 64), "bfloat16")
+pages = kernels.Pages(pool, pool, spec((*heads, 8), "int32"), spec(heads, "int32"))
+update = jax.jit(lambda *arrays: kernels.paged_decode_attention_update(*arrays, layer=1), donate_argnums=3)
+traced = update.trace(spec((2, 16, 64), "bfloat16"), new, new, pages, spec(heads, "int32"))
+print(traced.lower(lowering_platforms=("cuda",)).as_text())
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    calls = [line for line in run.stdout.splitlines() if "__gpu$xla.gpu.triton" in line]
+    assert ["@split_kv(" in line for line in calls] == [True, False]
+    assert "num_warps = 4 : i32" in calls[0] and "@merge_splits(" in calls[1]
+    assert not any("tt.call" in line or ".py" in line for line in calls)
+    assert calls[0].count("output_operand_alias<") == 2 and calls[1].count("output_operand_alias<") == 0

@@ -1,7 +1,5 @@
 """Paged decode attention: the Triton kernel, in the interpreter, against the jnp reference, and that against loops."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 from dms_jax import kernels
 from dms_jax.config import ConfigError
 from dms_jax.kernels import Pages, quant, reference
-from scripts.benchmarks import interpreted_jax_triton
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}  # relative to the largest value
@@ -205,21 +202,13 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
 
 
 @pytest.mark.parametrize(
-    "version, layer, own, latent",
-    [
-        ("0.3", 0, True, {}),
-        ("0.3", 1, False, {}),
-        ("0.4", 2, False, {}),
-        ("0.3", 1, False, LATENT),
-        ("0.4", 0, True, LATENT),
-    ],
+    "layer, own, latent", [(0, True, {}), (1, False, {}), (2, False, {}), (1, False, LATENT), (0, True, LATENT)]
 )
-def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own, latent):
+def test_update_writes_the_new_token(rng, few_programs, layer, own, latent):
     """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written.
 
     The other layers' tables, lengths and slots are of no account; own: the slots are this layer's alone.
     """
-    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     q, pages = inputs(rng, [[1, 40, 17], [48, 3, 0]], **latent)
     k_new, v_new = jnp.asarray(rng.normal(size=(2, 2, 3, q.shape[2])), jnp.float32)
     new = (k_new, k_new[..., :16] if latent else v_new)
@@ -245,11 +234,9 @@ def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, la
             np.testing.assert_array_equal(got_pages.k[page, slot % 16], k_new[b, k])
 
 
-@pytest.mark.parametrize("version", ["0.3", "0.4"])
-def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
+def test_under_jit_scan_and_shard_map(rng, few_programs):
     from jax.sharding import AxisType, PartitionSpec
 
-    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     q, pages = inputs(rng, [[20, 7]], G=2)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     rows, whole = PartitionSpec("x"), PartitionSpec()
@@ -280,13 +267,14 @@ def test_choice_of_implementation(rng, monkeypatch):
     assert launch.choose(None) == "reference"
     with pytest.raises(ConfigError, match="implementation='fast'"):
         kernels.paged_decode_attention(*arrays, implementation="fast")
-    monkeypatch.setitem(sys.modules, "jax_triton", None)
     with pytest.raises(ConfigError, match="implementation='triton'"):
         kernels.paged_decode_attention(*arrays, implementation="triton")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert launch.choose(None) == "reference"
-    monkeypatch.setitem(sys.modules, "jax_triton", object())
     assert launch.choose(None) == "triton"
+    monkeypatch.setattr(launch, "find_spec", lambda _: None)
+    assert launch.choose(None) == "reference"
+    with pytest.raises(ConfigError, match="implementation='triton'"):
+        kernels.paged_decode_attention(*arrays, implementation="triton")
 
 
 def test_bad_arguments_are_named(rng):
