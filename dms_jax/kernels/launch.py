@@ -82,13 +82,14 @@ def triton_ir(kernel, dtypes: tuple[str, ...], options: tuple[tuple[str, Any], .
     """A kernel in Triton IR, its helpers inlined, for pointers to `dtypes` that are aligned to 16 bytes."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
 
     constants = dict(options)
     build = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
-    backend = make_backend(target)
+    backend = CUDABackend(target)
     build = backend.parse_options(build)
     signature = {name: POINTERS[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
     aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(dtypes))}
