@@ -313,12 +313,12 @@ def merge_splits(
         valid = done + within < count
         index = (first_program + done + within + head) * G + g
         tops = tl.load(top_in + index, mask=valid, other=DEAD)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        factors = tl.exp2(tops - higher)
-        shrink = tl.exp2(top - higher)
         sums = tl.load(sum_in + index, mask=valid, other=0.0)
         mask = valid[:, None] & (dims < D)[None, :]
         accs = tl.load(acc_in + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        factors = tl.exp2(tops - higher)
+        shrink = tl.exp2(top - higher)
         denominator = denominator * shrink + tl.sum(sums * factors, 0)
         acc = acc * shrink + tl.sum(accs * factors[:, None], 0)
         top = higher
@@ -417,7 +417,7 @@ def _merge(q, splits, work: _Work):
         num_warps=1,
         num_stages=2,
         **{"HEADS": heads, "G": G, "D": U, "D_PAD": power_of_two(U, 16)},
-        **{"PROGRAMS": work.tiles.programs, "CHUNK": 8, "LN2": LN2},
+        **{"PROGRAMS": work.tiles.programs, "CHUNK": 8 if U > 128 else 16, "LN2": LN2},
     )
 
 
