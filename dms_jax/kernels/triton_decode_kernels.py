@@ -1,0 +1,310 @@
+"""The kernels of paged decode attention; `triton_decode` explains and launches them.
+
+Scores are in base 2: `SCALE` holds D ** -0.5 * log2(e). Sizes in capitals are known when compiled.
+"""
+
+import triton
+import triton.language as tl
+
+# A dead slot's score, and where the running maximum starts: finite, so that no inf - inf arises, and so far apart
+# that a dead slot's weight is exactly 0 even in a tile without a live one.
+DEAD = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(-1e29)
+
+
+@triton.jit
+def pages_of(
+    table, order, head, t, span, within,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """Index in the head's table, and id in the pool, of the pages under tile t: scalars where it lies in one page."""
+    if PAGE % BLOCK == 0:
+        page = tl.minimum(t * BLOCK // PAGE, PAGES - 1)  # t may be one past the last tile
+        if ORDERED:
+            page = tl.load(order + head * PAGES + page)
+        page_id = tl.load(table + head * PAGES + page)
+    else:
+        walked = t * BLOCK + within
+        page = walked // PAGE
+        if ORDERED:
+            page = tl.load(order + head * PAGES + page, mask=walked < span, other=PAGES)
+        page_id = tl.load(table + head * PAGES + page, mask=(walked < span) & (page < PAGES), other=0)
+    return page, page_id
+
+
+@triton.jit
+def share_of(tile_ends, program, programs, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr):
+    """A program's share of the tiles: the head that its first tile lies in, which tile of that head, and how many."""
+    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
+    start = (program * total // programs).to(tl.int32)
+    count = ((program + 1) * total // programs).to(tl.int32) - start
+    all_heads = tl.arange(0, HEADS_PAD)
+    before = tl.load(tile_ends + all_heads, mask=all_heads < HEADS, other=2147483647)
+    head = tl.sum((before <= start).to(tl.int32), 0)
+    return head, start - tl.max(tl.where(before <= start, before, 0), 0), count
+
+
+@triton.jit
+def widened(pairs, FLOAT8: tl.constexpr):
+    """The numbers in the low and in the high bytes, as float16, which holds them all."""
+    if FLOAT8:
+        low, high = pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8)
+        low = low.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        high = high.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:  # the bits 0x6400 are 1024, and the last of them count ones; with its sign turned an int8 is 128 too large
+        low = ((pairs & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        high = ((pairs >> 8) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    return low, high
+
+
+@triton.jit
+def load_queries(first, live, WIDTH: tl.constexpr, PAD: tl.constexpr, QUANTIZED: tl.constexpr):
+    """The first WIDTH numbers of each row, padded to PAD, in parts as `load_rows` gives the keys."""
+    PARTS: tl.constexpr = 2 if QUANTIZED else 1
+    dims = tl.arange(0, PAD // PARTS) * PARTS
+    mask = live[:, None] & (dims < WIDTH)[None, :]
+    place = first[:, None] + dims[None, :]
+    if QUANTIZED:
+        return tl.load(place, mask=mask, other=0.0), tl.load(place + 1, mask=mask, other=0.0)
+    else:
+        return (tl.load(place, mask=mask, other=0.0),)
+
+
+@triton.jit
+def load_rows(first, row, live, queries, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
+    """WIDTH numbers of each row from `first` on, STRIDE apart, padded as the queries are and in their dtype.
+
+    In one part, or in two, of those in even and in odd places, where they are bytes: tensor cores take their numbers
+    from shared memory 16 bits at a time, and neither a part's place nor that of a sum matters to a product.
+    """
+    PARTS: tl.constexpr = len(queries)
+    FLOAT8: tl.constexpr = first.dtype.element_ty == tl.float8e4nv
+    if PARTS == 2:
+        first = first.to(tl.pointer_type(tl.uint16))
+    dims = tl.arange(0, queries[0].shape[1])
+    mask = live[:, None] & (dims < WIDTH // PARTS)[None, :]
+    x = tl.load((first + row * (STRIDE // PARTS))[:, None] + dims[None, :], mask=mask, other=0)
+    parts = widened(x, FLOAT8) if PARTS == 2 else (x,)
+    return [part.to(queries[0].dtype) for part in parts]
+
+
+@triton.jit
+def products(queries, keys, scores):
+    """`scores` and the products of queries with keys, both in as many parts."""
+    for part in tl.static_range(len(queries)):
+        scores = tl.dot(queries[part], tl.trans(keys[part]), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def accumulated(acc, weights, values, shrink):
+    """Each part of the sums, shrunk, with the weighted values of that part."""
+    first = tl.dot(weights, values[0], acc[0] * shrink[:, None], input_precision="ieee")
+    if len(acc) == 1:
+        return (first,)
+    else:
+        return first, tl.dot(weights, values[1], acc[1] * shrink[:, None], input_precision="ieee")
+
+
+@triton.jit
+def about_log2(x):
+    """log2 of float32 numbers to within 0.09, from their bits; of those below 1e-30 as of 1e-30."""
+    bits = tl.maximum(x, 1e-30).to(tl.int32, bitcast=True)
+    return bits.to(tl.float32) * 2.0**-23 - 127
+
+
+@triton.jit
+def attend_tiles(
+    queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale,
+    scores_out,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
+    LATENT: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the tiles [tile, stop) of a head: running maximum, sum and weighted values."""
+    within = tl.arange(0, BLOCK)
+    top = tl.full([queries[0].shape[0]], FLOOR, tl.float32)
+    denominator = tl.zeros([queries[0].shape[0]], tl.float32)
+    acc = [tl.zeros(part.shape, tl.float32) for part in queries]
+    nothing = tl.zeros([top.shape[0], BLOCK], tl.float32)
+    page, page_id = pages_of(table, order, head, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
+    for t in range(tile, stop):
+        offset = t * BLOCK % PAGE + within
+        if PAGE % BLOCK != 0:
+            offset = (t * BLOCK + within) % PAGE
+        slot = page * PAGE + offset
+        live = slot < length
+        row = page_id.to(tl.int64) * PAGE + offset
+        # The next tile's page ids are asked for a step ahead: loads that wait for loads would not be pipelined.
+        page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
+        if WRITE:  # the new token is read from k_new
+            live = live & (slot != new_slot)
+        keys = load_rows(k_pages, row, live, queries, D, D + R)
+        scores = products(queries, keys, nothing)
+        if QUANTIZED:
+            v_scales = tl.load(v_scale + row, mask=live, other=0.0)
+            k_scales = tl.load(k_scale + row, mask=live, other=0.0)
+            scores *= (v_scales if LATENT else k_scales)[None, :]
+        if R > 0:
+            turned = load_rows(k_pages + D, row, live, rest, R, D + R)
+            if QUANTIZED:
+                scores += products(rest, turned, nothing) * k_scales[None, :]
+            else:
+                scores = products(rest, turned, scores)
+        scores = tl.where(live[None, :], scores * SCALE, DEAD)
+        if SCORES:
+            target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
+            tl.store(target, scores, mask=(rows < G)[:, None] & live[None, :])
+        # float16 holds weights times scales where those are about 1 at most.
+        largest = scores + about_log2(v_scales)[None, :] if QUANTIZED else scores
+        higher = tl.maximum(top, tl.max(largest, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        values = keys if LATENT else load_rows(v_pages, row, live, queries, D, D)
+        if QUANTIZED:
+            weights *= v_scales[None, :]
+        acc = accumulated(acc, weights.to(queries[0].dtype), values, shrink)
+        top = higher
+    return top, denominator, acc
+
+
+@triton.jit
+def write_and_attend(
+    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
+    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr,
+    SCORES: tl.constexpr, LATENT: tl.constexpr,
+):  # fmt: skip
+    """Writes a head's new key and value to their slot, and adds them to the online softmax.
+
+    Programs of other query heads of the same KV head write the same.
+    """
+    dims = tl.arange(0, queries.shape[1])
+    row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
+    key = tl.load(k_new + head * (D + R) + dims, mask=dims < D, other=0.0).to(k_out.dtype.element_ty)
+    tl.store(k_out + row * (D + R) + dims, key, mask=dims < D)
+    score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+    if R > 0:
+        more = tl.arange(0, rest.shape[1])
+        turned = tl.load(k_new + head * (D + R) + D + more, mask=more < R, other=0.0).to(k_out.dtype.element_ty)
+        tl.store(k_out + row * (D + R) + D + more, turned, mask=more < R)
+        score += tl.sum(rest.to(tl.float32) * turned.to(tl.float32)[None, :], 1)
+    score *= SCALE
+    if LATENT:
+        value = key
+    else:
+        value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0).to(v_out.dtype.element_ty)
+        tl.store(v_out + row * D + dims, value, mask=dims < D)
+    if SCORES:
+        target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
+        tl.store(target, score, mask=rows < G)
+    higher = tl.maximum(top, score)
+    weight = tl.exp2(score - higher)
+    shrink = tl.exp2(top - higher)
+    acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+    return higher, denominator * shrink + weight, (acc,)
+
+
+@triton.jit
+def split_kv(
+    q, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, k_new, v_new, new_slots, first,
+    acc_out, top_out, sum_out, scores_out, k_out, v_out,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
+    WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr,
+):  # fmt: skip
+    """Attention over this program's share of the tiles, one split for each head that it touches.
+
+    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
+    layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
+    over: its length, or with ORDERED the whole pages that `order` lists. `tile_ends` counts the tiles up to each head's
+    last. A value has D numbers, a key D + R.
+    """
+    program = tl.program_id(1)
+    table += first * PAGES
+    lengths += first
+    spans += first
+    tile_ends += first
+    if SLOTS_OF_ALL:
+        new_slots += first
+    head, tile, left = share_of(tile_ends, program, tl.num_programs(1), HEADS, HEADS_PAD)
+    if WRITE:  # an aliased pool is at hand as the output
+        k_pages = k_out
+        v_pages = v_out
+    rows = tl.program_id(0) * G_PAD + tl.arange(0, G_PAD)
+    while left > 0:
+        length = tl.load(lengths + head)
+        span = tl.load(spans + head)
+        stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
+        q_rows = q + (head * G + rows) * (D + R)
+        queries = load_queries(q_rows, rows < G, D, D_PAD, QUANTIZED)
+        rest = load_queries(q_rows + D, rows < G, R, R_PAD, QUANTIZED)
+        new_slot = tl.load(new_slots + head) if WRITE else -1
+        top, denominator, acc = attend_tiles(
+            queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale,
+            v_scale, scores_out, PAGES, PAGE, G, D, R, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE, LATENT,
+        )  # fmt: skip
+        if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
+            # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
+            if (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length):
+                top, denominator, acc = write_and_attend(
+                    top, denominator, acc[0], queries[0], rest[0], rows, head, new_slot, k_new, v_new, table,
+                    k_out, v_out, scores_out, PAGES, PAGE, G, D, R, SCALE, SCORES, LATENT,
+                )  # fmt: skip
+        index = (program + head).to(tl.int64) * G + rows
+        tl.store(top_out + index, top, mask=rows < G)
+        tl.store(sum_out + index, denominator, mask=rows < G)
+        for part in tl.static_range(len(acc)):
+            dims = tl.arange(0, D_PAD // len(acc)) * len(acc) + part
+            mask = (rows < G)[:, None] & (dims < D)[None, :]
+            tl.store(acc_out + index[:, None] * D + dims[None, :], acc[part], mask=mask)
+        left -= stop - tile
+        tile = 0
+        head += 1
+
+
+@triton.jit
+def merge_splits(
+    acc_in, top_in, sum_in, tile_ends, first,
+    out, lse,
+    HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    """Merges the splits of one query head. Those of a head lie side by side, at index program + head."""
+    head = tl.program_id(0)
+    g = tl.program_id(1)
+    total = tl.load(tile_ends + first + HEADS - 1).to(tl.int64)
+    before = tl.load(tile_ends + first + head - 1, mask=head > 0, other=0).to(tl.int64)
+    after = tl.load(tile_ends + first + head).to(tl.int64)
+    # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
+    first_program = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
+    last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
+    count = tl.where(after > before, last - first_program + 1, 0).to(tl.int32)
+
+    dims = tl.arange(0, D_PAD)
+    within = tl.arange(0, CHUNK)
+    top = tl.full([], FLOOR, tl.float32)
+    denominator = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([D_PAD], tl.float32)
+    for done in range(0, count, CHUNK):
+        program = first_program + done + within
+        # With fewer tiles than programs some programs have none, and wrote nothing.
+        busy = program * total // PROGRAMS < (program + 1) * total // PROGRAMS
+        valid = (done + within < count) & busy
+        index = (program + head) * G + g
+        tops = tl.load(top_in + index, mask=valid, other=DEAD)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        factors = tl.exp2(tops - higher)
+        shrink = tl.exp2(top - higher)
+        sums = tl.load(sum_in + index, mask=valid, other=0.0)
+        mask = valid[:, None] & (dims < D)[None, :]
+        accs = tl.load(acc_in + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        denominator = denominator * shrink + tl.sum(sums * factors, 0)
+        acc = acc * shrink + tl.sum(accs * factors[:, None], 0)
+        top = higher
+    empty = denominator == 0
+    acc = acc / tl.where(empty, 1.0, denominator)
+    tl.store(out + (head * G + g).to(tl.int64) * D + dims, acc.to(out.dtype.element_ty), mask=dims < D)
+    log = (top + tl.log2(tl.where(empty, 1.0, denominator))) * LN2
+    tl.store(lse + head * G + g, tl.where(empty, float("-inf"), log))
