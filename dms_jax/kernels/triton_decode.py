@@ -40,13 +40,14 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_dim: int, itemsize: int) -> Tiling:
-    """Tiles of 16 KB of keys, of quantized keys 8 KB, two of them in flight.
+    """Tiles of 16 KB of keys, two of them in flight, or of quantized keys 8 KB, three of them.
 
-    With as many values that is 64 KB a program, or 32 KB of quantized ones, and at least two run on a multiprocessor at
-    a time, within the registers and the shared memory of an A100. A third share for each evens out the end.
+    With as many values that is 64 KB a program, or 48 KB of quantized ones, and at least two run on a multiprocessor at
+    a time, within the registers and the shared memory of an A100. A third share for each evens out the end; quantized
+    pages take half the time, and more programs to begin and to merge would cost more than that.
     """
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
-    return Tiling(block)
+    return Tiling(block) if itemsize > 1 else Tiling(block, num_stages=4, programs=2 * multiprocessors())
 
 
 def latent_tiling(group: int, pages: Pages) -> Tiling:
