@@ -133,6 +133,7 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
     G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
     f32, shape = jnp.float32, jax.ShapeDtypeStruct
     (queries, factor), least = _queries(q, pages), 32 if quantized else 16
+    parts = max(power_of_two(U) // 64, 2) if quantized else 1  # of 64 numbers: more of them would not fit the registers
     k_new, v_new, slots = (unused(pages.k.dtype), unused(pages.k.dtype), unused()) if new is None else new
     splits, g_pad = tiles.programs + heads, min(power_of_two(G, 16), tiles.heads)
     pools = tuple(shape(x.shape if new and x.size else (1,), x.dtype) for x in (pages.k, pages.v))
@@ -150,9 +151,9 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
-        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, least), "SCALE": factor},
+        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, least), "PARTS": parts, "SCALE": factor},
         **{"R": D - U, "R_PAD": power_of_two(D - U, least), "LATENT": pages.latent},
-        **{"QUANTIZED": quantized, "ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
+        **{"ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
         **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape},
     )
 

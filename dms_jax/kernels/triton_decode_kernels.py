@@ -58,52 +58,63 @@ def widened(pairs, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def load_queries(first, live, WIDTH: tl.constexpr, PAD: tl.constexpr, QUANTIZED: tl.constexpr):
-    """The first WIDTH numbers of each row, padded to PAD, in parts as `load_rows` gives the keys."""
-    PARTS: tl.constexpr = 2 if QUANTIZED else 1
-    dims = tl.arange(0, PAD // PARTS) * PARTS
-    mask = live[:, None] & (dims < WIDTH)[None, :]
-    place = first[:, None] + dims[None, :]
-    if QUANTIZED:
-        return tl.load(place, mask=mask, other=0.0), tl.load(place + 1, mask=mask, other=0.0)
-    else:
-        return (tl.load(place, mask=mask, other=0.0),)
+def places(part, PAD: tl.constexpr, PARTS: tl.constexpr):
+    """Where the numbers of a part lie in a row padded to PAD: there is one part, or pairs of even and odd places."""
+    within = tl.arange(0, PAD // PARTS)
+    return within if PARTS == 1 else (part // 2 * (PAD // PARTS) + within) * 2 + part % 2
+
+
+@triton.jit
+def load_queries(first, live, WIDTH: tl.constexpr, PAD: tl.constexpr, PARTS: tl.constexpr):
+    """The first WIDTH numbers of each row, padded to PAD, in parts."""
+    queries = ()
+    for part in tl.static_range(PARTS):
+        dims = places(part, PAD, PARTS)
+        mask = live[:, None] & (dims < WIDTH)[None, :]
+        queries = queries + (tl.load(first[:, None] + dims[None, :], mask=mask, other=0.0),)
+    return queries
 
 
 @triton.jit
 def load_rows(first, row, live, queries, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
     """WIDTH numbers of each row from `first` on, STRIDE apart, padded as the queries are and in their dtype.
 
-    In one part, or in two, of those in even and in odd places, where they are bytes: tensor cores take their numbers
-    from shared memory 16 bits at a time, and neither a part's place nor that of a sum matters to a product.
+    Tensor cores take their numbers from shared memory 16 bits at a time. So bytes are loaded in pairs, and those in
+    even and in odd places become two parts: the order of the numbers does not matter to a product.
     """
-    PARTS: tl.constexpr = len(queries)
     FLOAT8: tl.constexpr = first.dtype.element_ty == tl.float8e4nv
-    if PARTS == 2:
-        first = first.to(tl.pointer_type(tl.uint16))
-    dims = tl.arange(0, queries[0].shape[1])
-    mask = live[:, None] & (dims < WIDTH // PARTS)[None, :]
-    x = tl.load((first + row * (STRIDE // PARTS))[:, None] + dims[None, :], mask=mask, other=0)
-    parts = widened(x, FLOAT8) if PARTS == 2 else (x,)
-    return [part.to(queries[0].dtype) for part in parts]
+    PARTS: tl.constexpr = len(queries)
+    if PARTS == 1:
+        dims = tl.arange(0, queries[0].shape[1])
+        mask = live[:, None] & (dims < WIDTH)[None, :]
+        x = tl.load((first + row * STRIDE)[:, None] + dims[None, :], mask=mask, other=0.0)
+        return (x.to(queries[0].dtype),)
+    else:
+        parts = ()
+        pairs = first.to(tl.pointer_type(tl.uint16)) + row * (STRIDE // 2)
+        for part in tl.static_range(0, PARTS, 2):
+            dims = part // 2 * queries[0].shape[1] + tl.arange(0, queries[0].shape[1])
+            mask = live[:, None] & (dims < WIDTH // 2)[None, :]
+            parts = parts + widened(tl.load(pairs[:, None] + dims[None, :], mask=mask, other=0), FLOAT8)
+        return [part.to(queries[0].dtype) for part in parts]
 
 
 @triton.jit
 def products(queries, keys, scores):
-    """`scores` and the products of queries with keys, both in as many parts."""
+    """`scores` and the products of queries with keys: in two sums by turns, as a product waits for the last of its sum."""
+    other = tl.zeros(scores.shape, tl.float32)
     for part in tl.static_range(len(queries)):
-        scores = tl.dot(queries[part], tl.trans(keys[part]), scores, input_precision="ieee")
-    return scores
+        scores, other = other, tl.dot(queries[part], tl.trans(keys[part]), scores, input_precision="ieee")
+    return scores + other
 
 
 @triton.jit
 def accumulated(acc, weights, values, shrink):
     """Each part of the sums, shrunk, with the weighted values of that part."""
-    first = tl.dot(weights, values[0], acc[0] * shrink[:, None], input_precision="ieee")
-    if len(acc) == 1:
-        return (first,)
-    else:
-        return first, tl.dot(weights, values[1], acc[1] * shrink[:, None], input_precision="ieee")
+    sums = ()
+    for part in tl.static_range(len(acc)):
+        sums = sums + (tl.dot(weights, values[part], acc[part] * shrink[:, None], input_precision="ieee"),)
+    return sums
 
 
 @triton.jit
@@ -118,10 +129,10 @@ def attend_tiles(
     queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale,
     scores_out,
     PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
-    LATENT: tl.constexpr,
+    SCALE: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the tiles [tile, stop) of a head: running maximum, sum and weighted values."""
+    QUANTIZED: tl.constexpr = len(queries) > 1
     within = tl.arange(0, BLOCK)
     top = tl.full([queries[0].shape[0]], FLOOR, tl.float32)
     denominator = tl.zeros([queries[0].shape[0]], tl.float32)
@@ -211,7 +222,7 @@ def split_kv(
     acc_out, top_out, sum_out, scores_out, k_out, v_out,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
     WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr,
 ):  # fmt: skip
     """Attention over this program's share of the tiles, one split for each head that it touches.
@@ -238,12 +249,12 @@ def split_kv(
         span = tl.load(spans + head)
         stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
         q_rows = q + (head * G + rows) * (D + R)
-        queries = load_queries(q_rows, rows < G, D, D_PAD, QUANTIZED)
-        rest = load_queries(q_rows + D, rows < G, R, R_PAD, QUANTIZED)
+        queries = load_queries(q_rows, rows < G, D, D_PAD, PARTS)
+        rest = load_queries(q_rows + D, rows < G, R, R_PAD, min(PARTS, 2))
         new_slot = tl.load(new_slots + head) if WRITE else -1
         top, denominator, acc = attend_tiles(
             queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale,
-            v_scale, scores_out, PAGES, PAGE, G, D, R, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE, LATENT,
+            v_scale, scores_out, PAGES, PAGE, G, D, R, BLOCK, SCALE, ORDERED, SCORES, WRITE, LATENT,
         )  # fmt: skip
         if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
             # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
@@ -255,8 +266,8 @@ def split_kv(
         index = (program + head).to(tl.int64) * G + rows
         tl.store(top_out + index, top, mask=rows < G)
         tl.store(sum_out + index, denominator, mask=rows < G)
-        for part in tl.static_range(len(acc)):
-            dims = tl.arange(0, D_PAD // len(acc)) * len(acc) + part
+        for part in tl.static_range(PARTS):
+            dims = places(part, D_PAD, PARTS)
             mask = (rows < G)[:, None] & (dims < D)[None, :]
             tl.store(acc_out + index[:, None] * D + dims[None, :], acc[part], mask=mask)
         left -= stop - tile

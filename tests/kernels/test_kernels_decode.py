@@ -129,6 +129,7 @@ LATENT = {"G": 20, "D": 26, "U": 16}  # more query heads than a program holds
         ([[40], [17]], {**LATENT, "dtype": "bfloat16"}),
         ([[70], [97]], {**LATENT, "G": 70, "page": 64, "P": 2, "dtype": "bfloat16"}),  # 64 query heads to a program
         ([[40], [17]], {**LATENT, "pages": INT8}),
+        ([[40], [17]], {"G": 5, "D": 168, "U": 150, "pages": INT8, "dtype": "bfloat16"}),  # two pairs of parts
         ([[40], [17]], {**LATENT, "pages": FP8, "dtype": "bfloat16"}),
     ],
     ids=str,
