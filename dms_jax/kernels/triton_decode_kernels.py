@@ -101,7 +101,7 @@ def load_rows(first, row, live, queries, WIDTH: tl.constexpr, STRIDE: tl.constex
 
 @triton.jit
 def products(queries, keys, scores):
-    """`scores` and the products of queries with keys: in two sums by turns, as a product waits for the last of its sum."""
+    """`scores` and the products of queries with keys, in two sums by turns: a product waits for the last of its sum."""
     other = tl.zeros(scores.shape, tl.float32)
     for part in tl.static_range(len(queries)):
         scores, other = other, tl.dot(queries[part], tl.trans(keys[part]), scores, input_precision="ieee")
