@@ -14,6 +14,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from dms_jax.kernels import triton_decode_kernels
+
 TORCH_ONLY = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.int8, torch.float8_e4m3fn)}
 
 
@@ -29,6 +31,15 @@ def dot_with_bfloat16(self, a, b, *rest, interpreter_dot=InterpreterBuilder.crea
 
 
 InterpreterBuilder.create_dot = dot_with_bfloat16
+
+
+def widened_without_ptx(pairs, FLOAT8):
+    """The interpreter knows no PTX: what that of triton_decode_kernels does, in Triton."""
+    low, high = ((pairs >> shift).to(tl.uint8) for shift in (0, 8))
+    return tuple(x.to(tl.float8e4nv if FLOAT8 else tl.int8, bitcast=True).to(tl.float16) for x in (low, high))
+
+
+triton_decode_kernels.widened = widened_without_ptx
 
 
 def to_torch(array) -> torch.Tensor:
