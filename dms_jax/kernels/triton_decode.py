@@ -54,20 +54,21 @@ def latent_tiling(group: int, pages: Pages) -> Tiling:
     """Tiles of 64 tokens of 576 numbers (72 KB of bfloat16), one of them in flight while one is worked on.
 
     The queries lie in shared memory, and a program's sums, a row of U float32 numbers for each of its query heads, in
-    registers: two programs run on a multiprocessor. More query heads, quantized pages, which are widened in registers,
-    and small pages leave less for tiles, of which then two are in flight.
+    registers: two programs run on a multiprocessor. More query heads and small pages leave less for tiles, of which
+    then, as of quantized ones, two are in flight.
 
     On Hopper more than 16 query heads go 64 to a program, the fewest that its own tensor core instructions take, and
     with sums as wide as 512 it has the multiprocessor to itself.
     """
     few, (_, page, _), (*_, U), itemsize = group <= 16, pages.k.shape, pages.v.shape, pages.k.dtype.itemsize
-    large = itemsize == 2 and page % 64 == 0
-    if large and not few and hopper():
+    large = itemsize <= 2 and page % 64 == 0
+    if large and itemsize == 2 and not few and hopper():
         wide = U > 256
         return Tiling(64, 8 if wide else 4, 2, (1 if wide else 2) * multiprocessors() // -(-group // 64), 64)
     numbers = (32768 if large and few else 16384 if few else 8192) * 2 // max(itemsize, 2)
     block = min(max(numbers // power_of_two(U, 16), 16), 64)
-    return Tiling(block, 4, 2 if large and few else 3, 2 * multiprocessors(), 16 if few else 32)
+    stages = 2 if large and few and itemsize == 2 else 3
+    return Tiling(block, 4, stages, 2 * multiprocessors(), 16 if few else 32)
 
 
 def read_order(readable, lengths, page):
@@ -132,8 +133,7 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
     (B, H, D), (K, P), page, U = q.shape, pages.table.shape[-2:], pages.k.shape[1], pages.v.shape[2]
     G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
     f32, shape = jnp.float32, jax.ShapeDtypeStruct
-    (queries, factor), least = _queries(q, pages), 32 if quantized else 16
-    parts = max(power_of_two(U) // 64, 2) if quantized else 1  # of 64 numbers: more of them would not fit the registers
+    (queries, factor), parts = _queries(q, pages), 2 if quantized else 1
     k_new, v_new, slots = (unused(pages.k.dtype), unused(pages.k.dtype), unused()) if new is None else new
     splits, g_pad = tiles.programs + heads, min(power_of_two(G, 16), tiles.heads)
     pools = tuple(shape(x.shape if new and x.size else (1,), x.dtype) for x in (pages.k, pages.v))
@@ -151,8 +151,8 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
-        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, least), "PARTS": parts, "SCALE": factor},
-        **{"R": D - U, "R_PAD": power_of_two(D - U, least), "LATENT": pages.latent},
+        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, 16 * parts), "PARTS": parts, "SCALE": factor},
+        **{"R": D - U, "R_PAD": power_of_two(D - U, 16 * parts), "LATENT": pages.latent},
         **{"ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
         **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape},
     )

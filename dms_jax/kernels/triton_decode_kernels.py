@@ -74,9 +74,8 @@ def widened(pairs, FLOAT8: tl.constexpr):
 
 @triton.jit
 def places(part, PAD: tl.constexpr, PARTS: tl.constexpr):
-    """Where the numbers of a part lie in a row padded to PAD: there is one part, or pairs of even and odd places."""
-    within = tl.arange(0, PAD // PARTS)
-    return within if PARTS == 1 else (part // 2 * (PAD // PARTS) + within) * 2 + part % 2
+    """Where the numbers of a part lie in a row padded to PAD: there is one part, or those of even and of odd places."""
+    return tl.arange(0, PAD // PARTS) * PARTS + part
 
 
 @triton.jit
@@ -99,28 +98,21 @@ def load_rows(first, row, live, queries, WIDTH: tl.constexpr, STRIDE: tl.constex
     """
     FLOAT8: tl.constexpr = first.dtype.element_ty == tl.float8e4nv
     PARTS: tl.constexpr = len(queries)
-    if PARTS == 1:
-        dims = tl.arange(0, queries[0].shape[1])
-        mask = live[:, None] & (dims < WIDTH)[None, :]
-        x = tl.load((first + row * STRIDE)[:, None] + dims[None, :], mask=mask, other=0.0)
-        return (x.to(queries[0].dtype),)
-    else:
-        parts = ()
-        pairs = first.to(tl.pointer_type(tl.uint16)) + row * (STRIDE // 2)
-        for part in tl.static_range(0, PARTS, 2):
-            dims = part // 2 * queries[0].shape[1] + tl.arange(0, queries[0].shape[1])
-            mask = live[:, None] & (dims < WIDTH // 2)[None, :]
-            parts = parts + widened(tl.load(pairs[:, None] + dims[None, :], mask=mask, other=0), FLOAT8)
-        return [part.to(queries[0].dtype) for part in parts]
+    if PARTS == 2:
+        first = first.to(tl.pointer_type(tl.uint16))
+    dims = tl.arange(0, queries[0].shape[1])
+    mask = live[:, None] & (dims < WIDTH // PARTS)[None, :]
+    x = tl.load((first + row * (STRIDE // PARTS))[:, None] + dims[None, :], mask=mask, other=0)
+    parts = widened(x, FLOAT8) if PARTS == 2 else (x,)
+    return [part.to(queries[0].dtype) for part in parts]
 
 
 @triton.jit
 def products(queries, keys, scores):
-    """`scores` and the products of queries with keys, in two sums by turns: a product waits for the last of its sum."""
-    other = tl.zeros(scores.shape, tl.float32)
+    """`scores` and the products of queries with keys, both in as many parts."""
     for part in tl.static_range(len(queries)):
-        scores, other = other, tl.dot(queries[part], tl.trans(keys[part]), scores, input_precision="ieee")
-    return scores + other
+        scores = tl.dot(queries[part], tl.trans(keys[part]), scores, input_precision="ieee")
+    return scores
 
 
 @triton.jit
@@ -265,7 +257,7 @@ def split_kv(
         stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
         q_rows = q + (head * G + rows) * (D + R)
         queries = load_queries(q_rows, rows < G, D, D_PAD, PARTS)
-        rest = load_queries(q_rows + D, rows < G, R, R_PAD, min(PARTS, 2))
+        rest = load_queries(q_rows + D, rows < G, R, R_PAD, PARTS)
         new_slot = tl.load(new_slots + head) if WRITE else -1
         top, denominator, acc = attend_tiles(
             queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale,
