@@ -43,6 +43,11 @@ def multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
+def hopper() -> bool:
+    """Whether the GPU is an H100 or its like, as also assumed where it does not say."""
+    return getattr(jax.devices()[0], "compute_capability", "9.0") == "9.0"
+
+
 def launch(kernel, *arrays, out: tuple, grid: tuple, aliases: dict[int, int] | None = None, **options: Any) -> tuple:
     """Runs `kernel(*arrays, *outputs, **options)` over `grid`.
 

@@ -4,8 +4,6 @@ It takes the place of XLA's call, and is as strict: arrays, each output after th
 Outputs start as garbage (NaN, or a large number), as device memory does; an aliased output shares its input's buffer.
 """
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from dms_jax.kernels import launch
+from dms_jax.kernels import launch, triton_decode_kernels, triton_flash_kernels
 
 TORCH_ONLY = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.int8, torch.float8_e4m3fn)}
 
@@ -29,14 +27,17 @@ def dot_with_bfloat16(self, a, b, *rest, interpreter_dot=InterpreterBuilder.crea
     return interpreter_dot(self, widen(a), widen(b), *rest)
 
 
-def exp2(self, assembly, constraints, arguments, *rest):
-    """The one instruction that a kernel names."""
-    assert assembly == "ex2.approx.ftz.f32 $0, $1;"
-    return types.SimpleNamespace(get_result=lambda _: TensorHandle(np.exp2(arguments[0].data), tl.float32))
-
-
 InterpreterBuilder.create_dot = dot_with_bfloat16
-InterpreterBuilder.create_inline_asm = exp2
+
+
+def widened_without_ptx(pairs, FLOAT8):
+    """The interpreter knows no PTX: what that of triton_decode_kernels does, in Triton."""
+    low, high = ((pairs >> shift).to(tl.uint8) for shift in (0, 8))
+    return tuple(x.to(tl.float8e4nv if FLOAT8 else tl.int8, bitcast=True).to(tl.float16) for x in (low, high))
+
+
+triton_decode_kernels.widened = widened_without_ptx
+triton_flash_kernels.exp2 = lambda x: tl.exp2(x)  # noqa: PLW0108 (tl.exp2 changes while a kernel runs)
 
 
 def to_torch(array) -> torch.Tensor:

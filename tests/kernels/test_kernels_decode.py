@@ -124,7 +124,9 @@ LATENT = {"G": 20, "D": 26, "U": 16}  # more query heads than a program holds
         ([[45], [72]], {**LATENT, "page": 24}),  # pages that tiles straddle
         ([[45], [20]], {**LATENT, "U": 26}),  # the whole key
         ([[40], [17]], {**LATENT, "dtype": "bfloat16"}),
+        ([[70], [97]], {**LATENT, "G": 70, "page": 64, "P": 2, "dtype": "bfloat16"}),  # 64 query heads to a program
         ([[40], [17]], {**LATENT, "pages": INT8}),
+        ([[40], [17]], {"G": 5, "D": 168, "U": 150, "pages": INT8, "dtype": "bfloat16"}),  # two pairs of parts
         ([[40], [17]], {**LATENT, "pages": FP8, "dtype": "bfloat16"}),
     ],
     ids=str,
@@ -178,6 +180,19 @@ def test_half_precision(rng, few_programs, dtype, pages):
 def test_quantized_pages(rng, few_programs, dtype, pages):
     arrays = inputs(rng, [[40, 17]], dtype=dtype, pages=pages, D=20)
     compare(arrays, weights=True)
+
+
+@pytest.mark.parametrize("pages", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("q_factor, v_factor", [(1, 2**-30), (1, 2**30), (2**17, 1)])
+def test_quantized_pages_of_any_size(rng, few_programs, pages, q_factor, v_factor):
+    """The products are float16's, which ends at 65504 and 2**-24; some values are 0."""
+    q, pages = inputs(rng, [[40, 17]], dtype="bfloat16", pages=pages, D=20)
+    pages = pages._replace(v_scale=jnp.where(rng.random(pages.v_scale.shape) < 0.2, 0, pages.v_scale))
+    other = pages._replace(k_scale=pages.k_scale / q_factor, v_scale=pages.v_scale * v_factor)
+    want = kernels.paged_decode_attention(q, pages, implementation="reference")
+    got = kernels.paged_decode_attention(q * q_factor, other, implementation="triton")
+    close(got.out.astype(jnp.float32) / v_factor, want.out, TOLERANCE["bfloat16"])
+    close(got.lse, want.lse, 1e-4)
 
 
 @pytest.mark.parametrize("page, P", [(16, 6), (256, 2)])
@@ -292,6 +307,8 @@ def test_bad_arguments_are_named(rng):
             call(q, pages._replace(**change))
     with pytest.raises(ConfigError, match="readable="):
         call(q, pages, readable=jnp.ones((1, 2), bool))
+    with pytest.raises(ConfigError, match="D and U must be even"):
+        call(q[..., :9], pages._replace(k=pages.k[..., :9], v=pages.v[..., :9]))
     with pytest.raises(ConfigError, match="q=34: at most 16"):
         call(jnp.ones((1, 34, 10)), pages)
 
