@@ -77,9 +77,10 @@ def rng():
 @pytest.fixture
 def interpreted(monkeypatch):
     """implementation="triton" runs in Triton's interpreter."""
-    from scripts.benchmarks import interpreted_jax_triton
+    from dms_jax.kernels import launch
+    from scripts.benchmarks import interpreted_triton
 
-    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module())
+    monkeypatch.setattr(launch, "xla_call", interpreted_triton.call)
 
 
 @pytest.fixture(scope="session")

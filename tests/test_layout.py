@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dms_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-NEVER_AT_MODULE_LEVEL = {"torch", "jax_triton", "triton", "transformers", "datasets"}
+NEVER_AT_MODULE_LEVEL = {"torch", "triton", "transformers", "datasets"}
 
 
 def module_of(file: Path) -> str:
@@ -76,8 +76,8 @@ def test_heavy_libraries_stay_out(file):
 def test_the_rules_can_fail():
     assert ours("dms_jax.policies.base.Policy") == "policies.base" and ours("dms_jax.LM") == "" and ours("jax") is None
     assert "kernels.triton_decode" in KERNELS and "kernels.launch" not in KERNELS
-    tree = ast.parse("try:\n import torch\nexcept ImportError:\n import jax_triton\nif TYPE_CHECKING:\n import x")
-    assert {name for node in module_level(tree) for name in imports(node)} == {"torch", "jax_triton"}
+    tree = ast.parse("try:\n import torch\nexcept ImportError:\n import triton\nif TYPE_CHECKING:\n import x")
+    assert {name for node in module_level(tree) for name in imports(node)} == {"torch", "triton"}
 
 
 IMPORT = """
@@ -85,7 +85,7 @@ import sys, time
 start = time.perf_counter()
 import dms_jax
 took = time.perf_counter() - start
-HEAVY = {"torch", "jax_triton", "triton", "transformers", "tensorflow", "gguf", "huggingface_hub"}
+HEAVY = {"torch", "triton", "transformers", "tensorflow", "gguf", "huggingface_hub"}
 heavy = lambda: sorted(HEAVY & set(sys.modules))
 assert not heavy(), heavy()
 assert took < 2, took
@@ -103,5 +103,5 @@ else:
 
 
 def test_import_is_quick_and_light():
-    """In a fresh process: under 2 s, and no torch or jax_triton, also after touching generate and load."""
+    """In a fresh process: under 2 s, and no torch or triton, also after touching generate and load."""
     subprocess.run([sys.executable, "-c", IMPORT], check=True, cwd=ROOT)

@@ -322,9 +322,11 @@ def compiled_chunk(few: bool):
 
     On a GPU XLA may make one product of several that share an operand, reading their kernels as if they were one. For
     few rows q, k and v, and gate and up, are to be joined so, up to 256 MB; for many, nothing: it would keep XLA from
-    the libraries' faster products. This goes before what XLA_FLAGS says of that threshold.
+    the libraries' faster products. Nor is a product with a single row to become a sum of products, which takes several
+    kernels. These go before what XLA_FLAGS says.
     """
-    options = {"xla_gpu_dot_merger_threshold_mb": 256 if few else 0} if jax.default_backend() == "gpu" else None
+    options = {"xla_gpu_dot_merger_threshold_mb": 256 if few else 0, "xla_disable_hlo_passes": "dot-strength-reduction"}
+    options = options if jax.default_backend() == "gpu" else None
     return jax.jit(
         _chunk, static_argnames=("spec", "steps", "batch"), donate_argnames=("state",), compiler_options=options
     )

@@ -60,7 +60,10 @@ class Pages(NamedTuple):
         require(same and own, "pages.k, pages.v", shapes, expected)
         known = dtypes[0] == dtypes[1] and dtypes[0] in PAGE_DTYPES
         require(known, "pages.k, pages.v", dtypes, f"expected one dtype of {PAGE_DTYPES}")
-        wanted = shapes[0][:2] if dtypes[0] in QUANTIZED else None
+        quantized = dtypes[0] in QUANTIZED
+        even = not quantized or shapes[0][2] % 2 == shapes[1][2] % 2 == 0
+        require(even, "pages.k, pages.v", shapes, "D and U must be even: quantized numbers are read in pairs")
+        wanted = shapes[0][:2] if quantized else None
         for name, scale in (("pages.k_scale", self.k_scale), ("pages.v_scale", self.v_scale)):
             shape = None if scale is None else scale.shape
             require(shape == wanted, name, shape, f"expected {wanted} for pages of {dtypes[0]}")

@@ -1,4 +1,4 @@
-"""Paged decode attention in Triton. Imported only inside the functions that launch it (it needs triton).
+"""Paged decode attention in Triton. Imported only where it is launched.
 
 The live tokens of all heads, laid end to end in tiles, are shared out evenly over a fixed number of
 programs; a program may hold a part of one head or several heads. With tiles of 5 heads and 3 programs:
@@ -19,16 +19,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import triton
-import triton.language as tl
 
-from dms_jax.kernels.launch import LN2, LOG2E, launch, multiprocessors, power_of_two, unused
+from dms_jax.kernels import triton_decode_kernels
+from dms_jax.kernels.launch import LN2, LOG2E, hopper, launch, multiprocessors, power_of_two, unused
 from dms_jax.kernels.reference import DecodeAttention, Pages
-
-# A dead slot's score, and where the running maximum starts: finite, so that no inf - inf arises, and so far apart
-# that a dead slot's weight is exactly 0 even in a tile without a live one.
-DEAD = tl.constexpr(-1e30)
-FLOOR = tl.constexpr(-1e29)
 
 
 class Tiling(NamedTuple):
@@ -46,262 +40,35 @@ class Tiling(NamedTuple):
 
 
 def tiling(head_dim: int, itemsize: int) -> Tiling:
-    """Tiles of 16 KB of keys, of quantized keys 8 KB, two of them in flight.
+    """Tiles of 16 KB of keys, two of them in flight, or of quantized keys 8 KB, three of them.
 
-    With as many values that is 64 KB a program, or 32 KB of quantized ones, and at least two run on a multiprocessor at
-    a time, within the registers and the shared memory of an A100. A third share for each evens out the end.
+    With as many values that is 64 KB a program, or 48 KB of quantized ones, and at least two run on a multiprocessor at
+    a time, within the registers and the shared memory of an A100. A third share for each evens out the end; quantized
+    pages take half the time, and more programs to begin and to merge would cost more than that.
     """
     block = min(max(16384 // (power_of_two(head_dim, 16) * max(itemsize, 2)), 16), 128)
-    return Tiling(block)
+    return Tiling(block) if itemsize > 1 else Tiling(block, num_stages=4, programs=2 * multiprocessors())
 
 
 def latent_tiling(group: int, pages: Pages) -> Tiling:
     """Tiles of 64 tokens of 576 numbers (72 KB of bfloat16), one of them in flight while one is worked on.
 
     The queries lie in shared memory, and a program's sums, a row of U float32 numbers for each of its query heads, in
-    registers: two programs run on a multiprocessor. More query heads, quantized pages, which are widened in registers,
-    and small pages leave less for tiles, of which then two are in flight.
+    registers: two programs run on a multiprocessor. More query heads and small pages leave less for tiles, of which
+    then, as of quantized ones, two are in flight.
+
+    On Hopper more than 16 query heads go 64 to a program, the fewest that its own tensor core instructions take, and
+    with sums as wide as 512 it has the multiprocessor to itself.
     """
-    few, (_, page, _), itemsize = group <= 16, pages.k.shape, pages.k.dtype.itemsize
-    large = few and itemsize == 2 and page % 64 == 0
-    numbers = (32768 if large else 16384 if few else 8192) * 2 // max(itemsize, 2)
-    block = min(max(numbers // power_of_two(pages.v.shape[2], 16), 16), 64)
-    return Tiling(block, 4, 2 if large else 3, 2 * multiprocessors(), 16 if few else 32)
-
-
-@triton.jit
-def pages_of(
-    table, order, head, t, span, within,
-    PAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr,
-):  # fmt: skip
-    """Index in the head's table, and id in the pool, of the pages under tile t: scalars where it lies in one page."""
-    if PAGE % BLOCK == 0:
-        page = tl.minimum(t * BLOCK // PAGE, PAGES - 1)  # t may be one past the last tile
-        if ORDERED:
-            page = tl.load(order + head * PAGES + page)
-        page_id = tl.load(table + head * PAGES + page)
-    else:
-        walked = t * BLOCK + within
-        page = walked // PAGE
-        if ORDERED:
-            page = tl.load(order + head * PAGES + page, mask=walked < span, other=PAGES)
-        page_id = tl.load(table + head * PAGES + page, mask=(walked < span) & (page < PAGES), other=0)
-    return page, page_id
-
-
-@triton.jit
-def share_of(tile_ends, program, programs, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr):
-    """A program's share of the tiles: the head that its first tile lies in, which tile of that head, and how many."""
-    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
-    start = (program * total // programs).to(tl.int32)
-    count = ((program + 1) * total // programs).to(tl.int32) - start
-    all_heads = tl.arange(0, HEADS_PAD)
-    before = tl.load(tile_ends + all_heads, mask=all_heads < HEADS, other=2147483647)
-    head = tl.sum((before <= start).to(tl.int32), 0)
-    return head, start - tl.max(tl.where(before <= start, before, 0), 0), count
-
-
-@triton.jit
-def load_rows(first, row, live, queries, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
-    """WIDTH numbers of each row from `first` on, STRIDE apart, padded as the queries are and in their dtype."""
-    dims = tl.arange(0, queries.shape[1])
-    mask = live[:, None] & (dims < WIDTH)[None, :]
-    x = tl.load((first + row * STRIDE)[:, None] + dims[None, :], mask=mask, other=0.0)
-    return (x.to(tl.float32) if x.dtype == tl.int8 else x).to(queries.dtype)  # int8 to bfloat16 is exact
-
-
-@triton.jit
-def attend_tiles(
-    queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale, v_scale,
-    scores_out,
-    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr, WRITE: tl.constexpr,
-    LATENT: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over the tiles [tile, stop) of a head: running maximum, sum and weighted values."""
-    within = tl.arange(0, BLOCK)
-    top = tl.full([queries.shape[0]], FLOOR, tl.float32)
-    denominator = tl.zeros([queries.shape[0]], tl.float32)
-    acc = tl.zeros(queries.shape, tl.float32)
-    page, page_id = pages_of(table, order, head, tile, span, within, PAGES, PAGE, BLOCK, ORDERED)
-    for t in range(tile, stop):
-        offset = t * BLOCK % PAGE + within
-        if PAGE % BLOCK != 0:
-            offset = (t * BLOCK + within) % PAGE
-        slot = page * PAGE + offset
-        live = slot < length
-        row = page_id.to(tl.int64) * PAGE + offset
-        # The next tile's page ids are asked for a step ahead: loads that wait for loads would not be pipelined.
-        page, page_id = pages_of(table, order, head, t + 1, span, within, PAGES, PAGE, BLOCK, ORDERED)
-        if WRITE:  # the new token is read from k_new
-            live = live & (slot != new_slot)
-        keys = load_rows(k_pages, row, live, queries, D, D + R)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if QUANTIZED:
-            scores *= tl.load((v_scale if LATENT else k_scale) + row, mask=live, other=0.0)[None, :]
-        if R > 0:
-            turned = load_rows(k_pages + D, row, live, rest, R, D + R)
-            if QUANTIZED:
-                own = tl.dot(rest, tl.trans(turned), input_precision="ieee")
-                scores += own * tl.load(k_scale + row, mask=live, other=0.0)[None, :]
-            else:
-                scores = tl.dot(rest, tl.trans(turned), scores, input_precision="ieee")
-        scores *= SCALE
-        scores = tl.where(live[None, :], scores, DEAD)
-        if SCORES:
-            target = scores_out + (head * G + rows).to(tl.int64)[:, None] * (PAGES * PAGE) + slot[None, :]
-            tl.store(target, scores, mask=(rows < G)[:, None] & live[None, :])
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        denominator = denominator * shrink + tl.sum(weights, 1)
-        values = keys if LATENT else load_rows(v_pages, row, live, queries, D, D)
-        if QUANTIZED:
-            weights *= tl.load(v_scale + row, mask=live, other=0.0)[None, :]
-        acc = tl.dot(weights.to(queries.dtype), values, acc * shrink[:, None], input_precision="ieee")
-        top = higher
-    return top, denominator, acc
-
-
-@triton.jit
-def write_and_attend(
-    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out, scores_out,
-    PAGES: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr,
-    SCORES: tl.constexpr, LATENT: tl.constexpr,
-):  # fmt: skip
-    """Writes a head's new key and value to their slot, and adds them to the online softmax.
-
-    Programs of other query heads of the same KV head write the same.
-    """
-    dims = tl.arange(0, queries.shape[1])
-    row = tl.load(table + head * PAGES + new_slot // PAGE).to(tl.int64) * PAGE + new_slot % PAGE
-    key = tl.load(k_new + head * (D + R) + dims, mask=dims < D, other=0.0).to(k_out.dtype.element_ty)
-    tl.store(k_out + row * (D + R) + dims, key, mask=dims < D)
-    score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1)
-    if R > 0:
-        more = tl.arange(0, rest.shape[1])
-        turned = tl.load(k_new + head * (D + R) + D + more, mask=more < R, other=0.0).to(k_out.dtype.element_ty)
-        tl.store(k_out + row * (D + R) + D + more, turned, mask=more < R)
-        score += tl.sum(rest.to(tl.float32) * turned.to(tl.float32)[None, :], 1)
-    score *= SCALE
-    if LATENT:
-        value = key
-    else:
-        value = tl.load(v_new + head * D + dims, mask=dims < D, other=0.0).to(v_out.dtype.element_ty)
-        tl.store(v_out + row * D + dims, value, mask=dims < D)
-    if SCORES:
-        target = scores_out + (head * G + rows).to(tl.int64) * (PAGES * PAGE) + new_slot
-        tl.store(target, score, mask=rows < G)
-    higher = tl.maximum(top, score)
-    weight = tl.exp2(score - higher)
-    shrink = tl.exp2(top - higher)
-    acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-    return higher, denominator * shrink + weight, acc
-
-
-@triton.jit
-def split_kv(
-    q, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, k_new, v_new, new_slots, first,
-    acc_out, top_out, sum_out, scores_out, k_out, v_out,
-    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
-    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, SCALE: tl.constexpr, QUANTIZED: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
-    WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr,
-):  # fmt: skip
-    """Attention over this program's share of the tiles, one split for each head that it touches.
-
-    "head" is a KV head of a sequence, `b * K + k`; table, lengths, spans and tile_ends hold those of all layers, this
-    layer's from `first` on, and so does new_slots with SLOTS_OF_ALL. `spans` is how many tokens of a head are walked
-    over: its length, or with ORDERED the whole pages that `order` lists. `tile_ends` counts the tiles up to each head's
-    last. A value has D numbers, a key D + R.
-    """
-    program = tl.program_id(1)
-    table += first * PAGES
-    lengths += first
-    spans += first
-    tile_ends += first
-    if SLOTS_OF_ALL:
-        new_slots += first
-    head, tile, left = share_of(tile_ends, program, tl.num_programs(1), HEADS, HEADS_PAD)
-    if WRITE:  # an aliased pool is at hand as the output
-        k_pages = k_out
-        v_pages = v_out
-    rows = tl.program_id(0) * G_PAD + tl.arange(0, G_PAD)
-    dims = tl.arange(0, D_PAD)
-    more = tl.arange(0, R_PAD)
-    q_mask = (rows < G)[:, None] & (dims < D)[None, :]
-    while left > 0:
-        length = tl.load(lengths + head)
-        span = tl.load(spans + head)
-        stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
-        q_rows = (q + (head * G + rows) * (D + R))[:, None]
-        queries = tl.load(q_rows + dims[None, :], mask=q_mask, other=0.0)
-        rest = tl.load(q_rows + D + more[None, :], mask=(rows < G)[:, None] & (more < R)[None, :], other=0.0)
-        new_slot = tl.load(new_slots + head) if WRITE else -1
-        top, denominator, acc = attend_tiles(
-            queries, rest, rows, head, tile, stop, length, span, new_slot, k_pages, v_pages, table, order, k_scale,
-            v_scale, scores_out, PAGES, PAGE, G, D, R, BLOCK, SCALE, QUANTIZED, ORDERED, SCORES, WRITE, LATENT,
-        )  # fmt: skip
-        if WRITE:  # noqa: SIM102 (known when compiled; what follows is not)
-            # The tiles are shared out, so the program whose tile holds the slot is the only one to write it.
-            if (new_slot >= tile * BLOCK) & (new_slot < stop * BLOCK) & (new_slot < length):
-                top, denominator, acc = write_and_attend(
-                    top, denominator, acc, queries, rest, rows, head, new_slot, k_new, v_new, table, k_out, v_out,
-                    scores_out, PAGES, PAGE, G, D, R, SCALE, SCORES, LATENT,
-                )  # fmt: skip
-        index = (program + head).to(tl.int64) * G + rows
-        tl.store(top_out + index, top, mask=rows < G)
-        tl.store(sum_out + index, denominator, mask=rows < G)
-        tl.store(acc_out + index[:, None] * D + dims[None, :], acc, mask=q_mask)
-        left -= stop - tile
-        tile = 0
-        head += 1
-
-
-@triton.jit
-def merge_splits(
-    acc_in, top_in, sum_in, tile_ends, first,
-    out, lse,
-    HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
-):  # fmt: skip
-    """Merges the splits of one query head. Those of a head lie side by side, at index program + head."""
-    head = tl.program_id(0)
-    g = tl.program_id(1)
-    total = tl.load(tile_ends + first + HEADS - 1).to(tl.int64)
-    before = tl.load(tile_ends + first + head - 1, mask=head > 0, other=0).to(tl.int64)
-    after = tl.load(tile_ends + first + head).to(tl.int64)
-    # Tile t belongs to the program w with w * total // PROGRAMS <= t < (w + 1) * total // PROGRAMS.
-    first_program = ((before + 1) * PROGRAMS - 1) // tl.maximum(total, 1)
-    last = (after * PROGRAMS - 1) // tl.maximum(total, 1)
-    count = tl.where(after > before, last - first_program + 1, 0).to(tl.int32)
-
-    dims = tl.arange(0, D_PAD)
-    within = tl.arange(0, CHUNK)
-    top = tl.full([], FLOOR, tl.float32)
-    denominator = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([D_PAD], tl.float32)
-    for done in range(0, count, CHUNK):
-        program = first_program + done + within
-        # With fewer tiles than programs some programs have none, and wrote nothing.
-        busy = program * total // PROGRAMS < (program + 1) * total // PROGRAMS
-        valid = (done + within < count) & busy
-        index = (program + head) * G + g
-        tops = tl.load(top_in + index, mask=valid, other=DEAD)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        factors = tl.exp2(tops - higher)
-        shrink = tl.exp2(top - higher)
-        sums = tl.load(sum_in + index, mask=valid, other=0.0)
-        mask = valid[:, None] & (dims < D)[None, :]
-        accs = tl.load(acc_in + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
-        denominator = denominator * shrink + tl.sum(sums * factors, 0)
-        acc = acc * shrink + tl.sum(accs * factors[:, None], 0)
-        top = higher
-    empty = denominator == 0
-    acc = acc / tl.where(empty, 1.0, denominator)
-    tl.store(out + (head * G + g).to(tl.int64) * D + dims, acc.to(out.dtype.element_ty), mask=dims < D)
-    log = (top + tl.log2(tl.where(empty, 1.0, denominator))) * LN2
-    tl.store(lse + head * G + g, tl.where(empty, float("-inf"), log))
+    few, (_, page, _), (*_, U), itemsize = group <= 16, pages.k.shape, pages.v.shape, pages.k.dtype.itemsize
+    large = itemsize <= 2 and page % 64 == 0
+    if large and itemsize == 2 and not few and hopper():
+        wide = U > 256
+        return Tiling(64, 8 if wide else 4, 2, (1 if wide else 2) * multiprocessors() // -(-group // 64), 64)
+    numbers = (32768 if large and few else 16384 if few else 8192) * 2 // max(itemsize, 2)
+    block = min(max(numbers // power_of_two(U, 16), 16), 64)
+    stages = 2 if large and few and itemsize == 2 else 3
+    return Tiling(block, 4, stages, 2 * multiprocessors(), 16 if few else 32)
 
 
 def read_order(readable, lengths, page):
@@ -321,7 +88,7 @@ class _Work(NamedTuple):
     spans: jax.Array
     tile_ends: jax.Array
     order: jax.Array | None
-    first: int
+    first: jax.Array
     tiles: Tiling
 
 
@@ -339,7 +106,7 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
     # Of all layers, so that XLA makes it once in a step.
     tile_ends = jnp.cumsum(-(-spans.reshape(-1, B * K) // tiles.block), axis=1, dtype=jnp.int32)
-    work = _Work(spans, tile_ends, order, (layer or 0) * B * K, tiles)
+    work = _Work(spans, tile_ends, order, jnp.full(1, (layer or 0) * B * K, jnp.int32), tiles)
     *splits, scores, k, v = _split(q, pages, work, weights, new)
     out, lse = _merge(q, splits, work)
     by_slot = _weights(scores, lse, own, readable, page) if weights else None
@@ -348,33 +115,48 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     return DecodeAttention(out, lse, by_slot), pages._replace(k=k) if pages.latent else pages._replace(k=k, v=v)
 
 
+def _queries(q, pages: Pages):
+    """The queries in the dtype of the products, and the factor of their products with keys.
+
+    Quantized pages are multiplied in float16, which holds their numbers exactly; queries up to 2**23 fit it so.
+    """
+    factor = q.shape[2] ** -0.5 * LOG2E
+    if pages.k_scale is None:
+        return q.astype(jnp.promote_types(q.dtype, pages.k.dtype)), factor
+    if q.dtype == jnp.float32:
+        return q, factor
+    return (q * 2**-8).astype(jnp.float16), factor * 2**8
+
+
 def _split(q, pages: Pages, work: _Work, weights: bool, new):
     """Launches split_kv: weighted values, maximum and sum of each split; scores; the pools."""
     (B, H, D), (K, P), page, U = q.shape, pages.table.shape[-2:], pages.k.shape[1], pages.v.shape[2]
     G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
     f32, shape = jnp.float32, jax.ShapeDtypeStruct
-    compute = q.dtype if quantized else jnp.promote_types(q.dtype, pages.k.dtype)
-    k_new, v_new, slots = (unused(pages.k.dtype), unused(pages.k.dtype), unused()) if new is None else new
+    (queries, factor), parts = _queries(q, pages), 2 if quantized else 1
+    *made, slots = new or (unused(),)
+    inputs = [queries, *(x.astype(queries.dtype) for x in made[: 1 if pages.latent else 2])]
     splits, g_pad = tiles.programs + heads, min(power_of_two(G, 16), tiles.heads)
     pools = tuple(shape(x.shape if new and x.size else (1,), x.dtype) for x in (pages.k, pages.v))
     scores = shape((B, K, G, P * page) if weights else (1,), f32)
     return launch(
-        split_kv,
-        *(q.astype(compute), pages.k, unused(pages.v.dtype) if pages.latent else pages.v),
+        triton_decode_kernels.split_kv,
+        # In one array, which XLA makes with one kernel.
+        *(jnp.concatenate(inputs, axis=1), pages.k, unused(pages.v.dtype) if pages.latent else pages.v),
         *(pages.table, pages.lengths, work.spans, work.tile_ends),
         *(unused() if work.order is None else work.order,),
         *(unused(f32) if scale is None else scale for scale in (pages.k_scale, pages.v_scale)),
-        *(k_new, v_new, slots, work.first),
+        *(slots, work.first),
         out=(shape((splits, G, U), f32), shape((splits, G), f32), shape((splits, G), f32), scores, *pools),
         grid=(-(-G // g_pad), tiles.programs),
         aliases={} if not new else {1: 4} if pages.latent else {1: 4, 2: 5},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
-        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, 16), "SCALE": D**-0.5 * LOG2E},
-        **{"R": D - U, "R_PAD": power_of_two(D - U, 16), "LATENT": pages.latent},
-        **{"QUANTIZED": quantized, "ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
-        **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape},
+        **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "K": K, "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
+        **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, 16 * parts), "PARTS": parts, "SCALE": factor},
+        **{"R": D - U, "R_PAD": power_of_two(D - U, 16 * parts), "LATENT": pages.latent},
+        **{"ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
+        **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape, "LAYERS": work.spans.size // heads},
     )
 
 
@@ -383,14 +165,14 @@ def _merge(q, splits, work: _Work):
     (B, H, _), (_, G, U) = q.shape, splits[0].shape
     heads = B * H // G
     return launch(
-        merge_splits,
+        triton_decode_kernels.merge_splits,
         *(*splits, work.tile_ends, work.first),
         out=(jax.ShapeDtypeStruct((B, H, U), q.dtype), jax.ShapeDtypeStruct((B, H), jnp.float32)),
         grid=(heads, G),
         num_warps=1,
         num_stages=2,
         **{"HEADS": heads, "G": G, "D": U, "D_PAD": power_of_two(U, 16)},
-        **{"PROGRAMS": work.tiles.programs, "CHUNK": 8, "LN2": LN2},
+        **{"PROGRAMS": work.tiles.programs, "CHUNK": 8 if U > 128 else 16, "LN2": LN2},
     )
 
 

@@ -15,6 +15,12 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
+def exp2(x):
+    """`tl.exp2` in one instruction, which makes tiny results 0. XLA's takes four."""
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def classify(
     q_low, q_high, q_seg_low, q_seg_high, k_low, k_high, k_seg_low, k_seg_high, k_first, k_kept,
     WINDOW: tl.constexpr, HARD: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -77,16 +83,16 @@ def load_rows(base, rows, dims, limit, STRIDE: tl.constexpr, D: tl.constexpr, MA
 
 
 @triton.jit
-def masked_scores(scores, distance, bias, there, WINDOW: tl.constexpr):
+def masked_scores(products, distance, bias, there, SCALE: tl.constexpr, WINDOW: tl.constexpr):
     """Base-2 scores with the delayed bias, DEAD where the key is not seen; and where the bias was added."""
     far = distance > WINDOW
-    return tl.where(there & (distance >= 0), scores + tl.where(far, bias, 0.0), DEAD), far
+    return tl.where(there & (distance >= 0), tl.fma(products, SCALE, tl.where(far, bias, 0.0)), DEAD), far
 
 
 @triton.jit
 def biased(
-    scores, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg,
-    S: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    products, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg,
+    S: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores `[BM, BN]` of the keys `cols`, masked; where plain, log_keep_prob times far_share (0 or 1) is added."""
     if MASKED:
@@ -95,9 +101,10 @@ def biased(
         there = (k_pos >= 0)[None, :]
         if SEGMENTS:
             there = there & (q_seg[:, None] == tl.load(key_seg + cols, mask=cols < S, other=0)[None, :])
-        scores, _far = masked_scores(scores, q_pos[:, None] - k_pos[None, :], bias[None, :], there, WINDOW)
+        distance = q_pos[:, None] - k_pos[None, :]
+        scores, _far = masked_scores(products, distance, bias[None, :], there, SCALE, WINDOW)
     else:
-        scores += (tl.load(log_keep_prob + cols) * (LOG2E * far_share))[None, :]
+        scores = tl.fma(products, SCALE, (tl.load(log_keep_prob + cols) * (LOG2E * far_share))[None, :])
     return scores
 
 
@@ -116,13 +123,13 @@ def forward_tiles(
         cols = (first_tile + lane) * BN + tl.arange(0, BN)
         keys = load_rows(k, cols, dims, S, STRIDE, D, MASKED)
         far_share = ((fars >> lane) & 1).to(tl.float32)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+        products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         scores = biased(
-            scores, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg, S, WINDOW, SEGMENTS, MASKED
+            products, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg, S, SCALE, WINDOW, SEGMENTS, MASKED
         )
         higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
+        weights = exp2(scores - higher[:, None])
+        shrink = exp2(top - higher)
         denominator = denominator * shrink + tl.sum(weights, 1)
         values = load_rows(v, cols, dims, S, STRIDE, D, MASKED)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -199,7 +206,7 @@ def key_gradient_tiles(
         rows = (first_tile + lane) * BM + tl.arange(0, BM)
         inside = rows < T
         queries = load_rows(q + g * D, rows, dims, T, STRIDE, D, T % BM != 0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * SCALE
+        products = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         far_share = ((fars >> lane) & 1).to(tl.float32)
         far = tl.full([1, 1], 1, tl.int1)
         if MASKED:
@@ -207,10 +214,10 @@ def key_gradient_tiles(
             there = (k_pos >= 0)[:, None]
             if SEGMENTS:
                 there = there & (tl.load(query_seg + rows, mask=inside, other=0)[None, :] == k_seg[:, None])
-            scores, far = masked_scores(scores, distance, bias[:, None], there, WINDOW)
+            scores, far = masked_scores(products, distance, bias[:, None], there, SCALE, WINDOW)
         else:
-            scores += (bias * far_share)[:, None]
-        weights = tl.exp2(scores - tl.load(lse + g * T + rows, mask=inside, other=NOTHING_SEEN)[None, :])
+            scores = tl.fma(products, SCALE, (bias * far_share)[:, None])
+        weights = exp2(scores - tl.load(lse + g * T + rows, mask=inside, other=NOTHING_SEEN)[None, :])
         douts = load_rows(dout + g * D, rows, dims, T, STRIDE, D, T % BM != 0)
         dv = tl.dot(weights.to(douts.dtype), douts, dv, input_precision="ieee")
         dscores = tl.dot(values, tl.trans(douts), input_precision="ieee")
@@ -300,11 +307,11 @@ def query_gradient_tiles(
         cols = (first_tile + lane) * BN + tl.arange(0, BN)
         keys = load_rows(k, cols, dims, S, STRIDE, D, MASKED)
         far_share = ((fars >> lane) & 1).to(tl.float32)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+        products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         scores = biased(
-            scores, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg, S, WINDOW, SEGMENTS, MASKED
+            products, cols, far_share, q_pos, q_seg, key_pos, log_keep_prob, key_seg, S, SCALE, WINDOW, SEGMENTS, MASKED
         )
-        weights = tl.exp2(scores - lse[:, None])
+        weights = exp2(scores - lse[:, None])
         values = load_rows(v, cols, dims, S, STRIDE, D, MASKED)
         dscores = weights * (tl.dot(douts, tl.trans(values), input_precision="ieee") - delta[:, None])
         dq = tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="ieee")

@@ -98,7 +98,7 @@ def about_this_run() -> dict:
         except PackageNotFoundError:
             return None
 
-    packages = ("jax", "jaxlib", "jax-triton", "triton", "torch", "dms_jax")
+    packages = ("jax", "jaxlib", "triton", "torch", "dms_jax")
     return {
         "device": jax.devices()[0].device_kind,
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -372,9 +372,9 @@ def on_gpu(record: Record, settings: Settings) -> None:
 def in_the_interpreter(record: Record, settings: Settings) -> None:
     """The comparisons of --check on shapes that the interpreter can do."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from scripts.benchmarks import interpreted_jax_triton
+    from scripts.benchmarks import interpreted_triton
 
-    interpreted_jax_triton.install()
+    interpreted_triton.install()
     for dtype in ("float32", "bfloat16"):
         for kind, found in (("decode", cases.tiny_decode), ("latent", cases.tiny_latent)):
             for case in found() if kind in settings.kernels else []:

@@ -8,9 +8,7 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dms_jax import kernels
+from dms_jax.kernels import launch as launching
 
 # H, K, D, U; with U < D there is no kernel of flash attention
 SHAPES = {
@@ -36,15 +35,6 @@ SHAPES = {
 }
 QUANTIZED = ("Qwen3-8B", "Youtu-LLM-2B")  # whose pages are also compiled in fewer bits
 ARCHS = (80, 90)  # A100; H100 and H200
-TYPES = {
-    "int": "i32",
-    "bfloat16": "*bf16",
-    "float16": "*fp16",
-    "float32": "*fp32",
-    "int32": "*i32",
-    "int8": "*i8",
-    "float8_e4m3fn": "*fp8e4nv",
-}
 
 
 @dataclass(frozen=True)
@@ -66,22 +56,15 @@ def traced_launches(call, *shapes) -> list[tuple]:
     """`(kernel, dtypes, options)` of every launch that `call` makes, found by tracing it with a stand-in."""
     launches = []
 
-    def triton_call(*arrays, kernel, out_shape, grid, input_output_aliases, **options):
-        launches.append(
-            (kernel, ["int" if isinstance(x, int) else str(x.dtype) for x in (*arrays, *out_shape)], options)
-        )
-        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+    def record(kernel, arrays, out, grid, aliases, options):
+        launches.append((kernel, [str(x.dtype) for x in (*arrays, *out)], options))
+        return [jnp.zeros(x.shape, x.dtype) for x in out]
 
-    stand_in = types.ModuleType("jax_triton")
-    stand_in.triton_call = triton_call
-    before = sys.modules.get("jax_triton")
-    sys.modules["jax_triton"] = stand_in
+    before, launching.xla_call = launching.xla_call, record
     try:
         jax.eval_shape(call, *shapes)
     finally:
-        del sys.modules["jax_triton"]
-        if before is not None:
-            sys.modules["jax_triton"] = before
+        launching.xla_call = before
     return launches
 
 
@@ -120,16 +103,16 @@ def flash_launches(shape: tuple[int, ...], context: int, backward: bool) -> list
 
 
 def resources(kernel, dtypes: list[str], options: dict, arch: int) -> dict:
-    """Compiles one launch as jax-triton does (every pointer aligned to 16 bytes) and reads the result."""
+    """Compiles one launch with Triton's own compiler (every pointer aligned to 16 bytes) and reads the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     options = dict(options)
     build = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    pointers = {name: TYPES[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
+    pointers = {name: launching.POINTERS[dtype] for name, dtype in zip(kernel.arg_names, dtypes, strict=False)}
     signature = pointers | dict.fromkeys(options, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(pointers.values()) if kind.startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
     source = ASTSource(kernel, signature=signature, constexprs=options, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=build)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -146,7 +146,9 @@ def test_products_are_joined_for_few_rows_only(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "jit", lambda f, **options: options["compiler_options"])
     for few in (True, False):
-        made[few] = decode.compiled_chunk.__wrapped__(few)["xla_gpu_dot_merger_threshold_mb"]
+        options = decode.compiled_chunk.__wrapped__(few)
+        made[few] = options.pop("xla_gpu_dot_merger_threshold_mb")
+        assert options == {"xla_disable_hlo_passes": "dot-strength-reduction"}
     assert made == {True: 256, False: 0}
 
     def program(few):

@@ -1,7 +1,5 @@
 """Paged decode attention: the Triton kernel, in the interpreter, against the jnp reference, and that against loops."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 from dms_jax import kernels
 from dms_jax.config import ConfigError
 from dms_jax.kernels import Pages, quant, reference
-from scripts.benchmarks import interpreted_jax_triton
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}  # relative to the largest value
@@ -127,7 +124,9 @@ LATENT = {"G": 20, "D": 26, "U": 16}  # more query heads than a program holds
         ([[45], [72]], {**LATENT, "page": 24}),  # pages that tiles straddle
         ([[45], [20]], {**LATENT, "U": 26}),  # the whole key
         ([[40], [17]], {**LATENT, "dtype": "bfloat16"}),
+        ([[70], [97]], {**LATENT, "G": 70, "page": 64, "P": 2, "dtype": "bfloat16"}),  # 64 query heads to a program
         ([[40], [17]], {**LATENT, "pages": INT8}),
+        ([[40], [17]], {"G": 5, "D": 168, "U": 150, "pages": INT8, "dtype": "bfloat16"}),  # two pairs of parts
         ([[40], [17]], {**LATENT, "pages": FP8, "dtype": "bfloat16"}),
     ],
     ids=str,
@@ -183,6 +182,19 @@ def test_quantized_pages(rng, few_programs, dtype, pages):
     compare(arrays, weights=True)
 
 
+@pytest.mark.parametrize("pages", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("q_factor, v_factor", [(1, 2**-30), (1, 2**30), (2**17, 1)])
+def test_quantized_pages_of_any_size(rng, few_programs, pages, q_factor, v_factor):
+    """The products are float16's, which ends at 65504 and 2**-24; some values are 0."""
+    q, pages = inputs(rng, [[40, 17]], dtype="bfloat16", pages=pages, D=20)
+    pages = pages._replace(v_scale=jnp.where(rng.random(pages.v_scale.shape) < 0.2, 0, pages.v_scale))
+    other = pages._replace(k_scale=pages.k_scale / q_factor, v_scale=pages.v_scale * v_factor)
+    want = kernels.paged_decode_attention(q, pages, implementation="reference")
+    got = kernels.paged_decode_attention(q * q_factor, other, implementation="triton")
+    close(got.out.astype(jnp.float32) / v_factor, want.out, TOLERANCE["bfloat16"])
+    close(got.lse, want.lse, 1e-4)
+
+
 @pytest.mark.parametrize("page, P", [(16, 6), (256, 2)])
 def test_readable_pages(rng, few_programs, page, P):
     """Pages that may not be read hold NaN; among the others are some past the length."""
@@ -205,21 +217,13 @@ def test_result_does_not_depend_on_the_split(rng, few_programs):
 
 
 @pytest.mark.parametrize(
-    "version, layer, own, latent",
-    [
-        ("0.3", 0, True, {}),
-        ("0.3", 1, False, {}),
-        ("0.4", 2, False, {}),
-        ("0.3", 1, False, LATENT),
-        ("0.4", 0, True, LATENT),
-    ],
+    "layer, own, latent", [(0, True, {}), (1, False, {}), (2, False, {}), (1, False, LATENT), (0, True, LATENT)]
 )
-def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, layer, own, latent):
+def test_update_writes_the_new_token(rng, few_programs, layer, own, latent):
     """The pools afterwards are equal bit for bit; slots that are negative or past the length are not written.
 
     The other layers' tables, lengths and slots are of no account; own: the slots are this layer's alone.
     """
-    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     q, pages = inputs(rng, [[1, 40, 17], [48, 3, 0]], **latent)
     k_new, v_new = jnp.asarray(rng.normal(size=(2, 2, 3, q.shape[2])), jnp.float32)
     new = (k_new, k_new[..., :16] if latent else v_new)
@@ -245,11 +249,9 @@ def test_update_writes_the_new_token(rng, few_programs, monkeypatch, version, la
             np.testing.assert_array_equal(got_pages.k[page, slot % 16], k_new[b, k])
 
 
-@pytest.mark.parametrize("version", ["0.3", "0.4"])
-def test_under_jit_scan_and_shard_map(rng, few_programs, monkeypatch, version):
+def test_under_jit_scan_and_shard_map(rng, few_programs):
     from jax.sharding import AxisType, PartitionSpec
 
-    monkeypatch.setitem(sys.modules, "jax_triton", interpreted_jax_triton.module(version))
     q, pages = inputs(rng, [[20, 7]], G=2)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     rows, whole = PartitionSpec("x"), PartitionSpec()
@@ -280,13 +282,14 @@ def test_choice_of_implementation(rng, monkeypatch):
     assert launch.choose(None) == "reference"
     with pytest.raises(ConfigError, match="implementation='fast'"):
         kernels.paged_decode_attention(*arrays, implementation="fast")
-    monkeypatch.setitem(sys.modules, "jax_triton", None)
     with pytest.raises(ConfigError, match="implementation='triton'"):
         kernels.paged_decode_attention(*arrays, implementation="triton")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert launch.choose(None) == "reference"
-    monkeypatch.setitem(sys.modules, "jax_triton", object())
     assert launch.choose(None) == "triton"
+    monkeypatch.setattr(launch, "find_spec", lambda _: None)
+    assert launch.choose(None) == "reference"
+    with pytest.raises(ConfigError, match="implementation='triton'"):
+        kernels.paged_decode_attention(*arrays, implementation="triton")
 
 
 def test_bad_arguments_are_named(rng):
@@ -304,6 +307,8 @@ def test_bad_arguments_are_named(rng):
             call(q, pages._replace(**change))
     with pytest.raises(ConfigError, match="readable="):
         call(q, pages, readable=jnp.ones((1, 2), bool))
+    with pytest.raises(ConfigError, match="D and U must be even"):
+        call(q[..., :9], pages._replace(k=pages.k[..., :9], v=pages.v[..., :9]))
     with pytest.raises(ConfigError, match="q=34: at most 16"):
         call(jnp.ones((1, 34, 10)), pages)
 
