@@ -224,7 +224,7 @@ def gpu_latent() -> str:
             before.get(row["case"], ""),
             f"{1e3 * row['seconds']:.3f}",
             f"{row['of_copy']:.0%}",
-            f"{row['of_copy'] * row['seconds'] / row['split_kv_seconds']:.0%}",
+            f"{row['of_copy'] * row['seconds'] / alone:.0%}" if (alone := row.get("split_kv_seconds")) else "",
         ]
         for row in results["rows"]
         if row["name"] == "decode"
