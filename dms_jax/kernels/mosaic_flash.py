@@ -30,8 +30,8 @@ class Tile(NamedTuple):
 
 class Tiling(NamedTuple):
     forward: Tile = Tile(128, 2)
-    dkv: Tile = Tile(64, 3)
-    dq: Tile = Tile(64, 3)
+    dkv: Tile = Tile(64, 2)
+    dq: Tile = Tile(128, 2)
 
 
 class Options(NamedTuple):

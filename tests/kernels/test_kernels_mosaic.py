@@ -32,7 +32,7 @@ def flash(monkeypatch):
 
 def ordered(rng, B, T, S, K):
     """Training: positions from 0, sequences padded on the right."""
-    position = np.where(np.arange(T) < np.asarray([[T], [T - 70]])[:B], np.arange(T), -1)
+    position = np.where(np.arange(T) < np.asarray([[T], [T - 150]])[:B], np.arange(T), -1)
     return position, np.broadcast_to(position[:, None], (B, K, S))
 
 
