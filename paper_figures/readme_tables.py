@@ -183,6 +183,28 @@ def gpu_headline() -> str:
     return f"{markdown(header, lines)}\n\n{note}."
 
 
+FLASH_HEADER = ["case", "by", "ms (forward / backward)", "rate", "MB at peak"]
+
+
+def flash_cells(row: dict, same: float = 1.0) -> list[str]:
+    """Times, shares of a matrix product (multiplied by `same`), and memory."""
+    shares = (f"{same * row[f'{part}_of_matmul']:.0%}" for part in ("forward", "backward"))
+    times = f"{1e3 * row['forward_seconds']:.2f} / {1e3 * row['backward_seconds']:.2f}"
+    peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else ""
+    return [times, f"{' / '.join(shares)} of a product", peak]
+
+
+def gpu_flash() -> str:
+    """Flash attention in Pallas and its peers, in one run."""
+    (path,) = RESULTS.glob("*/kernels_flash_pallas.json")
+    results = json.loads(path.read_text())
+    timed = [row for row in results["rows"] if row["name"] == "flash"]
+    rows = [[row["case"], row.get("peer", "ours in Pallas"), *flash_cells(row)] for row in timed]
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
+    note = f"{results['device']}, driver {results['driver']}, {versions}; bfloat16, medians."
+    return f"{markdown(FLASH_HEADER, rows)}\n\n{note}"
+
+
 def gpu_kernels() -> str:
     """The kernels beside their peers: decode, and flash attention and its peers, were measured in runs of their own."""
     paths = {name: RESULTS / "h200" / f"kernels_{name}.json" for name in ("decode", "flash", "flash_peers")}
@@ -196,11 +218,7 @@ def gpu_kernels() -> str:
     def rate(name: str, row: dict) -> list[str]:
         if "of_copy" in row:
             return [f"{1e3 * row['seconds']:.3f}", f"{row['of_copy']:.0%} of a copy", ""]
-        same = product[name] / product["flash"]  # all flash attention as shares of one run's product
-        shares = (f"{same * row[f'{part}_of_matmul']:.0%}" for part in ("forward", "backward"))
-        share = f"{' / '.join(shares)} of a product"
-        times = f"{1e3 * row['forward_seconds']:.2f} / {1e3 * row['backward_seconds']:.2f}"
-        return [times, share, f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else ""]
+        return flash_cells(row, product[name] / product["flash"])  # all flash attention as shares of one run's product
 
     rows = [
         [row["case"], row.get("peer", "ours"), *rate(name, row)]
@@ -211,7 +229,7 @@ def gpu_kernels() -> str:
     ]
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
     note = f"{results['device']}, driver {results['driver']}, {versions}; bfloat16, medians."
-    return f"{markdown(['case', 'by', 'ms (forward / backward)', 'rate', 'MB at peak'], rows)}\n\n{note}"
+    return f"{markdown(FLASH_HEADER, rows)}\n\n{note}"
 
 
 def gpu_latent() -> str:
@@ -324,6 +342,7 @@ TABLES = {
     "gpu_headline": gpu_headline,
     "gpu_decode": gpu_decode,
     "gpu_kernels": gpu_kernels,
+    "gpu_flash": gpu_flash,
     "gpu_latent": gpu_latent,
     "offload": offload_table.offload,
     "sweep": sweep,

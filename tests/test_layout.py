@@ -20,7 +20,7 @@ def module_of(file: Path) -> str:
 
 
 MODULES = {module_of(file) for file in FILES}
-KERNELS = {module for module in MODULES if module.split(".")[-1].startswith("triton_")}
+KERNELS = {module for module in MODULES if module.split(".")[-1].startswith(("triton_", "mosaic_"))}
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -1,7 +1,8 @@
 """The two GPU kernels behind one entry: `implementation=None` takes Triton on a GPU and jnp elsewhere.
 
-A named implementation ("triton" or "reference") works or raises. Where None does not take Triton, paged decoding takes
-`blocked`, a loop in plain XLA that keeps up with long caches. docs/kernels.md explains both kernels.
+A named implementation ("triton" or "reference") works or raises. On Hopper None takes Pallas for flash attention where
+the shapes fit. Where it takes no kernel, paged decoding runs `blocked`, a loop in plain XLA that keeps up with long
+caches. docs/kernels.md explains the kernels.
 """
 
 import jax.numpy as jnp
@@ -136,9 +137,10 @@ def flash_attention(
         # With segments a query that sees nothing gives 0, as in the kernel.
         named = implementation is not None and mask.query_segments is None
         return attention.blockwise(q, k, v, mask.one_segment() if named else mask)
-    from dms_jax.kernels import triton_flash
+    from dms_jax.kernels import mosaic_flash, triton_flash
 
-    return triton_flash.flash(q, k, v, mask, hard=hard)
+    faster = implementation is None and mosaic_flash.fits(q, k)
+    return (mosaic_flash if faster else triton_flash).flash(q, k, v, mask, hard=hard)
 
 
 def _check_queries(q, K: int, latent: bool) -> None:

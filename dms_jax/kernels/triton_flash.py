@@ -1,6 +1,6 @@
 """Delayed-eviction flash attention in Triton, forward and backward. Imported only where it is launched.
 
-Queries and keys come in tiles. From the smallest and largest positions in each (`tile_bounds`) a program tells
+Queries and keys come in tiles. From the smallest and largest positions in each (`tiles.tile_bounds`) a program tells
 which tiles it may skip, and which need no masks:
 
     keys j ->                                         class of a tile       what is added to its scores
@@ -25,10 +25,7 @@ import jax.numpy as jnp
 from dms_jax.kernels import triton_flash_kernels
 from dms_jax.kernels.attention import EvictionMask
 from dms_jax.kernels.launch import LOG2E, launch, power_of_two
-from dms_jax.types import MASK_VALUE
-
-FAR_AWAY = 2**30  # a position that no token has; the difference of two fits 32 bits
-CHUNK = 64  # tiles classified at a time
+from dms_jax.kernels.tiles import as_arrays, tile_bounds
 
 
 class Tile(NamedTuple):
@@ -57,31 +54,6 @@ def tiling(head_dim: int, itemsize: int) -> Tiling:
     return Tiling(Tile(64, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
 
 
-def tile_bounds(position, segment, size, log_keep_prob=None):
-    """Bounds of each tile of `size` tokens: int32 `[..., rows, tiles]`, tiles filled up to a multiple of CHUNK.
-
-    Rows: smallest position of a token (FAR_AWAY if none), largest (-1 if none), smallest and largest segment; for
-    keys also the smallest entry with empty slots (-1) counted, and the smallest position of a key that is kept.
-    """
-    tokens = position.shape[-1]
-    tiles = -(-tokens // size)
-
-    def tiled(x, fill):
-        wide = ((0, 0),) * (x.ndim - 1)
-        x = jnp.pad(x, (*wide, (0, tiles * size - tokens)), constant_values=fill)
-        x = x.reshape(*x.shape[:-1], tiles, size)
-        return jnp.pad(x, (*wide, (0, -tiles % CHUNK), (0, 0)), constant_values=fill)
-
-    here = tiled(position, -1)
-    # A query at -1 sees nothing, but it is there; a key at -1 is an empty slot.
-    here_or_far = tiled(position, FAR_AWAY) if log_keep_prob is None else jnp.where(here >= 0, here, FAR_AWAY)
-    rows = [here_or_far.min(-1), here.max(-1), tiled(segment, FAR_AWAY).min(-1), tiled(segment, -FAR_AWAY).max(-1)]
-    if log_keep_prob is not None:
-        kept = (here >= 0) & (tiled(log_keep_prob, MASK_VALUE) > MASK_VALUE / 2)
-        rows += [here.min(-1), jnp.where(kept, here, FAR_AWAY).min(-1)]
-    return jnp.stack(rows, axis=-2).astype(jnp.int32)
-
-
 class Options(NamedTuple):
     """What is known when the kernels are compiled."""
 
@@ -95,9 +67,7 @@ def flash(q, k, v, mask: EvictionMask, *, hard: bool, tiles: Tiling | None = Non
     """`kernels.flash_attention`; arguments are checked by the caller, positions are those of each head."""
     segments = mask.query_segments is not None
     options = Options(int(mask.window), hard, segments, tiles or tiling(q.shape[3], q.dtype.itemsize))
-    mask = mask if segments else mask.one_segment()
-    integers = jax.tree.map(lambda x: x.astype(jnp.int32), mask._replace(log_keep_prob=None, window=None))
-    return _flash(options, q, k, v, integers._replace(log_keep_prob=mask.log_keep_prob.astype(jnp.float32)))
+    return _flash(options, q, k, v, as_arrays(mask))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -192,7 +192,7 @@ def check_decode(record: Record, case: cases.Decode) -> None:
     check(record, "check decode", case.dtype, got, want, case=case.name)
 
 
-def check_flash(record: Record, case: cases.Flash) -> None:
+def check_flash(record: Record, case: cases.Flash, ours: str | None = None) -> None:
     """Output and gradients; the reference's products are exact, not TF32."""
     arrays, weights = case.inputs()
 
@@ -205,7 +205,7 @@ def check_flash(record: Record, case: cases.Flash) -> None:
             grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays, weights)
         return dict(zip(("out", "q", "k", "v", "log_keep_prob"), (out, *grads), strict=True))
 
-    check(record, "check flash", case.dtype, run("triton"), run("reference"), case=case.name)
+    check(record, "check flash", case.dtype, run(ours), run("reference"), case=case.name)
 
 
 def decode_calls(case: cases.Decode, tiles=None) -> tuple[list[tuple], Callable]:
@@ -246,12 +246,11 @@ def decode_peers(record: Record, case: cases.Decode, settings: Settings, copy: f
     record.attempt(cudnn, name="decode", peer="jax cuDNN, equal lengths, no pages", case=case.name)
 
 
-def flash_calls(case: cases.Flash, tiles=None) -> tuple[list[tuple], Callable, Callable]:
-    """Inputs, the forward pass, and the gradients (which take a forward pass)."""
+def flash_calls(case: cases.Flash, **options) -> tuple[list[tuple], Callable, Callable]:
+    """Inputs, the forward pass, and the gradients (which take a forward pass); options: of `Flash.attend`."""
     (q, *arrays), weights = case.inputs()
     weights = weights.astype(q.dtype)
     inputs = [(jax.random.normal(jax.random.key(i), q.shape, q.dtype), *arrays, weights) for i in range(6)]
-    options = {"tiles": tiles} if tiles else {"implementation": "triton"}
 
     def forward(q, k, v, log_keep_prob, weights):
         return case.attend(q, k, v, log_keep_prob, **options)
@@ -283,7 +282,7 @@ def flash_rates(case: cases.Flash, forward: float, both: float, matmul: float) -
 
 def flash_peers(record: Record, case: cases.Flash, settings: Settings, matmul: float) -> None:
     (q, k, v, log_keep_prob), weights = case.inputs()
-    ours = np.asarray(case.attend(q, k, v, log_keep_prob, implementation="triton"), np.float32)
+    ours = np.asarray(case.attend(q, k, v, log_keep_prob), np.float32)
     arrays = [np.asarray(x, np.float32) for x in (q, k, v, weights)]
 
     def torch_peer(make, compare):
@@ -291,6 +290,10 @@ def flash_peers(record: Record, case: cases.Flash, settings: Settings, matmul: f
         result = {"error_to_ours": error_of(forward().transpose(1, 2).float().cpu().numpy(), ours)} if compare else {}
         times = [peers.event_time(call, settings.repeats) for call in (forward, both)]
         return result | flash_rates(case, *times, matmul) | {"peak_bytes": peers.peak_bytes(both)}
+
+    def triton():
+        inputs, forward, gradient = flash_calls(case, implementation="triton")
+        return flash_rates(case, *(median_time(f, inputs, settings.repeats) for f in (forward, gradient)), matmul)
 
     def flex():
         return peers.flex(*arrays, np.asarray(log_keep_prob), case.window, case.hard, case.dtype)
@@ -303,6 +306,7 @@ def flash_peers(record: Record, case: cases.Flash, settings: Settings, matmul: f
         inputs = [(q + i, k, v, weights.astype(q.dtype)) for i in range(6)]
         return flash_rates(case, *(median_time(f, inputs, settings.repeats) for f in (attend, gradient)), matmul)
 
+    record.attempt(triton, name="flash", peer="ours in Triton", case=case.name)
     record.attempt(lambda: torch_peer(flex, True), name="flash", peer="torch FlexAttention", case=case.name)
     sdpa = lambda: peers.causal_sdpa(*arrays, case.dtype)  # noqa: E731
     record.attempt(lambda: torch_peer(sdpa, False), name="flash", peer="torch SDPA, causal only", case=case.name)
@@ -337,7 +341,7 @@ def tune(record: Record, settings: Settings) -> None:
         for part in ("forward", "dkv", "dq"):
             side = 1 if part == "forward" else 2
             best_of(part, case, cases.flash_tilings(part, settings.quick), lambda tiles, side=side: (
-                lambda calls: (calls[0], calls[side]))(flash_calls(case, tiles)))  # fmt: skip
+                lambda calls: (calls[0], calls[side]))(flash_calls(case, tiles=tiles)))  # fmt: skip
 
 
 def decode_cases(settings: Settings, quick: bool) -> list[cases.Decode]:
@@ -380,7 +384,7 @@ def in_the_interpreter(record: Record, settings: Settings) -> None:
             for case in found() if kind in settings.kernels else []:
                 check_decode(record, case.of(dtype))
         for case in cases.tiny_flash() if "flash" in settings.kernels else []:
-            check_flash(record, case.of(dtype))
+            check_flash(record, case.of(dtype), "triton")
 
 
 def main(settings: Settings) -> None:

@@ -105,7 +105,7 @@ def test_comparison_in_the_interpreter(tmp_path, monkeypatch):
     checked = [(row["name"], row["dtype"], row["passed"]) for row in record["rows"]]
     assert checked == [("check decode", "float32", True), ("check decode", "bfloat16", True)]
     gradients = bench_kernels.Record(None, {})
-    bench_kernels.check_flash(gradients, kernel_cases.Flash(T=20, H=2, K=1, D=8, window=4, dtype="float32"))
+    bench_kernels.check_flash(gradients, kernel_cases.Flash(T=20, H=2, K=1, D=8, window=4, dtype="float32"), "triton")
     assert gradients.rows[0]["passed"] and set(gradients.rows[0]["errors"]) == {"out", "q", "k", "v", "log_keep_prob"}
     assert record["versions"]["jax"] == jax.__version__ and record["device"] == "cpu"
 

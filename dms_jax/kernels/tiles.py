@@ -1,0 +1,77 @@
+"""Which tiles of queries and keys matter to each other in flash attention; the Triton kernels explain the classes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dms_jax.kernels.attention import EvictionMask
+from dms_jax.types import MASK_VALUE
+
+FAR_AWAY = 2**30  # a position that no token has; the difference of two fits 32 bits
+CHUNK = 64  # tiles that the Triton kernels classify at a time
+
+
+def as_arrays(mask: EvictionMask) -> EvictionMask:
+    """The mask as kernels take it: int32 and float32, always with segments, without the window."""
+    mask = mask.one_segment() if mask.query_segments is None else mask
+    integers = jax.tree.map(lambda x: x.astype(jnp.int32), mask._replace(log_keep_prob=None, window=None))
+    return integers._replace(log_keep_prob=mask.log_keep_prob.astype(jnp.float32))
+
+
+def tile_bounds(position, segment, size, log_keep_prob=None):
+    """Bounds of each tile of `size` tokens: int32 `[..., rows, tiles]`, tiles filled up to a multiple of CHUNK.
+
+    Rows: smallest position of a token (FAR_AWAY if none), largest (-1 if none), smallest and largest segment; for
+    keys also the smallest entry with empty slots (-1) counted, and the smallest position of a key that is kept.
+    """
+    tokens = position.shape[-1]
+    tiles = -(-tokens // size)
+
+    def tiled(x, fill):
+        wide = ((0, 0),) * (x.ndim - 1)
+        x = jnp.pad(x, (*wide, (0, tiles * size - tokens)), constant_values=fill)
+        x = x.reshape(*x.shape[:-1], tiles, size)
+        return jnp.pad(x, (*wide, (0, -tiles % CHUNK), (0, 0)), constant_values=fill)
+
+    here = tiled(position, -1)
+    # A query at -1 sees nothing, but it is there; a key at -1 is an empty slot.
+    here_or_far = tiled(position, FAR_AWAY) if log_keep_prob is None else jnp.where(here >= 0, here, FAR_AWAY)
+    rows = [here_or_far.min(-1), here.max(-1), tiled(segment, FAR_AWAY).min(-1), tiled(segment, -FAR_AWAY).max(-1)]
+    if log_keep_prob is not None:
+        kept = (here >= 0) & (tiled(log_keep_prob, MASK_VALUE) > MASK_VALUE / 2)
+        rows += [here.min(-1), jnp.where(kept, here, FAR_AWAY).min(-1)]
+    return jnp.stack(rows, axis=-2).astype(jnp.int32)
+
+
+class Plan(NamedTuple):
+    """For each tile that stays in a program the tiles that pass by, those that need no masks first.
+
+    Attributes:
+      entries: int32 `[B, K, tiles that stay, places]`, 2 * tile + far.
+      counts: int32 `[B, K, tiles that stay, 2]`, of those that need no masks, and of all that matter.
+    """
+
+    entries: jax.Array
+    counts: jax.Array
+
+
+def plan(mask: EvictionMask, queries: int, keys: int, *, keys_stay: bool, window: int, hard: bool) -> Plan:
+    """The rules of `triton_flash_kernels.classify`, for tiles of `queries` and of `keys` tokens."""
+    q = tile_bounds(mask.query_pos, mask.query_segments, queries)[:, None, :, :, None]
+    k = tile_bounds(mask.key_pos, mask.key_segments, keys, mask.log_keep_prob)[:, :, :, None]
+    q_low, q_high, q_seg_low, q_seg_high = (q[:, :, row] for row in range(4))
+    k_low, k_high, k_seg_low, k_seg_high, k_first, k_kept = (k[:, :, row] for row in range(6))
+    far = q_low - k_high > window
+    matters = (k_low <= q_high) & (k_seg_low <= q_seg_high) & (q_seg_low <= k_seg_high)
+    if hard:
+        matters &= (k_kept <= q_high) | ~far
+    one_segment = (k_seg_low == k_seg_high) & (q_seg_low == q_seg_high) & (k_seg_low == q_seg_low)
+    plain = matters & one_segment & (k_first >= 0) & (k_high <= q_low) & (far | (q_high - k_low <= window))
+    if keys_stay:
+        matters, plain, far = (x.swapaxes(2, 3) for x in (matters, plain, far))
+    kind = jnp.where(plain, 0, jnp.where(matters, 1, 2))
+    codes = 2 * far.shape[-1]
+    entries = jnp.sort(kind * codes + jnp.arange(0, codes, 2) + far) % codes
+    counts = jnp.stack([plain.sum(-1), matters.sum(-1)], -1)
+    return Plan(entries.astype(jnp.int32), counts.astype(jnp.int32))
