@@ -36,8 +36,8 @@ def note(results: dict) -> str:
     every = results["all_problems"]
     of = "" if results["problems"] == every else f" of {every} (those that all runs, some of them cut short, finished)"
     return (
-        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), {results['problems']} problems{of}, at "
-        f"most {rows[0]['max_length']} new tokens, temperature {config['temperature']:g}, top-p {config['top_p']:g}, "
+        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), {results['problems']} problems{of}, "
+        f"at most {rows[0]['max_length']} new tokens, temperature {config['temperature']:g}, top-p {config['top_p']:g}, "
         f"seed {results['seed']}; {scored}; 95% intervals by {results['interval']}, gains paired with the first row. "
         f"KV reads and peak tokens: mean of layers and KV heads, summed over chains. "
         f"{about['device'].partition(' gpu ')[2]}, jax {about['jax']}."
@@ -90,7 +90,9 @@ def headline() -> str:
     longest = results["rows"][0]["max_length"]
     single = [row for row in results["rows"] if row["chains"] == 1 and row["max_length"] == longest]
     own = [row for row in single if row["policy"] in ("full", "dms")]
-    others = [row for row in single if "_cr4_" in row["run"] and results["runs"][row["run"]]["protect_prompt"] is not False]
+    others = [
+        row for row in single if "_cr4_" in row["run"] and results["runs"][row["run"]]["protect_prompt"] is not False
+    ]
     rows = [*own, *sorted(others, key=lambda row: -row["accuracy"]["mean"])]
     lines = [
         [
