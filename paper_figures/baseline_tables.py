@@ -54,8 +54,8 @@ def latent() -> str:
     ]
     results = records["latent"]
     note = (
-        f"{results['problems']} problems, seed {results['seed']}, temperature {results['config']['temperature']:g}, 95% "
-        f"intervals by bootstrap over problems, gains paired with CR 1 of the same model. {device(results)}"
+        f"{results['problems']} problems, seed {results['seed']}, temperature {results['config']['temperature']:g}, "
+        f"95% intervals by bootstrap over problems, gains paired with CR 1 of the same model. {device(results)}"
     )
     header = ["cache", "CR", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
     return f"{markdown(header, rows)}\n\n{note}"

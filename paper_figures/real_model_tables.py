@@ -34,10 +34,11 @@ def note(results: dict) -> str:
     about, rows = first["environment"], results["rows"]
     scored = "pass@all" if "pass_at" in rows[0] else "majority vote"
     every = results["all_problems"]
-    of = "" if results["problems"] == every else f" of {every} (those that all runs, some of them cut short, finished)"
+    of = "" if results["problems"] == every else f" of {every} (those that all runs, some cut short, finished)"
     return (
-        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), {results['problems']} problems{of}, "
-        f"at most {rows[0]['max_length']} new tokens, temperature {config['temperature']:g}, top-p {config['top_p']:g}, "
+        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), "
+        f"{results['problems']} problems{of}, at most {rows[0]['max_length']} new tokens, temperature "
+        f"{config['temperature']:g}, top-p {config['top_p']:g}, "
         f"seed {results['seed']}; {scored}; 95% intervals by {results['interval']}, gains paired with the first row. "
         f"KV reads and peak tokens: mean of layers and KV heads, summed over chains. "
         f"{about['device'].partition(' gpu ')[2]}, jax {about['jax']}."
