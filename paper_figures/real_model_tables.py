@@ -134,7 +134,5 @@ TABLES = {
     "gsm8k_rivals": functools.partial(rivals, "gsm8k_512"),
     "gsm8k_retrofits": retrofits,
     "math500": functools.partial(family, "math500_512"),
-    "math500_rivals": functools.partial(rivals, "math500_512"),
     "humaneval": functools.partial(family, "humaneval_512"),
-    "humaneval_rivals": functools.partial(rivals, "humaneval_512"),
 }
