@@ -149,7 +149,7 @@ class Runner:
         all_keys[: len(copies)] = keys
         for n, copy in enumerate(copies):
             source[n], target[n], moved[n] = copy.source, copy.target, copy.moved
-        width = min(round_up(width), self.spec.kv_cache.slots)
+        width = min(padded_length(width, self.prefill_chunk), self.spec.kv_cache.slots)
         rows = Copies(source, target, moved, all_keys)
         self.state = self._call(decode.fork, self.spec, self.state, logits, rows, width)
         at = np.minimum(target, self.rows - 1)

@@ -2,11 +2,12 @@
 # What docs/ names as not run, for want of a GPU: each step writes a record or a run folder into OUT; a step that fails
 # does not stop the others. Nothing else may run on the GPUs, and little on the processors.
 # usage: scripts/benchmarks/gpu_records.sh OUT MODEL.gguf SMOLLM2.gguf DATA [STEP ...]
+#   check      every kernel against the reference, decode and latent and flash, and their times
 #   small      Llama-3.2-1B's shape, 1, 8 and 256 sequences, beside transformers (and FASTDMS=clone of FastDMS)
 #   latent     kernels and decode steps of Youtu-LLM-2B's shape
 #   offload    keys and values in pinned host memory, streamed and under Quest
 #   start      the first and the second start of scripts.generate, by phase
-#   job        GSM8K, four chains a problem, beside generate alone: tokens per second of the two
+#   job        GSM8K, four chains a problem, beside generate alone; twice, the second time with programs kept
 #   ruler      today's training-free rivals on needles and variable tracking (DATA: shakespeare.txt)
 #   window     the window ablation, three seeds
 #   mini       does a latent cache compress as well as keys and values?
@@ -15,13 +16,16 @@
 set -uo pipefail
 out=$1 model=$2 smol=$3 data=$4
 shift 4
-steps=${*:-small latent offload start job ruler window mini two}
+steps=${*:-check small latent offload start job ruler window mini two}
 python="${RUN:-} ${PYTHON:-python3}" run=${RUN:-}
 bench="$python -m scripts.benchmarks"
 mkdir -p "$out"
 
 for step in $steps; do
   case $step in
+    check)
+      $bench.bench_kernels --check --out "$out/kernels_check.json"
+      $bench.bench_kernels --no-peers --out "$out/kernels.json" ;;
     small) $run scripts/benchmarks/small_batches.sh "$out/small" ${FASTDMS:-} ;;
     latent)
       $bench.bench_kernels --kernels latent --no-peers --out "$out/kernels_latent.json"
@@ -37,8 +41,10 @@ for step in $steps; do
       done ;;
     job)
       $bench.bench_job --model "$model" --dtype bfloat16 --prompts 256 --max-num-seqs 256 --profile --out "$out/job.json"
-      $python -m experiments.gsm8k --model "$model" --data "$data/gsm8k_test.jsonl" --policy full --chains 1 2 4 \
-        --max-length 400 --batch-size 256 --run-dir "$out/gsm8k" ;;
+      for n in first second; do
+        $python -m experiments.gsm8k --model "$model" --data "$data/gsm8k_test.jsonl" --policy full --chains 1 2 4 \
+          --max-length 400 --batch-size 256 --run-dir "$out/gsm8k_$n"
+      done ;;
     ruler)
       for policy in rkv snapkv keydiff vase_attnv vase_dkv random_attention; do
         set -- --model "$smol" --policy "$policy" --budget 0.25 --evict-every 16 --length 1024 2048 --limit 50 \
