@@ -2,7 +2,7 @@
 
 import json
 
-from paper_figures import style
+from paper_figures import real_model_tables, style
 from paper_figures.rows import device, interval, markdown, percent
 
 
@@ -39,16 +39,7 @@ def latent() -> str:
     """The mini task with latent attention and with keys and values, as many numbers a token: one chain and four."""
     records = {"latent": read("mini/latent_accuracy"), "keys and values": read("mini/latent_peer_accuracy")}
     rows = [
-        [
-            cache,
-            f"{row['cr']:g}",
-            str(row["chains"]),
-            percent(row["accuracy"]),
-            percent(row["gain"], "+"),
-            f"{row['kv_reads']:,.0f}",
-            f"{row['peak_tokens']:,.0f}",
-            f"{row['achieved_cr']:.2f}",
-        ]
+        real_model_tables.line(row, cache, f"{row['cr']:g}")
         for cache, results in records.items()
         for row in results["rows"]
     ]
