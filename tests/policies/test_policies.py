@@ -1,9 +1,10 @@
 """One contract for every eviction policy, and each against a brute-force rendering of its paper.
 
-The policies and the model on which they run are in tests/helpers/policy_cases.py; what an engine does with them is in
+The policies and the model on which they run are in tests/helpers/policy_cases.py; what an engine counts of them is in
 test_policies_in_engine.py.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -33,10 +34,19 @@ from tests.helpers.policy_cases import (
     layers,
     of_layers,
     table,
-)  # fmt: skip
+)
 
 # Evict by a gate, evict by attention, read pages, evict several at once.
 ON_MASKED_TOO = ("dms delayed", "tova", "h2o", "quest", "rkv every 4", "keydiff")
+# By a gate, by attention, by pages, and all that weigh keys or values.
+ON_LATENT_TOO = ("dms delayed", "h2o", "quest", "knorm", "keydiff", "snapkv every 4", "rkv every 4",
+                 "vase_attnv every 3", "vase_dkv every 3")  # fmt: skip
+STORED = {
+    "paged": CASES,
+    "paged latent": ON_LATENT_TOO,
+    "masked": ON_MASKED_TOO,
+    "masked latent": ("dms delayed", "h2o", "quest", "keydiff"),
+}
 DRAWING = {"random", "random_attention", "vase_attnv", "vase_dkv"}
 
 
@@ -98,14 +108,18 @@ def poisoned(cache, held):
     return cache._replace(k=k, v=v)
 
 
+def start(policy, kind: str, num_layers: int):
+    """What is compiled, and empty rows with all the pages that they can need."""
+    store = kv_cache(CacheConfig(kind.split()[0], CAPACITY, PAGE))
+    spec = decode.DecodeSpec(Table(LATENT if "latent" in kind else of_layers(num_layers)), policy, store)
+    pages = int(store.pages_needed(np.full((B, num_layers, K), CAPACITY)).max())
+    return spec, decode.init(spec, B, jnp.float32, pages)
+
+
 def run_turns(policy, kind: str, seed: int, num_layers: int = L) -> list[list[Seen]]:
     """What was seen after each turn. Empty slots are poisoned before every turn; short arrays grow on the way."""
-    storage, latent = kind.split()[0], "latent" in kind
-    store = kv_cache(CacheConfig(storage, CAPACITY, PAGE))
-    spec = decode.DecodeSpec(Table(LATENT if latent else of_layers(num_layers)), policy, store)
-    params, random_keys = table(latent), keys(seed)
-    pages = int(store.pages_needed(np.full((B, num_layers, K), CAPACITY)).max())
-    state = decode.init(spec, B, jnp.float32, pages)
+    spec, state = start(policy, kind, num_layers)
+    store, params, random_keys = spec.kv_cache, table("latent" in kind), keys(seed)
     past, record = np.zeros(N, int), []
     for kind_of_turn, who in TURNS:
         live = np.asarray(decode.live_tokens(spec, state))
@@ -178,13 +192,7 @@ def pairs(ours, theirs):
             yield f"turn {turn} {TURNS[turn]}, sequence {seen.sequence}", seen, by_sequence[seen.sequence]
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        *((name, kind) for kind in ("paged", "paged latent") for name in CASES),
-        *((name, kind) for kind in ("masked", "masked latent") for name in ON_MASKED_TOO),
-    ],
-)
+@pytest.mark.parametrize("name, kind", [(name, kind) for kind, names in STORED.items() for name in names])
 def test_every_head_keeps_and_reads_what_the_paper_says(name, kind):
     """At every turn: the same positions live, the same outputs (so nothing empty is read), the same reads counted."""
     for where, ours, theirs in pairs(trace(name, kind), expected(name, "latent" in kind)):
@@ -240,3 +248,52 @@ def test_a_run_is_repeated_exactly_and_only_drawing_policies_heed_the_seed(name)
         np.testing.assert_array_equal(ours.out, first.out, err_msg=where)
     same = all(ours.live == first.live for _, ours, first in pairs(other, again))
     assert same == (CASES[name].policy not in DRAWING)
+
+
+def read_and_step(policy, lengths, size: int, steps: int, num_layers: int = L) -> list[list[Seen]]:
+    """What was seen of B sequences after their prompts, read `size` tokens at a time, and after each of some steps."""
+    spec, state = start(policy, "paged", num_layers)
+    params, lengths, out, reads = table(), np.array(lengths), 0.0, 0
+    tokens = np.arange(B)[:, None] * T + np.minimum(np.arange(2 * T), T - 1)
+    for begin in range(0, max(lengths), size):
+        count, remaining = np.clip(lengths - begin, 0, size), np.maximum(lengths - begin - size, 0)
+        part = tokens[:, begin : begin + size]
+        chunk = decode.PromptChunk(np.arange(B), part, count, remaining, np.full(B, 99), keys(0)[:B])
+        state, new, saw = prefill(spec, params, state, chunk, CAPACITY)
+        out = np.where(count[:, None] > 0, new, out)
+        reads = reads + np.where(np.arange(size) < count[:, None], saw, 0).sum(axis=1)
+    record = []
+    for n in range(steps + 1):
+        if n:
+            fed = jnp.asarray(tokens[np.arange(B), lengths + n - 1], jnp.int32)
+            state, out, made = step(spec, params, state._replace(token=fed, done=jnp.zeros(B, bool)))
+            reads = np.asarray(made.reads)
+        _, found = live_slots(state.cache)
+        live = [[[found[b, layer, h] for h in range(K)] for layer in range(num_layers)] for b in range(B)]
+        record.append([Seen(b, np.asarray(out)[b], reads[b], live[b]) for b in range(B)])
+    return record
+
+
+@pytest.mark.parametrize("name", [*WITH_BUDGET, "dms delayed"])
+def test_the_size_of_chunks_changes_nothing(name):
+    """Prompts of up to three chunks and a rest, beside the same read at once: the same is held, read and put out."""
+    parts, whole = (read_and_step(CASES[name].build(), (27, 20, 9, 3), size, steps=6) for size in (CHUNK, 32))
+    for ours, theirs in zip(sum(parts, []), sum(whole, []), strict=True):
+        assert ours.live == theirs.live
+        np.testing.assert_array_equal(ours.reads, theirs.reads)
+        np.testing.assert_allclose(ours.out, theirs.out, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.budget and case.policy != "quest"])
+def test_a_protected_prompt_is_never_evicted(name):
+    """Prompts under and over the budget: every prompt token lives to the end, beside it what the budget leaves."""
+    budget, lengths = 16, (9, 20, 14, 17)
+    policy = dataclasses.replace(CASES[name].build(budget), protect_prompt=True)
+    held, most = np.zeros((B, K), int), np.zeros((B, K), int)
+    for seen in sum(read_and_step(policy, lengths, CHUNK, steps=20, num_layers=1), []):
+        (heads,), b = seen.live, seen.sequence
+        assert all(set(range(lengths[b])) <= set(positions) for positions in heads)
+        held[b] = [len(positions) for positions in heads]
+        most[b] = np.maximum(most[b], held[b])
+    least = np.maximum(budget, np.array(lengths) + policy.num_protected + 1)[:, None]
+    assert (most == least + policy.evict_every - 1).all() and (held >= least).all()

@@ -1,6 +1,4 @@
-"""Policies in an engine: what it counts, chunks of any size, protected prompts; and budgets and options refused."""
-
-import dataclasses
+"""Policies by name: what an engine counts of them, and the budgets and options that are refused."""
 
 import numpy as np
 import pytest
@@ -11,35 +9,16 @@ from dms_jax.config import CacheConfig, ConfigError, SamplingConfig
 from dms_jax.inference import decode
 from dms_jax.inference.engine import Engine
 from dms_jax.inference.scheduler import EngineConfig, Job
-from tests.helpers.policy_cases import (
-    CAPACITY,
-    CASES,
-    CHUNK,
-    PAGE,
-    WITH_BUDGET,
-    K,
-    L,
-    T,
-    Table,
-    keys,
-    layers,
-    of_layers,
-    table,
-)  # fmt: skip
-
-
-def engine_of(policy, num_layers: int = L, **changes) -> Engine:
-    """An engine of one row over the table, or over its first layer where one shows as much."""
-    cache = CacheConfig("paged", CAPACITY, PAGE)
-    spec = decode.DecodeSpec(Table(of_layers(num_layers)), policy, kv_cache(cache), SamplingConfig(), ())
-    return Engine(spec, table(), cache, EngineConfig(**{"max_num_seqs": 1, "prefill_chunk": CHUNK, **changes}))
+from tests.helpers.policy_cases import CAPACITY, CASES, CHUNK, CONFIG, PAGE, K, L, T, Table, layers, table
 
 
 @pytest.mark.parametrize("name", ["tova", "quest", "rkv every 4"])
 def test_the_engine_counts_what_was_read_and_held(name):
     """KV reads and peak of chains that draw their own tokens, prompts of three chunks and of one, one row for all."""
     case = CASES[name]
-    engine = engine_of(case.build(), steps=4)
+    cache = CacheConfig("paged", CAPACITY, PAGE)
+    spec = decode.DecodeSpec(Table(CONFIG), case.build(), kv_cache(cache), SamplingConfig(), ())
+    engine = Engine(spec, table(), cache, EngineConfig(max_num_seqs=1, prefill_chunk=CHUNK, steps=4))
     prompts = [list(range(19)), list(range(T, T + 5))]
     jobs = [Job(prompt, np.zeros((1, 2), np.uint32), 12, n) for n, prompt in enumerate(prompts)]
     for result in engine.run(jobs):
@@ -57,32 +36,6 @@ def test_the_engine_counts_what_was_read_and_held(name):
         peak = max(*saw, *held) / (L * K)
         assert result.use.peak_tokens == peak + (-(-peak // PAGE) if name == "quest" else 0)
         assert result.use.achieved_cr == (len(tokens) - 1) * L * K / held[-1]
-
-
-@pytest.mark.parametrize("name", [*WITH_BUDGET, "dms delayed"])
-def test_the_size_of_chunks_changes_nothing(name):
-    """A prompt of three chunks and a rest, beside one read at once: the same tokens live and the same are drawn."""
-    prompt, found = list(range(T, T + 27)), []
-    for size in (CHUNK, 48):
-        engine = engine_of(CASES[name].build(), 1, steps=5, prefill_chunk=size, pages=K * CAPACITY // PAGE)
-        (result,) = engine.run([Job(prompt, keys(3)[:1], 10)])
-        found.append((result.tokens, result.use, result.by_head.live.tolist()))
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.budget and case.policy != "quest"])
-def test_a_protected_prompt_is_never_evicted(name):
-    """Prompts under and over the budget: every prompt token lives to the end, beside it what the budget leaves."""
-    budget = 16
-    policy = dataclasses.replace(CASES[name].build(budget), protect_prompt=True)
-    for length in (9, 20):
-        engine = engine_of(policy, num_layers=1, steps=5, pages=K * CAPACITY // PAGE)
-        (result,) = engine.run([Job(list(range(length)), keys(3)[:1], 20)])
-        held = max(budget, length + policy.num_protected + 1)
-        assert result.use.peak_tokens == held + policy.evict_every - 1
-        assert (result.by_head.live >= held).all() and (result.by_head.live < held + policy.evict_every).all()
-        state = engine.runner.state.policy
-        assert state.prompt.sum(axis=-1).max() == length
 
 
 @pytest.mark.parametrize(
