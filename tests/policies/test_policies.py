@@ -232,7 +232,7 @@ def test_the_budget_is_kept_at_every_step_and_used(name):
         assert min(map(len, everyone)) < max(map(len, everyone)) and any(len(p) != p[-1] + 1 for p in everyone)
 
 
-@pytest.mark.parametrize("name", WITH_BUDGET)
+@pytest.mark.parametrize("name", {case.policy: name for name, case in CASES.items() if case.budget}.values())
 def test_with_a_budget_of_everything_a_policy_is_the_full_cache(name):
     """Exactly: the same numbers, not only close ones."""
     for where, ours, full in pairs(trace(name, "paged", CAPACITY, 1), trace("full", "paged", None, 1)):
