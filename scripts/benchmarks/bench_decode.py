@@ -27,7 +27,8 @@ import numpy as np
 import tyro
 
 from dms_jax.cache import kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig, load_yaml
+from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.inference import decode
 from dms_jax.models import transformer
 from dms_jax.policies import DelayedEviction, Full
