@@ -22,6 +22,7 @@ from dms_jax.config import CacheConfig, ConfigError, DMSConfig, LatentConfig, Mo
 from dms_jax.inference import decode
 from dms_jax.inference.engine import Engine
 from dms_jax.inference.scheduler import EngineConfig, Job
+from dms_jax.policies import dms as delayed
 from tests.helpers import brute_policies as brute
 
 B, K, G, D, U, L, N, T, CHUNK = 4, 2, 3, 6, 4, 2, 5, 40, 8  # N sequences of T tokens
@@ -457,3 +458,12 @@ def test_options_that_a_policy_has_not():
 def test_a_share_is_rounded_up():
     assert policies.tokens_of(0.25, 101) == 26 and policies.tokens_of(1.0, 7) == 7 and policies.tokens_of(7, 1) == 7
     assert policies.named("tova", None, 0.25, 101).budget == 26
+
+
+def test_rings_of_many_rows_are_written_alike(rng, monkeypatch):
+    ring, value = jnp.asarray(rng.integers(0, 99, (5, K, 4))), jnp.full((5, K), -1)
+    given = ring, jnp.asarray([0, 3, 1, 2, 3]), value, jnp.asarray([True, False, True, True, True])
+    few = delayed._set(*given)
+    monkeypatch.setattr(delayed, "MANY", 4)
+    np.testing.assert_array_equal(delayed._set(*given), few)
+    assert (few == -1).sum() == 4 * K
