@@ -321,11 +321,12 @@ def compiled_chunk(few: bool):
     """The jitted `decode_chunk` for few rows or for many.
 
     On a GPU XLA may make one product of several that share an operand, reading their kernels as if they were one. For
-    few rows q, k and v, and gate and up, are to be joined so, up to 256 MB; for many, nothing: it would keep XLA from
-    the libraries' faster products. Nor is a product with a single row to become a sum of products, which takes several
-    kernels. These go before what XLA_FLAGS says.
+    few rows q, k and v, and gate and up, are to be joined so, up to 256 MB; for many only what is below 32 MB, as q, k
+    and v may be: joining keeps XLA from the libraries' products, which are faster for larger ones. Nor is a product
+    with a single row to become a sum of products, which takes several kernels. These go before what XLA_FLAGS says.
     """
-    options = {"xla_gpu_dot_merger_threshold_mb": 256 if few else 0, "xla_disable_hlo_passes": "dot-strength-reduction"}
+    joined_mb = 256 if few else 32
+    options = {"xla_gpu_dot_merger_threshold_mb": joined_mb, "xla_disable_hlo_passes": "dot-strength-reduction"}
     options = options if jax.default_backend() == "gpu" else None
     return jax.jit(
         _chunk, static_argnames=("spec", "steps", "batch"), donate_argnames=("state",), compiler_options=options

@@ -11,8 +11,9 @@ In latent attention a value is the first U numbers of its key: each entry is rea
 serves both products. One KV head has up to 128 query heads; more than a program holds are split over programs that lie
 side by side in the grid, so that a tile comes from the L2 cache for all but the first.
 
-`merge_splits` then merges the splits of each head by their log-sum-exp, in program order: no atomics, so two
-runs agree bit for bit.
+The splits of a head are merged by their log-sum-exp in program order, so two runs agree bit for bit: by a launch of
+`merge_splits` or, where most heads lie in one program and have nothing to merge, by whichever of a head's programs is
+the last to be counted.
 """
 
 from typing import NamedTuple
@@ -90,6 +91,7 @@ class _Work(NamedTuple):
     order: jax.Array | None
     first: jax.Array
     tiles: Tiling
+    merged: bool  # by split_kv
 
 
 def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable=None, new=None, tiles=None):
@@ -103,12 +105,14 @@ def decode(q, pages: Pages, layer: int | None = None, *, weights=False, readable
     own = pages.lengths if layer is None else pages.lengths[layer]
     tiles = tiles or (latent_tiling(H // K, pages) if pages.latent else tiling(D, pages.k.dtype.itemsize))
     tiles = tiles._replace(programs=tiles.programs or 3 * multiprocessors())
+    merged = not pages.latent and B * K >= 2 * tiles.programs
     order, spans = (None, pages.lengths) if readable is None else read_order(readable, own, page)
-    # Of all layers, so that XLA makes it once in a step.
-    tile_ends = jnp.cumsum(-(-spans.reshape(-1, B * K) // tiles.block), axis=1, dtype=jnp.int32)
-    work = _Work(spans, tile_ends, order, jnp.full(1, (layer or 0) * B * K, jnp.int32), tiles)
-    *splits, scores, k, v = _split(q, pages, work, weights, new)
-    out, lse = _merge(q, splits, work)
+    # Of all layers, so that XLA makes it once in a step. An empty head has a tile too, so that its zeros are written.
+    tile_ends = jnp.cumsum(jnp.maximum(1, -(-spans.reshape(-1, B * K) // tiles.block)), axis=1, dtype=jnp.int32)
+    work = _Work(spans, tile_ends, order, jnp.full(1, (layer or 0) * B * K, jnp.int32), tiles, merged)
+    *splits, scores, out, lse, k, v = _split(q, pages, work, weights, new)
+    if not work.merged:
+        out, lse = _merge(q, splits, work)
     by_slot = _weights(scores, lse, own, readable, page) if weights else None
     if new is None:
         return DecodeAttention(out, lse, by_slot), pages
@@ -129,7 +133,7 @@ def _queries(q, pages: Pages):
 
 
 def _split(q, pages: Pages, work: _Work, weights: bool, new):
-    """Launches split_kv: weighted values, maximum and sum of each split; scores; the pools."""
+    """Launches split_kv: weighted values, maximum and sum of each split; scores; out and lse if merged; the pools."""
     (B, H, D), (K, P), page, U = q.shape, pages.table.shape[-2:], pages.k.shape[1], pages.v.shape[2]
     G, heads, tiles, quantized = H // K, B * K, work.tiles, pages.k_scale is not None
     f32, shape = jnp.float32, jax.ShapeDtypeStruct
@@ -139,6 +143,8 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
     splits, g_pad = tiles.programs + heads, min(power_of_two(G, 16), tiles.heads)
     pools = tuple(shape(x.shape if new and x.size else (1,), x.dtype) for x in (pages.k, pages.v))
     scores = shape((B, K, G, P * page) if weights else (1,), f32)
+    attended = shape((B, H, U), q.dtype), shape((B, H), f32)
+    rows = min(power_of_two(G), 4)  # query heads that are merged at a time
     return launch(
         triton_decode_kernels.split_kv,
         # In one array, which XLA makes with one kernel.
@@ -146,16 +152,17 @@ def _split(q, pages: Pages, work: _Work, weights: bool, new):
         *(pages.table, pages.lengths, work.spans, work.tile_ends),
         *(unused() if work.order is None else work.order,),
         *(unused(f32) if scale is None else scale for scale in (pages.k_scale, pages.v_scale)),
-        *(slots, work.first),
-        out=(shape((splits, G, U), f32), shape((splits, G), f32), shape((splits, G), f32), scores, *pools),
+        *(slots, work.first, jnp.zeros(heads, jnp.int32) if work.merged else unused()),
+        out=(shape((splits, G, U), f32), shape((splits, G), f32), shape((splits, G), f32), scores, *attended, *pools),
         grid=(-(-G // g_pad), tiles.programs),
-        aliases={} if not new else {1: 4} if pages.latent else {1: 4, 2: 5},
+        aliases={} if not new else {1: 6} if pages.latent else {1: 6, 2: 7},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **{"HEADS": heads, "HEADS_PAD": power_of_two(heads), "K": K, "PAGES": P, "PAGE": page, "BLOCK": tiles.block},
         **{"G": G, "G_PAD": g_pad, "D": U, "D_PAD": power_of_two(U, 16 * parts), "PARTS": parts, "SCALE": factor},
         **{"R": D - U, "R_PAD": power_of_two(D - U, 16 * parts), "LATENT": pages.latent},
         **{"ORDERED": work.order is not None, "SCORES": weights, "WRITE": new is not None},
+        **{"MERGE": work.merged, "ROWS": rows, "CHUNK": max(1, 2048 // (rows * power_of_two(U))), "LN2": LN2},
         **{"SLOTS_OF_ALL": slots.shape == pages.lengths.shape, "LAYERS": work.spans.size // heads},
     )
 

@@ -243,13 +243,72 @@ def write_and_attend(
 
 
 @triton.jit
+def splits_of(tile_ends, head, programs, HEADS: tl.constexpr):
+    """The first of the programs that share a head, and how many they are."""
+    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
+    before = tl.load(tile_ends + head - 1, mask=head > 0, other=0).to(tl.int64)
+    after = tl.load(tile_ends + head).to(tl.int64)
+    programs = busy(programs, total)
+    # Tile t belongs to the program w with w * total // programs <= t < (w + 1) * total // programs.
+    first_program = ((before + 1) * programs - 1) // total
+    return first_program, ((after * programs - 1) // total - first_program + 1).to(tl.int32)
+
+
+@triton.jit
+def store_attended(
+    out, lse, head, rows, dims, top, denominator, acc,
+    G: tl.constexpr, D: tl.constexpr, LN2: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Writes the attention of some query heads of a KV head, and with LSE the logarithm of their sums."""
+    empty = denominator == 0
+    total = tl.where(empty, 1.0, denominator)
+    target = (head * G + rows).to(tl.int64)
+    mask = (rows < G)[:, None] & (dims < D)[None, :]
+    tl.store(
+        out + target[:, None] * D + dims[None, :], (acc * (1 / total)[:, None]).to(out.dtype.element_ty), mask=mask
+    )
+    if LSE:
+        log = (top + tl.log2(total)) * LN2
+        tl.store(lse + target, tl.where(empty, float("-inf"), log), mask=rows < G)
+
+
+@triton.jit
+def merge(
+    acc_in, top_in, sum_in, tile_ends, head, rows, programs, out, lse,
+    HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    """Merges the splits of some query heads of a KV head in program order; they lie side by side, at program + head."""
+    first_program, count = splits_of(tile_ends, head, programs, HEADS)
+    dims = tl.arange(0, D_PAD)
+    within = tl.arange(0, CHUNK)
+    top = tl.full(rows.shape, FLOOR, tl.float32)
+    denominator = tl.zeros(rows.shape, tl.float32)
+    acc = tl.zeros([rows.shape[0], D_PAD], tl.float32)
+    for done in range(0, count, CHUNK):
+        valid = (done + within < count)[:, None] & (rows < G)[None, :]
+        index = (first_program + head + done + within)[:, None] * G + rows[None, :]
+        tops = tl.load(top_in + index, mask=valid, other=DEAD)
+        sums = tl.load(sum_in + index, mask=valid, other=0.0)
+        mask = valid[:, :, None] & (dims < D)[None, None, :]
+        accs = tl.load(acc_in + index[:, :, None] * D + dims[None, None, :], mask=mask, other=0.0)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        factors = tl.exp2(tops - higher[None, :])
+        shrink = tl.exp2(top - higher)
+        denominator = denominator * shrink + tl.sum(sums * factors, 0)
+        acc = acc * shrink[:, None] + tl.sum(accs * factors[:, :, None], 0)
+        top = higher
+    store_attended(out, lse, head, rows, dims, top, denominator, acc, G, D, LN2, True)
+
+
+@triton.jit
 def split_kv(
-    inputs, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, new_slots, first,
-    acc_out, top_out, sum_out, scores_out, k_out, v_out,
+    inputs, k_pages, v_pages, table, lengths, spans, tile_ends, order, k_scale, v_scale, new_slots, first, counters,
+    acc_out, top_out, sum_out, scores_out, out, lse, k_out, v_out,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, K: tl.constexpr, PAGES: tl.constexpr, PAGE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, ORDERED: tl.constexpr, SCORES: tl.constexpr,
     WRITE: tl.constexpr, LATENT: tl.constexpr, SLOTS_OF_ALL: tl.constexpr, LAYERS: tl.constexpr,
+    MERGE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
     """Attention over this program's share of the tiles, one split for each head that it touches.
 
@@ -257,7 +316,9 @@ def split_kv(
     "head" is a KV head of a sequence, `b * K + k`. Table, lengths, spans and tile_ends hold those of all LAYERS, this
     layer's from `first` on, and so does new_slots with SLOTS_OF_ALL: a head's place among them is `place`. `spans` is
     how many tokens of a head are walked over: its length, or with ORDERED the whole pages that `order` lists.
-    `tile_ends` counts the tiles up to each head's last. A value has D numbers, a key D + R.
+    `tile_ends` counts the tiles up to each head's last; every head has one, be it empty. A value has D numbers, a key
+    D + R. With MERGE the last of a head's programs to be counted merges its splits; `counters` are 0 before a launch
+    and after it.
     """
     INPUTS: tl.constexpr = K * G + (0 if not WRITE else K if LATENT else 2 * K)  # heads
     program = tl.program_id(1)
@@ -272,7 +333,7 @@ def split_kv(
         pages = place * PAGES
         length = tl.load(lengths + place)
         span = tl.load(spans + place)
-        stop = tl.minimum(tl.cdiv(span, BLOCK), tile + left)
+        stop = tl.minimum(tl.maximum(tl.cdiv(span, BLOCK), 1), tile + left)
         q_rows = inputs + (head // K * INPUTS + head % K * G + rows) * (D + R)
         queries = load_queries(q_rows, rows < G, D, D_PAD, PARTS)
         rest = load_queries(q_rows + D, rows < G, R, R_PAD, PARTS)
@@ -296,13 +357,28 @@ def split_kv(
                     top, denominator, acc[0], queries[0], rest[0], rows, head, new_slot, row, key, turned, value,
                     k_out, v_out, scores_out, PAGES, PAGE, G, D, R, SCALE, SCORES, LATENT,
                 )  # fmt: skip
-        index = (program + head).to(tl.int64) * G + rows
-        tl.store(top_out + index, top, mask=rows < G)
-        tl.store(sum_out + index, denominator, mask=rows < G)
-        for part in tl.static_range(PARTS):
-            dims = places(part, D_PAD, PARTS)
-            mask = (rows < G)[:, None] & (dims < D)[None, :]
-            tl.store(acc_out + index[:, None] * D + dims[None, :], acc[part], mask=mask)
+        splits = splits_of(tile_ends + first, head, tl.num_programs(1), HEADS)[1] if MERGE else 2
+        if splits == 1:
+            for part in tl.static_range(PARTS):
+                dims = places(part, D_PAD, PARTS)
+                store_attended(out, lse, head, rows, dims, top, denominator, acc[part], G, D, LN2, part == 0)
+        else:
+            index = (program + head).to(tl.int64) * G + rows
+            tl.store(top_out + index, top, mask=rows < G)
+            tl.store(sum_out + index, denominator, mask=rows < G)
+            for part in tl.static_range(PARTS):
+                dims = places(part, D_PAD, PARTS)
+                mask = (rows < G)[:, None] & (dims < D)[None, :]
+                tl.store(acc_out + index[:, None] * D + dims[None, :], acc[part], mask=mask)
+            if MERGE:
+                tl.debug_barrier()  # every thread has stored its part before the program is counted
+                if tl.atomic_add(counters + head, 1, sem="acq_rel") == splits - 1:
+                    for own in range(0, G, ROWS):
+                        merge(
+                            acc_out, top_out, sum_out, tile_ends + first, head, own + tl.arange(0, ROWS),
+                            tl.num_programs(1), out, lse, HEADS, G, D, D_PAD, CHUNK, LN2,
+                        )  # fmt: skip
+                    tl.store(counters + head, 0)
         left -= stop - tile
         tile = 0
         head += 1
@@ -315,39 +391,9 @@ def merge_splits(
     HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PROGRAMS: tl.constexpr, CHUNK: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one query head. Those of a head lie side by side, at index program + head."""
-    head = tl.program_id(0)
-    g = tl.program_id(1)
+    """Merges the splits of one query head, in a launch of its own."""
+    rows = tl.program_id(1) + tl.arange(0, 1)
     tile_ends += tl.load(first)
-    total = tl.load(tile_ends + HEADS - 1).to(tl.int64)
-    before = tl.load(tile_ends + head - 1, mask=head > 0, other=0).to(tl.int64)
-    after = tl.load(tile_ends + head).to(tl.int64)
-    programs = busy(PROGRAMS, total)
-    # Tile t belongs to the program w with w * total // programs <= t < (w + 1) * total // programs.
-    first_program = ((before + 1) * programs - 1) // tl.maximum(total, 1)
-    last = (after * programs - 1) // tl.maximum(total, 1)
-    count = tl.where(after > before, last - first_program + 1, 0).to(tl.int32)
-
-    dims = tl.arange(0, D_PAD)
-    within = tl.arange(0, CHUNK)
-    top = tl.full([], FLOOR, tl.float32)
-    denominator = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([D_PAD], tl.float32)
-    for done in range(0, count, CHUNK):
-        valid = done + within < count
-        index = (first_program + done + within + head) * G + g
-        tops = tl.load(top_in + index, mask=valid, other=DEAD)
-        sums = tl.load(sum_in + index, mask=valid, other=0.0)
-        mask = valid[:, None] & (dims < D)[None, :]
-        accs = tl.load(acc_in + index[:, None] * D + dims[None, :], mask=mask, other=0.0)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        factors = tl.exp2(tops - higher)
-        shrink = tl.exp2(top - higher)
-        denominator = denominator * shrink + tl.sum(sums * factors, 0)
-        acc = acc * shrink + tl.sum(accs * factors[:, None], 0)
-        top = higher
-    empty = denominator == 0
-    acc = acc / tl.where(empty, 1.0, denominator)
-    tl.store(out + (head * G + g).to(tl.int64) * D + dims, acc.to(out.dtype.element_ty), mask=dims < D)
-    log = (top + tl.log2(tl.where(empty, 1.0, denominator))) * LN2
-    tl.store(lse + head * G + g, tl.where(empty, float("-inf"), log))
+    merge(
+        acc_in, top_in, sum_in, tile_ends, tl.program_id(0), rows, PROGRAMS, out, lse, HEADS, G, D, D_PAD, CHUNK, LN2
+    )  # fmt: skip

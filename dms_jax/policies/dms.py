@@ -18,6 +18,8 @@ from dms_jax.config import DMSConfig
 from dms_jax.policies.base import DecodeStep, NewToken, Policy, PrefillChunk
 from dms_jax.types import Counts, PerHead, SlotFlags, Slots
 
+MANY = 64  # rows; see `_set` and docs/speed.md
+
 
 class Ring(NamedTuple):
     """The last w + 1 tokens of each head, at index `position % (w + 1)`."""
@@ -111,5 +113,9 @@ def _get(ring: Array, index: Int[Array, "B"]) -> Array:
 
 
 def _set(ring: Array, index: Int[Array, "B"], value: Array, where: Bool[Array, "B"]) -> Array:
-    at = (jnp.arange(ring.shape[-1]) == index[:, None]) & where[:, None]  # rings are short: cheaper than a scatter
+    """Rings are short: to write all of a few rows costs less than a scatter, of many rows more."""
+    if len(ring) > MANY:
+        b, k = jnp.ogrid[: len(ring), : ring.shape[1]]
+        return ring.at[b, k, jnp.where(where, index, ring.shape[-1])[:, None]].set(value, mode="drop")
+    at = (jnp.arange(ring.shape[-1]) == index[:, None]) & where[:, None]
     return jnp.where(at[:, None], value[..., None], ring)

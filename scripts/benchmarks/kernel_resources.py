@@ -68,10 +68,10 @@ def traced_launches(call, *shapes) -> list[tuple]:
     return launches
 
 
-def decode_launches(shape: tuple[int, ...], context: int, pages: str = "bfloat16") -> list[tuple]:
-    """The launches of one decode step of 16 sequences, in pages of 16 tokens or of 64 latent entries."""
+def decode_launches(shape: tuple[int, ...], context: int, pages: str = "bfloat16", B: int = 16) -> list[tuple]:
+    """Those of one decode step of B sequences; pages of 16 tokens, of more than 16 sequences or latent of 64."""
     H, K, D, U = shape
-    B, N, page = 16, 4096, 64 if shape[3] < shape[2] else 16
+    N, page = 4096, 64 if U < D or B > 16 else 16
     spec = jax.ShapeDtypeStruct
     pools = spec((N, page, D), jnp.dtype(pages)), spec((N, 0 if U < D else page, U), jnp.dtype(pages))
     scales = [spec((N, page), jnp.float32) if pages != "bfloat16" else None] * 2
@@ -136,8 +136,10 @@ def main(settings: Settings) -> None:
         shape = SHAPES[model]
         for pages in ("bfloat16", "int8", "float8_e4m3fn") if model in QUANTIZED else ("bfloat16",):
             jobs += [(model, pages, launch) for launch in decode_launches(shape, settings.context, pages)]
-        flash = flash_launches(shape, settings.context, settings.backward) if shape[2] == shape[3] else []
-        jobs += [(model, "bfloat16", launch) for launch in flash]
+        if shape[2] == shape[3]:  # not latent: programs of many heads merge their splits themselves
+            more = decode_launches(shape, settings.context, B=256)
+            more += flash_launches(shape, settings.context, settings.backward)
+            jobs += [(model, "bfloat16", launch) for launch in more]
     rows = []
     # Before sm_89 there is no float8 of this kind.
     todo = [(*job, arch) for arch in settings.archs for job in jobs if arch >= 89 or job[1] != "float8_e4m3fn"]

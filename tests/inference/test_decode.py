@@ -137,7 +137,7 @@ def test_generate_counts_and_stops_as_by_hand():
     assert 0 < ended, "some chain must have met a stop token"
 
 
-def test_products_are_joined_for_few_rows_only(monkeypatch):
+def test_large_products_are_joined_for_few_rows_only(monkeypatch):
     made, asked = {}, []
     lm = random_lm(tiny(), None)
     spec = spec_for(lm, "full", PAGED)
@@ -148,7 +148,7 @@ def test_products_are_joined_for_few_rows_only(monkeypatch):
         options = decode.compiled_chunk.__wrapped__(few)
         made[few] = options.pop("xla_gpu_dot_merger_threshold_mb")
         assert options == {"xla_disable_hlo_passes": "dot-strength-reduction"}
-    assert made == {True: 256, False: 0}
+    assert made == {True: 256, False: 32}
 
     def program(few):
         asked.append(few)

@@ -15,6 +15,7 @@ import pytest
 from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig
 from dms_jax.inference import decode
+from dms_jax.policies import dms as delayed
 from tests.helpers.models import prefill, step
 from tests.helpers.policy_cases import (
     CAPACITY,
@@ -297,3 +298,12 @@ def test_a_protected_prompt_is_never_evicted(name):
         most[b] = np.maximum(most[b], held[b])
     least = np.maximum(budget, np.array(lengths) + policy.num_protected + 1)[:, None]
     assert (most == least + policy.evict_every - 1).all() and (held >= least).all()
+
+
+def test_rings_of_many_rows_are_written_alike(rng, monkeypatch):
+    ring, value = jnp.asarray(rng.integers(0, 99, (5, K, 4))), jnp.full((5, K), -1)
+    given = ring, jnp.asarray([0, 3, 1, 2, 3]), value, jnp.asarray([True, False, True, True, True])
+    few = delayed._set(*given)
+    monkeypatch.setattr(delayed, "MANY", 4)
+    np.testing.assert_array_equal(delayed._set(*given), few)
+    assert (few == -1).sum() == 4 * K
