@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
 
 def plan(mask: EvictionMask, queries: int, keys: int, *, keys_stay: bool, window: int, hard: bool) -> Plan:
-    """The rules of `triton_flash_kernels.classify`, for tiles of `queries` and of `keys` tokens; segments may be None."""
+    """The rules of `triton_flash_kernels.classify`, for tiles of `queries` and `keys` tokens; segments may be None."""
     q = tile_bounds(mask.query_pos, mask.query_segments, queries)[:, None, :, :, None]
     k = tile_bounds(mask.key_pos, mask.key_segments, keys, mask.log_keep_prob)[:, :, :, None]
     q_low, q_high, q_seg_low, q_seg_high = (q[:, :, row] for row in range(4))
