@@ -8,7 +8,7 @@ youngest chain is preempted and starts over later, with the same tokens.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -89,12 +89,17 @@ class Engine:
           ConfigError: a job that may become longer than the cache's capacity.
           PoolError: one sequence alone needs more than `max_pages`.
         """
-        c = self.spec.model.config
-        config = self.config.on(jax.default_backend())
-        scheduler = Scheduler(jobs, config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
-        if scheduler.idle():
-            return
-        yield from _Run(self, scheduler).results(stop)
+        scheduler = self._scheduler(jobs)
+        if not scheduler.idle():
+            yield from _Run(self, scheduler).results(stop)
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Compiles what `run` will call; parameters may be shapes."""
+        _Run(self, self._scheduler(jobs))
+
+    def _scheduler(self, jobs: Iterable[Job]) -> Scheduler:
+        c, config = self.spec.model.config, self.config.on(jax.default_backend())
+        return Scheduler(jobs, config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
 
     def expected(self, length: int) -> int:
         """Live tokens a head of a sequence, with something to spare: heads and chains differ."""

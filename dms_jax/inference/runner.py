@@ -47,6 +47,7 @@ def compiled(function, *arguments):
 class Runner:
     """`rows` rows of one DecodeSpec, with a pool of `pages` pages on each device of `mesh`.
 
+    params: or their shapes; then the state is one of shapes, too, and the runner can only `compile`.
     prefill_chunk, prefill_tokens, pad_rows: see EngineConfig. max_pages: how far the pool may grow.
     """
 
@@ -66,7 +67,9 @@ class Runner:
         self.spec, self.params, self.rows, self.mesh = spec, params, rows, mesh
         self.prefill_chunk, self.prefill_tokens = prefill_chunk, prefill_tokens
         self.pad_rows, self.max_pages = pad_rows, max_pages
-        self.state: DecodeState = self._call(empty_state, spec, params, rows, pages)
+        self.fresh = spec, params, rows, pages
+        shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+        self.state: DecodeState = self._call(empty_state.eval_shape if shapes else empty_state, *self.fresh)
 
     def _call(self, function, *arguments):
         """Everything that runs on the devices goes through here: under the mesh, where there is one."""
@@ -182,9 +185,9 @@ class Runner:
             logits = jax.ShapeDtypeStruct((A, spec.model.config.vocab_size), jnp.float32)
             programs.insert(0, (decode.prefill, spec, params, state, chunk, 0))  # they take longest
             programs.append((decode.fork, spec, state, logits, self._copies(1), self._slots(size)))
-        programs += [(decode.release, spec, state, flags), (decode.live_tokens, spec, state)]
+        small = [(empty_state, *self.fresh), (decode.release, spec, state, flags), (decode.live_tokens, spec, state)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            running = [threads.submit(self._call, compiled, *program) for program in programs]
+            running = [threads.submit(self._call, compiled, *program) for program in programs + small]
             for program in running:
                 program.result()
 

@@ -1,8 +1,10 @@
 """Load: a model from a hub repository, a folder, a GGUF file or the bundled mini family."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from dms_jax.weights.huggingface import read_config, read_weights
 from dms_jax.weights.json_files import parse_json, read_json
 from dms_jax.weights.lm import LM
 from dms_jax.weights.safetensors import Source, WeightError, open_safetensors
-from dms_jax.weights.table import DTYPES, gate_specs, read_params
+from dms_jax.weights.table import DTYPES, gate_specs, read_params, shapes, specs
 
 ASSETS = Path(__file__).parents[1] / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
 BUNDLED_GATES = ("smollm2",)
@@ -35,6 +37,7 @@ def load(
     cr: float | None = None,
     tokenizer: Any = None,
     allow_nonfinite: bool = False,
+    meanwhile: Callable[[LM], Any] | None = None,
 ) -> LM:
     """Loads a model. Nothing but data is read: no torch, no pickle, no code from the source.
 
@@ -50,6 +53,8 @@ def load(
       cr: the member of a retrofitted family to load: the sub-folder "cr4" for 4.
       tokenizer: used instead of the source's own.
       allow_nonfinite: read weights that are NaN or infinite as they are.
+      meanwhile: called in a thread while weights are read, with the model, whose parameters are still shapes: see
+        `generation.prepare`. Not where a gate is laid over the model, which makes another of it.
     Raises:
       ConfigError: an unsupported model, configuration, tokenizer or option.
       WeightError: weights that are damaged or do not fit the configuration.
@@ -68,14 +73,22 @@ def load(
         gate, cr = _gate_of_family(Path(gate), cr), None
     path = _locate(source, cr)
     if path.is_file():
-        lm = read_gguf(path, dtype, tokenizer, allow_nonfinite)
+        lm, read = read_gguf(path, dtype, tokenizer, allow_nonfinite)
     else:
         config, dms, recorded = read_config(path)
         tokenizer = tokenizer or _read_tokenizer(path)  # before the weights: it may refuse, and is quick
-        lm = LM(config, read_weights(path, config, dms, dtype, allow_nonfinite), tokenizer, dms, recorded)
+        lm = LM(config, shapes(specs(config, dms), dtype), tokenizer, dms, recorded)
+        read = functools.partial(read_weights, path, config, dms, dtype, allow_nonfinite)
+    lm = lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
     if gate is not None:
-        lm = _with_gate(lm, Path(gate), dtype, allow_nonfinite)
-    return lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
+        lm = _with_gate(dataclasses.replace(lm, params=read()), Path(gate), dtype, allow_nonfinite)
+        return lm if lm.cr else dataclasses.replace(lm, cr=asked)
+    with ThreadPoolExecutor(1) as thread:
+        beside = meanwhile and thread.submit(meanwhile, lm)
+        lm = dataclasses.replace(lm, params=read())
+        if beside:
+            beside.result()
+    return lm
 
 
 def _gate_of_family(folder: Path, cr: float) -> Path:
