@@ -13,6 +13,7 @@ from flax import traverse_util
 from dms_jax import programs
 from dms_jax.config import ConfigError, DMSConfig, Ratio, described, fits, in_file, one_of, require
 from dms_jax.models.gates import AdapterGate, gate_of
+from dms_jax.types import Params
 from dms_jax.weights.dms_keys import DMS_KEYS, GATE_KEY, cr_from_hf, dms_from_hf
 from dms_jax.weights.gguf import read_gguf
 from dms_jax.weights.gguf_tokenizer import refused_by_name
@@ -54,7 +55,7 @@ def load(
       tokenizer: used instead of the source's own.
       allow_nonfinite: read weights that are NaN or infinite as they are.
       meanwhile: called in a thread while weights are read, with the model, whose parameters are still shapes: see
-        `generation.prepare`. Not where a gate is laid over the model, which makes another of it.
+        `generation.prepare`.
     Raises:
       ConfigError: an unsupported model, configuration, tokenizer or option.
       WeightError: weights that are damaged or do not fit the configuration.
@@ -79,10 +80,9 @@ def load(
         tokenizer = tokenizer or _read_tokenizer(path)  # before the weights: it may refuse, and is quick
         lm = LM(config, shapes(specs(config, dms), dtype), tokenizer, dms, recorded)
         read = functools.partial(read_weights, path, config, dms, dtype, allow_nonfinite)
-    lm = lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
     if gate is not None:
-        lm = _with_gate(dataclasses.replace(lm, params=read()), Path(gate), dtype, allow_nonfinite)
-        return lm if lm.cr else dataclasses.replace(lm, cr=asked)
+        lm, read = _with_gate(lm, read, Path(gate), dtype, allow_nonfinite)
+    lm = lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
     with ThreadPoolExecutor(1) as thread:
         beside = meanwhile and thread.submit(meanwhile, lm)
         lm = dataclasses.replace(lm, params=read())
@@ -178,8 +178,10 @@ def _damaged(folder: Path) -> str:
     return str(folder / "tokenizer_config.json")
 
 
-def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
-    """The model with the gate of a file laid over it."""
+def _with_gate(
+    lm: LM, read: Callable[[], Params], file: Path, dtype: str, nonfinite: bool
+) -> tuple[LM, Callable[[], Params]]:
+    """The model with the gate of a file laid over it, and what then reads its parameters."""
     require(not file.is_dir(), "gate", str(file), "is a folder, expected a file from save_gate")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such gate file")
@@ -190,9 +192,18 @@ def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
     # A model that lives with another gate, a borrowed neuron say, is not the one that this was trained over.
     same = mine is None or type(mine) is type(gate)
     require(same, "gate", lm.dms and lm.dms.gate, "the model has a gate already, this one belongs on the original")
-    added = read_params(gate_specs(lm.config, dms), sources, dtype, str(file), nonfinite=nonfinite)
-    flat = {**traverse_util.flatten_dict(lm.params), **traverse_util.flatten_dict(added)}
-    return dataclasses.replace(lm, params=traverse_util.unflatten_dict(flat), dms=dms, cr=cr)
+    added = gate_specs(lm.config, dms)
+
+    def read_both() -> Params:
+        more = read_params(added, sources, dtype, str(file), nonfinite=nonfinite)
+        return _laid_over(read(), more)
+
+    return dataclasses.replace(lm, params=_laid_over(lm.params, shapes(added, dtype)), dms=dms, cr=cr), read_both
+
+
+def _laid_over(params: Params, more: Params) -> Params:
+    flat = {**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(more)}
+    return traverse_util.unflatten_dict(flat)
 
 
 def _said_of_gate(
