@@ -9,7 +9,7 @@ youngest chain is preempted and starts over later, with the same tokens.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -94,8 +94,11 @@ class Engine:
             yield from _Run(self, scheduler).results(stop)
 
     def prepare(self, jobs: Sequence[Job]) -> None:
-        """Compiles what `run` will call; parameters may be shapes."""
-        _Run(self, self._scheduler(jobs))
+        """Compiles what `run` will call, as far as it can be foreseen; parameters may be shapes."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
+        scheduler = self._scheduler(jobs)
+        if not scheduler.idle():
+            _Run(replace(self, params=shapes), scheduler)  # without a state on the device
 
     def _scheduler(self, jobs: Iterable[Job]) -> Scheduler:
         c, config = self.spec.model.config, self.config.on(jax.default_backend())
