@@ -29,7 +29,7 @@ clean:
 	rm -rf $(VENV)
 
 $(run):
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
 $(VENV)/.setup: pyproject.toml | $(run)
 	$(pip) install --no-compile $(PIP_ARGS) -e '.[experiments]'

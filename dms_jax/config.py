@@ -8,7 +8,7 @@ import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -96,43 +96,22 @@ def check(config: Any, prefix: str = "") -> None:
     The first line of its `__post_init__`. Numbers of numpy become Python's, and whole ones floats where they should be:
     jitted functions take no whole number beyond 2^31.
     """
-    for name, kind in _kinds(type(config)).items():
+    for name, kind in field_kinds(type(config)).items():
         given = value = getattr(config, name)
         if isinstance(value, np.generic):
             value = value.item()
         require(fits(value, kind), prefix + name, value, f"expected {described(kind)}")
-        if type(value) is int and float in _options(kind) and int not in _options(kind):
+        if type(value) is int and float in members(kind) and int not in members(kind):
             value = float(value)
         if value is not given:
             object.__setattr__(config, name, value)
 
 
 @functools.cache
-def _kinds(cls: type) -> dict[str, Any]:
+def field_kinds(cls: type) -> dict[str, Any]:
+    """The annotation of each field of a config dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {each.name: hints[each.name] for each in fields(cls)}
-
-
-def load_yaml(cls: type, path: str | Path):
-    """An instance of the config dataclass `cls` from a YAML file; an unknown or mistyped key raises ConfigError."""
-    import yaml
-
-    require(Path(path).is_file() or not Path(path).exists(), "config", str(path), "is no regular file")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
-    return from_saved(cls, values, path)
-
-
-def from_saved(cls: type, values: Any, where: str | Path):
-    """An instance of the config dataclass `cls` from the keys and values in a file, also of an older version's.
-
-    Raises:
-      ConfigError: an unknown or mistyped key, or an impossible value; names the file.
-    """
-    with in_file(where):
-        return _built(cls, _renamed(values), "")
 
 
 @contextlib.contextmanager
@@ -155,54 +134,12 @@ def take(values: Mapping[str, Any], key: str, kind: Any, default: Any = MISSING)
     return value
 
 
-def _renamed(values: Any) -> Any:
-    """Saved settings under today's names: `offset` of `dms` is `logit_bias`, and `cr` is not in it."""
-    if not isinstance(values, dict) or not isinstance(values.get("dms"), dict):
-        return values
-    dms = {key: value for key, value in values["dms"].items() if key != "cr"}
-    if "offset" in dms:
-        dms["logit_bias"] = dms.pop("offset")
-    return {**values, "dms": dms}
-
-
-def _built(cls: type, values: Any, prefix: str) -> Any:
-    require(isinstance(values, Mapping), prefix.rstrip(".") or "settings", values, "expected keys with values")
-    kinds, made = _kinds(cls), {}
-    for key, value in values.items():
-        require(key in kinds, f"{prefix}{key}", value, f"no such key, there are {', '.join(kinds)}")
-        made[key] = _converted(value, kinds[key], f"{prefix}{key}")
-    for each in fields(cls):
-        given = each.name in made or each.default is not MISSING or each.default_factory is not MISSING
-        require(given, prefix + each.name, None, "is needed")
-    return cls(**made)
-
-
-def _converted(value: Any, kind: Any, key: str) -> Any:
-    """What a file can say (lists, maps, a path as text, and 1e-5, text to YAML) as the annotation wants it."""
-    options = _options(kind)
-    for option in options:
-        origin, arguments = typing.get_origin(option), typing.get_args(option)
-        if is_dataclass(option) and isinstance(value, Mapping):
-            value = _built(typing.cast(type, option), value, f"{key}.")
-        elif origin is tuple and isinstance(value, list):
-            each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-            if len(each) == len(value):
-                value = tuple(_converted(v, k, f"{key}[{n}]") for n, (v, k) in enumerate(zip(value, each, strict=True)))
-        elif option is Path and isinstance(value, str):
-            value = Path(value)
-        elif option is float and isinstance(value, str) and str not in options:
-            with contextlib.suppress(ValueError):
-                value = float(value)
-    require(fits(value, kind), key, value, f"expected {described(kind)}")
-    return value
-
-
-def _options(kind: Any) -> tuple:
+def members(kind: Any) -> tuple:
     """The members of a union, or the kind itself, without ranges."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return tuple(option for each in arguments for option in _options(each))
-    return _options(arguments[0]) if origin is Annotated else (kind,)
+        return tuple(option for each in arguments for option in members(each))
+    return members(arguments[0]) if origin is Annotated else (kind,)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from typing import Annotated, Literal
 import numpy as np
 from rich.console import Console
 
-from dms_jax.config import load_yaml, require
+from dms_jax.config import require
+from dms_jax.config_files import load_yaml
 from experiments import command, report, stats
 from experiments.command import metavar
 from experiments.run import RunError, environment, read_config, read_json, read_jsonl, write_json

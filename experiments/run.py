@@ -254,7 +254,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -292,7 +292,7 @@ def environment() -> dict:
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "dms_jax": dms_jax.__version__,
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version_of(package) for package in PACKAGES},
         "system": platform.platform(),
         "device": f"{len(jax.devices())} x {device.platform} {device.device_kind}",
         "cpu_count": os.cpu_count(),

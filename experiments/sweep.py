@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dms_jax import policies
-from dms_jax.config import load_yaml, one_of, require
+from dms_jax.config import one_of, require
+from dms_jax.config_files import load_yaml
 from experiments import stats
 from experiments.chains import Model
 from experiments.run import Run, RunError, differences, read_config, read_jsonl

@@ -7,6 +7,8 @@ from paper_figures import style
 from paper_figures.rows import markdown, percent
 
 FOLDER = style.RESULTS / "real_model"
+# The models by their files' hashes.
+MODELS = {"1d9614638d18": "Qwen2.5-Coder-0.5B-Instruct", "cc324af070c2": "Qwen2.5-Coder-1.5B-Instruct"}
 HEADER = ["model", "prompt kept", "chains", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
 
 
@@ -36,7 +38,7 @@ def note(results: dict) -> str:
     every = results["all_problems"]
     of = "" if results["problems"] == every else f" of {every} (those that all runs, some cut short, finished)"
     return (
-        f"Qwen2.5-Coder-0.5B-Instruct (GGUF, SHA-256 {about['model_sha256'][:12]}), "
+        f"{MODELS[about['model_sha256'][:12]]} (GGUF, SHA-256 {about['model_sha256'][:12]}), "
         f"{results['problems']} problems{of}, at most {rows[0]['max_length']} new tokens, temperature "
         f"{config['temperature']:g}, top-p {config['top_p']:g}, "
         f"seed {results['seed']}; {scored}; 95% intervals by {results['interval']}, gains paired with the first row. "

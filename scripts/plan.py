@@ -33,7 +33,8 @@ import numpy as np
 import tyro
 
 from dms_jax import sharding
-from dms_jax.config import ConfigError, ModelConfig, load_yaml
+from dms_jax.config import ConfigError, ModelConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.data import Packed

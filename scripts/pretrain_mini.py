@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dms_jax.config import Count, ModelConfig, Positive, Seed, Share, Size, check, load_yaml, require
+from dms_jax.config import Count, ModelConfig, Positive, Seed, Share, Size, check, require
+from dms_jax.config_files import load_yaml
 from dms_jax.models.transformer import Decoder, arange_positions, causal, init
 from dms_jax.training.data import Batch, PoolStream
 from dms_jax.training.loop import Loop

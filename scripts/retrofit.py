@@ -20,7 +20,8 @@ import tyro
 
 import dms_jax
 from dms_jax import sharding
-from dms_jax.config import Share, Size, described, fits, from_saved, load_yaml, require
+from dms_jax.config import Share, Size, described, fits, require
+from dms_jax.config_files import from_saved, load_yaml
 from dms_jax.files import write_atomically
 from dms_jax.training.config import RetrofitConfig, SourceConfig
 from dms_jax.training.data import PackedStream, PoolStream, Stream

@@ -19,10 +19,9 @@ from dms_jax.config import (
     Within,
     described,
     fits,
-    from_saved,
-    load_yaml,
     take,
 )
+from dms_jax.config_files import from_saved, load_yaml
 from dms_jax.models import transformer
 from dms_jax.training.config import RetrofitConfig
 

@@ -87,7 +87,7 @@ def curves(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ("8x1x1", "2x4x1", "2x2x2", "1x1x8"))
+@pytest.mark.parametrize("mesh", ("8x1x1", "2x2x2", "1x1x8"))
 def test_every_mesh_gives_the_curve_of_one_device(curves, mesh):
     one = np.array(curves["1x1x1"])
     assert one.shape == (20,) and one.max() - one.min() > 0.02, "a curve that moves"

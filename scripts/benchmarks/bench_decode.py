@@ -27,7 +27,8 @@ import numpy as np
 import tyro
 
 from dms_jax.cache import kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig, load_yaml
+from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.inference import decode
 from dms_jax.models import transformer
 from dms_jax.policies import DelayedEviction, Full
@@ -185,22 +186,27 @@ def random_pool(key, shape: tuple[int, ...], dtype: str):
     return jax.lax.fori_loop(0, 64, body, jnp.zeros(shape, dtype))
 
 
-def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) -> decode.DecodeState:
-    """A state in which every head holds `live` random tokens, in pages scattered over the pool."""
+def pool_shapes(spec: decode.DecodeSpec, pages: int) -> dict[str, tuple[int, int, int]]:
+    """The shapes of the pools of keys and values; a latent entry has no values of its own."""
+    model, page = spec.model.config, spec.kv_cache.config.page_size
+    return {"k": (pages, page, model.head_dim), "v": (pages, 0 if model.latent else page, model.value_dim)}
+
+
+def tables(plan: Plan, pages: int, settings: Settings) -> paged.PagedArrays:
+    """A cache in which every head holds `live` tokens, in pages scattered over pools that are not there yet."""
     live = plan.live
     L, B, K = live.shape
-    page, model = settings.page_size, spec.model.config
+    page = settings.page_size
     held = -(-live // page)
-    P = spec.kv_cache.slots // page
+    P = -(-cache_of(settings, plan.context).capacity // page)
     ids = np.random.default_rng(settings.seed).permutation(pages).astype(np.int32)
     table = np.zeros((L, B, K, P), np.int32)
     mask = np.arange(P) < held[..., None]
     used = int(mask.sum())
     table[mask] = ids[:used]
-    key, own = jax.random.split(jax.random.key(settings.seed)), 0 if model.latent else page
-    cache = paged.PagedArrays(
-        k=random_pool(key[0], (pages, page, model.head_dim), settings.dtype),
-        v=random_pool(key[1], (pages, own, model.value_dim), settings.dtype),
+    return paged.PagedArrays(
+        k=None,
+        v=None,
         pos=jnp.zeros((pages, page), jnp.int32),
         k_scale=None,
         v_scale=None,
@@ -210,10 +216,20 @@ def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) 
         free=jnp.asarray(np.concatenate([ids[used:], ids[:used]])),
         top=jnp.asarray(pages - used, jnp.int32),
     )
-    states = decode.init(spec, B, settings.dtype, 1).policy
+
+
+def filled(spec: decode.DecodeSpec, plan: Plan, pages: int, settings: Settings) -> decode.DecodeState:
+    """A state in which every head holds `live` random tokens."""
+    keys = jax.random.split(jax.random.key(settings.seed))
+    shapes = pool_shapes(spec, pages)
+    pools = {
+        name: random_pool(key, shape, settings.dtype) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    B, states = plan.batch, decode.init(spec, plan.batch, settings.dtype, 1).policy
     return decode.DecodeState(
-        cache, states, jnp.zeros(B, jnp.int32), jnp.full(B, plan.context, jnp.int32), jnp.full(B, 2**30, jnp.int32),
-        jnp.zeros(B, bool), jnp.zeros((B, 2), jnp.uint32),
+        tables(plan, pages, settings)._replace(**pools), states, jnp.zeros(B, jnp.int32),
+        jnp.full(B, plan.context, jnp.int32), jnp.full(B, 2**30, jnp.int32), jnp.zeros(B, bool),
+        jnp.zeros((B, 2), jnp.uint32),
     )  # fmt: skip
 
 

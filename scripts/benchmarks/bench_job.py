@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 
 import dms_jax
-from dms_jax.config import ModelConfig, load_yaml
+from dms_jax.config import ModelConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.inference import generation, sampling
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.runner import Runner

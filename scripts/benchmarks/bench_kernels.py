@@ -11,7 +11,6 @@ Without a GPU the comparison runs alone, on small shapes in Triton's interpreter
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 import tyro
 
 from dms_jax import kernels
-from experiments.run import write_json
+from experiments.run import environment, version_of, write_json
 from scripts.benchmarks import kernel_cases as cases
 from scripts.benchmarks import kernel_peers as peers
 
@@ -82,31 +81,13 @@ class Record:
 
 def about_this_run() -> dict:
     """Device, driver, versions and commit."""
-
-    def output(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    def version(name):
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
-
-        try:
-            return installed(name)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("jax", "jaxlib", "triton", "torch", "dms_jax")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "commit": output("git", "rev-parse", "HEAD"),
-        "changed_files": bool(output("git", "status", "--porcelain")),
-    }
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
+    versions = {name: version_of(name) for name in ("jax", "jaxlib", "triton", "torch", "dms_jax")}
+    return environment() | {"device": jax.devices()[0].device_kind, "driver": driver, "versions": versions}
 
 
 def median_time(fn: Callable, inputs: list[tuple], repeats: int) -> float:

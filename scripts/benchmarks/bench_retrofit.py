@@ -21,7 +21,8 @@ import tyro
 from tqdm import tqdm
 
 from dms_jax import sharding
-from dms_jax.config import DMSConfig, ModelConfig, load_yaml
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.files import write_atomically
 from dms_jax.models import transformer
 from dms_jax.training import flops

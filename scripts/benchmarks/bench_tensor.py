@@ -7,6 +7,7 @@ the heads and of the weights. Every device's heads are as long as the next one's
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -44,17 +45,28 @@ def of_a_device(settings: Settings) -> Settings:
 
 def filled(settings: Settings, spec: decode.DecodeSpec, plan: Plan) -> decode.DecodeState:
     """bench_decode's state on each device of the mesh in force; `plan` is of one device."""
-    own = of_a_device(settings)
-    B, part = plan.batch, bench_decode.setup_of(own, plan)
+    own, B, letters = of_a_device(settings), plan.batch, spec.kv_cache.letters
 
-    def local(_):
-        cache = bench_decode.filled(part, plan, plan.pages, own).cache
+    def empty(_):
+        cache = bench_decode.tables(plan, plan.pages, own)
         return cache._replace(top=cache.top[None])
 
-    cache = jax.jit(sharding.per_device(local, ("",), spec.kv_cache.letters))(jnp.zeros(()))
+    def on_each(function, outputs):
+        return jax.jit(sharding.per_device(function, ("",), outputs))(jnp.zeros(()))
+
+    # A pool at a time: made by one program, they need half of their size more for a while.
+    pools = {
+        name: on_each(functools.partial(_pool, settings, shape), getattr(letters, name))
+        for name, shape in bench_decode.pool_shapes(bench_decode.setup_of(own, plan), plan.pages).items()
+    }
+    cache = on_each(empty, letters._replace(k=None, v=None))._replace(**pools)
     state = decode.init(spec, B, settings.dtype, 1)
     position, last = jnp.full(B, plan.context, jnp.int32), jnp.full(B, 2**30, jnp.int32)
     return state._replace(cache=cache, position=position, last=last, done=jnp.zeros(B, bool))
+
+
+def _pool(settings: Settings, shape: tuple[int, int, int], _) -> jax.Array:
+    return bench_decode.random_pool(jax.random.key(settings.seed), shape, settings.dtype)
 
 
 def measure(settings: Settings, params, plan: Plan, rate: float) -> dict:

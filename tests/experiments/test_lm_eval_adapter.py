@@ -39,7 +39,7 @@ def test_scores_and_texts_are_those_of_the_hf_backend(smollm2_file, tmp_path_fac
     from experiments.lm_eval_adapter import DmsLM
 
     folder = tmp_path_factory.mktemp("smollm2")
-    dms_jax.save(first_layers(dms_jax.load(smollm2_file, dtype="float32"), 8), folder)
+    dms_jax.save(first_layers(dms_jax.load(smollm2_file, dtype="float32"), 4), folder)
     ours = DmsLM(model=str(folder), dtype="float32", batch_size=4, max_length=128)
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4, max_length=128)
     counting = "1, 2, 3, 4,"

@@ -269,7 +269,7 @@ def use_settings(root: Path) -> dict[str, Any]:
 
 
 def use_yaml(root: Path) -> dict[str, Any]:
-    from dms_jax.config import load_yaml
+    from dms_jax.config_files import load_yaml
     from dms_jax.training.config import RetrofitConfig
 
     return asdict(load_yaml(RetrofitConfig, root / "run" / "config.yaml"))

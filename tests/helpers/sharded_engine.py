@@ -24,10 +24,10 @@ def main() -> None:
     out = {}
     for policy, mesh in (("dms", (2, 2)), (KeyDiff(8, evict_every=4), (1, 2))):
         runs = out[str(policy)] = {}
-        for devices in (None, mesh):  # an engine compiles anew on each group of devices
+        for devices, pages in ((None, 400), (mesh, 20)):  # those of a mesh grow
             result = generation.generate(
                 lm, PROMPTS, 16, policy=policy, temperature=1.0, chains=2, seed=4, stop=[3, 11, 30], page_size=4,
-                devices=devices, engine=EngineConfig(max_num_seqs=3, steps=8, pages=20),
+                devices=devices, engine=EngineConfig(max_num_seqs=3, steps=8, pages=pages),
             )  # fmt: skip
             runs[str(devices)] = {"tokens": result.tokens, "reads": result.kv_reads.tolist()}
     print(json.dumps({"devices": len(jax.devices()), "runs": out}))

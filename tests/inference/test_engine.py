@@ -313,7 +313,7 @@ def test_bytes_in_use_follow_the_live_tokens(evicted):
 
 @pytest.mark.slow
 def test_several_devices_give_the_same_chains(tmp_path):
-    """Sequences over the data axis, KV heads over the tensor axis, one pool a device, all growing from 20 pages.
+    """Sequences over the data axis, KV heads over the tensor axis, one pool a device, growing from 20 pages.
 
     No program runs part of itself a device (shard_map) with an empty input, of which XLA's compiler for GPUs dies.
     """

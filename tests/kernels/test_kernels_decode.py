@@ -10,6 +10,9 @@ from dms_jax.config import ConfigError
 from dms_jax.kernels import Pages, quant, reference
 
 INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
+attend = jax.jit(kernels.paged_decode_attention, static_argnames=("weights", "implementation"))
+update = jax.jit(kernels.paged_decode_attention_update, static_argnames=("layer", "weights", "implementation"))
+plain = jax.jit(reference.paged_decode_attention)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}  # relative to the largest value
 
 
@@ -52,9 +55,9 @@ def close(got, want, tolerance):
 
 def compare(arrays, twice=False, **options):
     """Runs both; returns the kernel's result. With `twice`, a second run agrees bit for bit."""
-    got = kernels.paged_decode_attention(*arrays, **options, implementation="triton")
-    again = kernels.paged_decode_attention(*arrays, **options, implementation="triton") if twice else got
-    want = kernels.paged_decode_attention(*arrays, **options, implementation="reference")
+    got = attend(*arrays, **options, implementation="triton")
+    again = attend(*arrays, **options, implementation="triton") if twice else got
+    want = attend(*arrays, **options, implementation="reference")
     tolerance = TOLERANCE[str(arrays[0].dtype)]
     for name, x, y, z in zip(got._fields, got, want, again, strict=True):
         assert (x is None) == (y is None), name
@@ -139,7 +142,7 @@ def test_values_that_are_a_part_of_the_keys(rng, few_programs, lengths, shape):
         pages = pages._replace(
             k=quant.decode(pages.k, quant.joined(pages.v_scale, pages.k_scale, shape["U"], q.shape[2]), q.dtype)
         )
-    wide = reference.paged_decode_attention(q, pages._replace(v=pages.k, k_scale=None, v_scale=None))
+    wide = plain(q, pages._replace(v=pages.k, k_scale=None, v_scale=None))
     close(got.out, wide.out[..., : shape["U"]], TOLERANCE[str(q.dtype)])
     assert got.out.shape == (*q.shape[:2], shape["U"])
 
@@ -153,7 +156,7 @@ def test_latent_pages_that_may_be_read(rng, few_programs):
 @pytest.mark.parametrize("heads", [16, 32, 64])
 def test_latent_result_does_not_depend_on_the_split(rng, few_programs, heads):
     arrays = inputs(rng, [[3], [200], [48]], **{**LATENT, "G": 70}, P=13)
-    want = kernels.paged_decode_attention(*arrays, implementation="reference")
+    want = attend(*arrays, implementation="reference")
     for programs in (1, 40):
         got, _ = few_programs.decode(*arrays, tiles=few_programs.Tiling(32, programs=programs, heads=heads))
         close(got.out, want.out, 1e-5), close(got.lse, want.lse, 1e-5)
@@ -189,8 +192,8 @@ def test_quantized_pages_of_any_size(rng, few_programs, pages, q_factor, v_facto
     q, pages = inputs(rng, [[40, 17]], dtype="bfloat16", pages=pages, D=20)
     pages = pages._replace(v_scale=jnp.where(rng.random(pages.v_scale.shape) < 0.2, 0, pages.v_scale))
     other = pages._replace(k_scale=pages.k_scale / q_factor, v_scale=pages.v_scale * v_factor)
-    want = kernels.paged_decode_attention(q, pages, implementation="reference")
-    got = kernels.paged_decode_attention(q * q_factor, other, implementation="triton")
+    want = attend(q, pages, implementation="reference")
+    got = attend(q * q_factor, other, implementation="triton")
     close(got.out.astype(jnp.float32) / v_factor, want.out, TOLERANCE["bfloat16"])
     close(got.lse, want.lse, 1e-4)
 
@@ -210,7 +213,7 @@ def test_readable_pages(rng, few_programs, page, P):
 def test_result_does_not_depend_on_the_split(rng, few_programs):
     """One program, and more programs than tiles."""
     arrays = inputs(rng, [[3, 200, 0], [17, 1, 48]], P=13)
-    want = kernels.paged_decode_attention(*arrays, implementation="reference")
+    want = attend(*arrays, implementation="reference")
     for programs in (1, 200):
         got, _ = few_programs.decode(*arrays, tiles=few_programs.Tiling(16, programs=programs))
         close(got.out, want.out, 1e-5), close(got.lse, want.lse, 1e-5)
@@ -235,8 +238,8 @@ def test_update_writes_the_new_token(rng, few_programs, layer, own, latent):
     table, lengths = among_others(pages.table, len(pages.k) + 99), among_others(pages.lengths, 31)
     stacked = pages._replace(table=table, lengths=lengths)
     args = (q, *new, stacked, slots[None] if own else among_others(slots, 2), layer)
-    got, got_pages = kernels.paged_decode_attention_update(*args, weights=True, implementation="triton")
-    want, want_pages = kernels.paged_decode_attention_update(*args, weights=True, implementation="reference")
+    got, got_pages = update(*args, weights=True, implementation="triton")
+    want, want_pages = update(*args, weights=True, implementation="reference")
     for x, y in zip(got, want, strict=True):
         close(x, y, 1e-5)
     for x, y, before in list(zip(got_pages[:2], want_pages[:2], pages[:2], strict=True))[: 1 if latent else 2]:
@@ -271,7 +274,7 @@ def test_under_jit_scan_and_shard_map(rng, few_programs):
     over_mesh = jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=rows))
     np.testing.assert_array_equal(over_mesh(q, pages), got[0])
     longer = pages._replace(lengths=pages.lengths + 1)
-    close(got[1], reference.paged_decode_attention(got[0], longer).out, 1e-5)
+    close(got[1], plain(got[0], longer).out, 1e-5)
 
 
 def test_choice_of_implementation(rng, monkeypatch):

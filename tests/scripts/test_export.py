@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.training import checkpoint, watch
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.data import Batch

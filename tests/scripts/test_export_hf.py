@@ -119,6 +119,7 @@ def test_memory_falls(pair, rng):
     assert len(set(live.flatten().tolist())) > 1, "heads of one length prove little"
 
 
+@pytest.mark.parametrize("pair", ["llama", "qwen3-adapter"], indirect=True)
 def test_generate(pair, rng):
     """A batch of unequal prompts; beams, whose caches are reordered, against beams that recompute everything."""
     lm, model = pair
@@ -149,7 +150,7 @@ def test_a_real_model_in_a_pipeline(smollm2_file, tmp_path):
     """SmolLM2's first layers with the bundled gate: our tokens, and as many live ones in every head at the end."""
     from transformers import pipeline
 
-    lm = first_layers(dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=4), 8)
+    lm = first_layers(dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=4), 4)
     write(lm, tmp_path, "hf")
     ids = lm.tokenizer(texts.real_text())["input_ids"]
     prompts = [ids[:150], ids[400:500]]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.config import ConfigError, DMSConfig, LatentConfig, ModelConfig, load_yaml
+from dms_jax.config import ConfigError, DMSConfig, LatentConfig, ModelConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.models import transformer
 from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, load_yaml
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.inference.scheduler import EngineConfig
 from dms_jax.policies import TOVA, Quest
 from dms_jax.training.config import LoraConfig, RetrofitConfig, SourceConfig

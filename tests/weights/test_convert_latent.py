@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import dms_jax
-from dms_jax.config import ConfigError, ModelConfig, RopeConfig, load_yaml
+from dms_jax.config import ConfigError, ModelConfig, RopeConfig
+from dms_jax.config_files import load_yaml
 from dms_jax.training import flops
 from dms_jax.weights.huggingface import config_from_hf, config_to_hf
 from tests.helpers import tiny

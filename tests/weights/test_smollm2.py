@@ -30,15 +30,20 @@ def theirs(smollm2_file, lm):
 
 @pytest.fixture(scope="module")
 def ids(lm):
-    """1,000 tokens of real text."""
-    return np.asarray([lm.tokenizer(texts.real_text())["input_ids"][:1000]])
+    """400 tokens of real text: several windows of the bundled gates."""
+    return np.asarray([lm.tokenizer(texts.real_text())["input_ids"][:400]])
 
 
-def test_logits_on_real_text(lm, theirs, ids):
-    assert ids.shape == (1, 1000)
+@pytest.fixture(scope="module")
+def logits(lm, ids):
+    return np.asarray(lm.logits(ids))
+
+
+def test_logits_on_real_text(logits, theirs, ids):
+    assert ids.shape == (1, 400)
     want = tiny.hf_logits(theirs, ids)
     assert want.std() > 1
-    np.testing.assert_allclose(lm.logits(ids), want, atol=2e-3, rtol=0)
+    np.testing.assert_allclose(logits, want, atol=2e-3, rtol=0)
 
 
 PROMPT_LENGTHS = (9, 33)
@@ -98,17 +103,17 @@ def test_peak_memory_with_a_real_vocabulary(smollm2_file, tmp_path):
     assert 0.98 < result["ratio"] < 1.3, result
 
 
-def test_bfloat16_and_a_saved_copy(lm, ids, smollm2_file, tmp_path):
+def test_bfloat16_and_a_saved_copy(lm, ids, logits, smollm2_file, tmp_path):
     half = dms_jax.load(smollm2_file)
     dms_jax.save(half, tmp_path)
     again = dms_jax.load(tmp_path)
     assert_same_bits(again.params, half.params)
-    agree = (again.logits(ids[:, :50]).argmax(-1) == lm.logits(ids)[:, :50].argmax(-1)).mean()
+    agree = (again.logits(ids[:, :50]).argmax(-1) == logits[:, :50].argmax(-1)).mean()
     assert agree > 0.9, agree
     assert again.tokenizer(texts.VARIED)["input_ids"] == lm.tokenizer(texts.VARIED)["input_ids"]
 
 
-def test_the_bundled_gates(smollm2_file, lm, ids):
+def test_the_bundled_gates(smollm2_file, lm, ids, logits):
     """Laid over the real weights they evict about what their CR says, and the model stays near itself.
 
     That for CR 4 is in the README's ten lines, whose figures are tested.
@@ -116,13 +121,12 @@ def test_the_bundled_gates(smollm2_file, lm, ids):
     original = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2")
     assert original.dms is None
     assert_same_bits(original.params, lm.params)
-    want = np.asarray(lm.logits(ids))[0]
     for cr in (2, 8):
         gated = dms_jax.load(smollm2_file, dtype="float32", gate="smollm2", cr=cr)
         assert gated.cr == cr and gated.dms.gate == "adapter"
         got, alpha = models.full_forward(gated, ids)
-        assert (got[0].argmax(-1) == want.argmax(-1)).mean() > 0.6
-        assert np.abs(got[0] - want).max() > 0.1, "something is evicted"
+        assert (got.argmax(-1) == logits.argmax(-1)).mean() > 0.6
+        assert np.abs(got - logits).max() > 0.1, "something is evicted"
         assert 1 - 1.7 / cr < alpha.mean() < 1 - 0.5 / cr
     with pytest.raises(dms_jax.ConfigError, match="cr=16: the gates in smollm2 are for CR 2, 4, 8"):
         dms_jax.load(smollm2_file, gate="smollm2", cr=16)
