@@ -64,6 +64,8 @@ def fits(value: Any, kind: Any) -> bool:
     if origin in (tuple, list):
         if not isinstance(value, origin):
             return False
+        if arguments[0] in (int, str) and set(map(type, value)) == {arguments[0]} and origin is list:
+            return True  # a vocabulary is long
         each = arguments[:1] * len(value) if origin is list or arguments[-1] is ... else arguments
         return len(value) == len(each) and all(map(fits, value, each))
     if kind is Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 MAX_BYTES = 4 * 2**30  # of the folder; the programs used least recently go first
-MIN_SECONDS = 0.5  # programs that compile faster are not kept
+MIN_SECONDS = 0.1  # programs that compile faster are not kept
 CROWDED = 0.5  # of the memory maps that Linux allows a process
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -84,25 +84,85 @@ def blocks(problems: int, models: Sequence[Model], batch_size: int) -> Iterator[
         yield range(start, min(start + size, problems))
 
 
+class Engines:
+    """The engines of models on a task, and the jobs for them; prompts and engines are made once."""
+
+    def __init__(self, task: Task, settings: Sampling):
+        self.task, self.settings = task, settings
+        self._prompts: dict[int, list[list[int]]] = {}
+        self._engines: dict[str, Engine] = {}
+
+    def jobs(self, model: Model, problems: Sequence[int], done: Collection[tuple[str, str, int]] = ()) -> list[Job]:
+        """What is missing; prompts of like lengths together, so that several are read in one call."""
+        ids = {problem: self.task.records[problem].id for problem in problems}
+        chains = {p: [c for c in range(model.chains) if (model.source, ids[p], c) not in done] for p in problems}
+        missing = {problem: numbers for problem, numbers in chains.items() if numbers}
+        if not missing:
+            return []
+        pairs = np.array([(problem, chain) for problem, numbers in missing.items() for chain in numbers])
+        keys = np.asarray(sampling.chain_keys(self.settings.seed, pairs[:, 0], pairs[:, 1]))  # in one call: it is slow
+        prompts = self.prompts(model)
+        jobs = [
+            Job(prompts[problem], keys[pairs[:, 0] == problem], model.max_length, (problem, numbers))
+            for problem, numbers in missing.items()
+        ]
+        return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
+
+    def prompts(self, model: Model) -> list[list[int]]:
+        """The prompts of all problems for this model's tokenizer; models under several policies share them."""
+        key = id(model.lm.tokenizer)
+        if key not in self._prompts:
+            texts = [self.task.prompt(record, model.lm.tokenizer) for record in self.task.records]
+            self._prompts[key] = generation.encode(model.lm, texts)
+        return self._prompts[key]
+
+    def stops(self, model: Model) -> StopStrings:
+        tokenizer = model.lm.tokenizer
+        return StopStrings(tokenizer, (*self.task.stops(tokenizer), *self.settings.stop))
+
+    def engine(self, model: Model, on_progress: Callable[[Progress], None] | None = None) -> Engine:
+        if model.source not in self._engines:
+            self._engines[model.source] = self._build(model, on_progress)
+        return self._engines[model.source]
+
+    def prepare(self, model: Model, problems: Sequence[int]) -> None:
+        """Compiles what sampling will call; the model's parameters may be shapes."""
+        self._build(model, None).prepare(self.jobs(model, problems))
+
+    def _build(self, model: Model, on_progress: Callable[[Progress], None] | None) -> Engine:
+        s = self.settings
+        longest = max(len(prompt) for prompt in self.prompts(model))
+        stops = self.stops(model)
+        config = GenerationConfig(
+            policy=model.policy,
+            dms=model.dms,
+            **model.eviction,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            cache=s.cache,
+            page_size=s.page_size,
+            quant=s.quant,
+            max_num_seqs=s.batch_size,
+        )
+        ends = {"chain_end": stops.chain_end} if stops.strings else {}
+        return generation.build(model.lm, longest + model.max_length, config, on_progress=on_progress, **ends)
+
+
 class Sampler:
     """Samples what is missing from a run, block by block; leaving its context waits for the last verdicts."""
 
     def __init__(
         self,
         run: Run,
-        task: Task,
-        settings: Sampling,
+        engines: Engines,
         on_progress: Callable[[Progress], None],
         on_saved: Callable[[int], None],
     ):
         self.run = run
-        self.task = task
-        self.settings = settings
+        self.engines = engines
         self.on_progress = on_progress  # called by any worker
         self.on_saved = on_saved  # with the number of chains in the run, by any judge
         self.done = {(s["source"], s["id"], s["chain"]) for s in run.samples}
-        self._prompts: dict[int, list[list[int]]] = {}
-        self._engines: dict[str, Engine] = {}
         self._judges = ThreadPoolExecutor(JUDGES, "judge")
         self._lock = threading.Lock()
         self._verdicts: list[Future] = []
@@ -118,16 +178,16 @@ class Sampler:
 
     def sample_block(self, models: Sequence[Model], problems: Sequence[int]) -> None:
         """Every chain of every model on these problems; each is judged and saved as it ends."""
-        work = [(model, jobs) for model in models if (jobs := self._jobs(model, problems))]
+        work = [(model, jobs) for model in models if (jobs := self.engines.jobs(model, problems, self.done))]
         for model, result in self._results(work):
-            row, record = self._row(model, result), self.task.records[result.name[0]]
+            row, record = self._row(model, result), self.engines.task.records[result.name[0]]
             self.done.add((row["source"], row["id"], row["chain"]))
             self._verdicts.append(self._judges.submit(self._save, row, record))
             self._raise_errors()
 
     def _save(self, row: dict, record: Record) -> None:
         """Judges a chain and writes it down; runs in a thread of the judges."""
-        verdict = self.task.verdict(record, row["text"])
+        verdict = self.engines.task.verdict(record, row["text"])
         with self._lock:
             self.run.append([{**row, "answer": verdict.answer, "correct": verdict.correct}])
             self.on_saved(len(self.run.samples))
@@ -137,69 +197,18 @@ class Sampler:
             self._verdicts.remove(verdict)
             verdict.result()
 
-    def _jobs(self, model: Model, problems: Sequence[int]) -> list[Job]:
-        """What is missing; prompts of like lengths together, so that several are read in one call."""
-        ids = {problem: self.task.records[problem].id for problem in problems}
-        chains = {p: [c for c in range(model.chains) if (model.source, ids[p], c) not in self.done] for p in problems}
-        missing = {problem: numbers for problem, numbers in chains.items() if numbers}
-        if not missing:
-            return []
-        pairs = np.array([(problem, chain) for problem, numbers in missing.items() for chain in numbers])
-        keys = np.asarray(sampling.chain_keys(self.settings.seed, pairs[:, 0], pairs[:, 1]))  # in one call: it is slow
-        prompts = self._tokens(model)
-        jobs = [
-            Job(prompts[problem], keys[pairs[:, 0] == problem], model.max_length, (problem, numbers))
-            for problem, numbers in missing.items()
-        ]
-        return sorted(jobs, key=lambda job: (len(job.prompt), job.name))
-
     def _results(self, work: list[tuple[Model, list[Job]]]) -> Iterator[tuple[Model, Result]]:
         """Results as they come; the models with most chains start first."""
         work = sorted(work, key=lambda item: -item[0].chains)
-        engines = [(self._engine(model), jobs) for model, jobs in work]
+        engines = [(self.engines.engine(model, self.on_progress), jobs) for model, jobs in work]
         if engines:
-            yield from ((work[n][0], result) for n, result in run_together(engines, self.settings.workers))
-
-    def _tokens(self, model: Model) -> list[list[int]]:
-        """The prompts of all problems for this model's tokenizer; models under several policies share them."""
-        key = id(model.lm)
-        if key not in self._prompts:
-            texts = [self.task.prompt(record, model.lm.tokenizer) for record in self.task.records]
-            self._prompts[key] = generation.encode(model.lm, texts)
-        return self._prompts[key]
-
-    def _stops(self, model: Model) -> StopStrings:
-        tokenizer = model.lm.tokenizer
-        return StopStrings(tokenizer, (*self.task.stops(tokenizer), *self.settings.stop))
-
-    def _engine(self, model: Model) -> Engine:
-        if model.source not in self._engines:
-            s = self.settings
-            longest = max(len(prompt) for prompt in self._tokens(model))
-            stops = self._stops(model)
-            config = GenerationConfig(
-                policy=model.policy,
-                dms=model.dms,
-                **model.eviction,
-                temperature=s.temperature,
-                top_p=s.top_p,
-                cache=s.cache,
-                page_size=s.page_size,
-                quant=s.quant,
-                max_num_seqs=s.batch_size,
-            )
-            ends = {"chain_end": stops.chain_end} if stops.strings else {}
-            length = longest + model.max_length
-            self._engines[model.source] = generation.build(
-                model.lm, length, config, on_progress=self.on_progress, **ends
-            )
-        return self._engines[model.source]
+            yield from ((work[n][0], result) for n, result in run_together(engines, self.engines.settings.workers))
 
     def _row(self, model: Model, result: Result) -> dict:
         """A line of samples.jsonl, but for the verdict."""
         problem, missing = result.name
-        record, tokens = self.task.records[problem], result.tokens
-        stops = self._stops(model)
+        record, tokens = self.engines.task.records[problem], result.tokens
+        stops = self.engines.stops(model)
         text = stops.cut(model.lm.tokenizer.decode(tokens, skip_special_tokens=True))
         return {
             "id": record.id,
@@ -208,7 +217,7 @@ class Sampler:
             "config": model.config,
             "policy": model.policy,
             "text": text,
-            "prompt_tokens": len(self._tokens(model)[problem]),
+            "prompt_tokens": len(self.engines.prompts(model)[problem]),
             "tokens": len(tokens),
             "finished": tokens[-1] in model.lm.config.eos_ids or stops.ended(tokens),
             "answer": None,

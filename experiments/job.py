@@ -217,16 +217,18 @@ def chosen_variants(experiment: Experiment, options: Any) -> list[tuple[Any, flo
     ]
 
 
-def load_models(experiment: Experiment, options: Any) -> tuple[list, list[stats.Cell]]:
+def load_models(
+    experiment: Experiment, options: Any, prepare: Callable[[Any], None] | None = None
+) -> tuple[list, list[stats.Cell]]:
     """The models, and the cells of the table.
+
+    prepare: called while weights are read, with each of the models with shapes for its parameters.
 
     Raises:
       ConfigError: a model or a policy that does not go with the options.
     """
     import dms_jax
-    from dms_jax import policies
     from experiments import sweep, variants
-    from experiments.chains import Model
 
     if options.sweep:
         return sweep.models(
@@ -234,19 +236,34 @@ def load_models(experiment: Experiment, options: Any) -> tuple[list, list[stats.
             lambda cr: dms_jax.load(options.model, dtype=options.dtype, gate=options.gate, cr=cr),
         )
     chosen = chosen_variants(experiment, options)
-    loaded = variants.load(options.model, [v for v, _, _ in chosen], options.dtype, options.gate, options.window)
-    models, cells = [], []
-    for (variant, lm, dms), (_, cr, chains) in zip(loaded, chosen, strict=True):
-        longest = options.max_length
-        # An error now, before there is a run folder.
-        policies.named(variant.policy, dms or lm.dms, length=longest, page_size=options.page_size, **variant.eviction)
-        ratio = nominal_cr(variant, cr, lm, longest)
-        source = f"{'base' if variant.cr is None else f'cr{variant.cr:g}'}/{variant._replace(cr=None).name}"
-        shown = "?" if ratio is None else f"{ratio:g}"
-        names = [f"{longest / 1024:.2g}-{w}-{shown}" for w in chains]
-        models.append(Model(source, names[-1], lm, variant.policy, dms, chains[-1], longest, variant.eviction))
-        cells += [stats.Cell(n, source, variant.policy, ratio, w, longest) for n, w in zip(names, chains, strict=True)]
-    return models, cells
+
+    def early(n: int, loaded: variants.Loaded) -> None:
+        if prepare:
+            prepare(model_and_cells(options, loaded, *chosen[n][1:])[0])
+
+    names = [variant for variant, _, _ in chosen]
+    loaded = variants.load(options.model, names, options.dtype, options.gate, options.window, early)
+    made = [model_and_cells(options, own, *more) for own, (_, *more) in zip(loaded, chosen, strict=True)]
+    return [model for model, _ in made], [cell for _, cells in made for cell in cells]
+
+
+def model_and_cells(options: Any, loaded: Any, cr: float | None, chains: tuple[int, ...]) -> tuple[Any, list]:
+    """What a variant samples, and its cells of the table.
+
+    Raises:
+      ConfigError: a policy that does not go with the options; now, before there is a run folder.
+    """
+    from dms_jax import policies
+    from experiments.chains import Model
+
+    (variant, lm, dms), longest = loaded, options.max_length
+    policies.named(variant.policy, dms or lm.dms, length=longest, page_size=options.page_size, **variant.eviction)
+    ratio = nominal_cr(variant, cr, lm, longest)
+    source = f"{'base' if variant.cr is None else f'cr{variant.cr:g}'}/{variant._replace(cr=None).name}"
+    shown = "?" if ratio is None else f"{ratio:g}"
+    names = [f"{longest / 1024:.2g}-{w}-{shown}" for w in chains]
+    model = Model(source, names[-1], lm, variant.policy, dms, chains[-1], longest, variant.eviction)
+    return model, [stats.Cell(n, source, variant.policy, ratio, w, longest) for n, w in zip(names, chains, strict=True)]
 
 
 def nominal_cr(variant: Any, cr: float | None, lm: Any, longest: int) -> float | None:
@@ -272,14 +289,13 @@ def identity(experiment: Experiment, options: Any, models: list, task: Task) -> 
     return {**given, "weights": weights, "problems": experiment.data_digest(task)}
 
 
-def sample(options: Any, run: Run, task: Task, problems: list[int], models: list, bar: report.ProgressBar) -> None:
+def sample(options: Any, run: Run, engines: Any, problems: list[int], models: list, bar: report.ProgressBar) -> None:
     """Runs blocks of problems until all are done, or until the next would not end within the budget."""
-    from experiments.chains import Sampler, Sampling, blocks
+    from experiments.chains import Sampler, blocks
 
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Sampling)}
     duration = 0.0
     bar.describe("sampling")
-    with Sampler(run, task, Sampling(**fields), bar.on_progress, bar.on_saved) as sampler:
+    with Sampler(run, engines, bar.on_progress, bar.on_saved) as sampler:
         if not options.minutes:  # no blocks, at whose ends an engine's rows would stand empty
             sampler.sample_block(models, problems)
             bar.on_block(len(problems), len(run.samples))
@@ -340,12 +356,14 @@ def show(console: Console, experiment: Experiment, options: Any, run: Run, task:
 def execute(experiment: Experiment, options: Any, console: Console, start: float) -> int:
     """The whole job; returns the exit status."""
     from experiments import sweep
+    from experiments.chains import Engines, Sampling
 
     options = resolve(experiment, options)
     task = experiment.load(options)
     task.check()
     problems = chosen_problems(options, len(task.records))
-    models, cells = load_models(experiment, options)
+    engines = Engines(task, Sampling(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Sampling)}))
+    models, cells = load_models(experiment, options, lambda model: engines.prepare(model, problems))
     saved, name = identity(experiment, options, models, task), experiment.run_name(options)
     run = open_run(options.runs, name, saved, options.run_dir, options.fresh, EXTENDABLE)
     try:
@@ -361,7 +379,7 @@ def execute(experiment: Experiment, options: Any, console: Console, start: float
         begun = time.monotonic()
         try:
             with report.ProgressBar(console, chains, seconds, start) as bar:
-                sample(options, run, task, problems, models, bar)
+                sample(options, run, engines, problems, models, bar)
         except KeyboardInterrupt:
             console.print(f"interrupted; the same command continues {run.path}", soft_wrap=True)
             return 130

@@ -1,7 +1,7 @@
 """What an experiment compares: a model under several policies, at several compression ratios and budgets."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,9 +92,17 @@ def variants(
 
 
 def load(
-    model: str, chosen: Sequence[Variant], dtype: str, gate: str | Path | None = None, window: int | None = None
+    model: str,
+    chosen: Sequence[Variant],
+    dtype: str,
+    gate: str | Path | None = None,
+    window: int | None = None,
+    meanwhile: Callable[[int, Loaded], None] | None = None,
 ) -> list[Loaded]:
     """The model of each variant, whose policy is then known; variants of the same weights share them.
+
+    meanwhile: called while weights are read, with the number of each variant of these weights and what will be loaded,
+      with shapes in place of parameters.
 
     Raises:
       ConfigError: an unknown policy, a model without a tokenizer, or DMS on a model that was never retrofitted.
@@ -104,22 +112,30 @@ def load(
     for variant in chosen:
         one_of("policy", variant.policy or "full", policies.NAMES)
     family = gate is not None and Path(gate).is_dir()  # without a ratio it means the original
-    models = {
-        cr: dms_jax.load(model, dtype=dtype, gate=None if family and cr is None else gate, cr=cr)
-        for cr in {v.cr for v in chosen}
-    }
-    loaded = []
-    for variant in chosen:
-        lm, dms = models[variant.cr], None
-        variant = variant._replace(policy=variant.policy or ("full" if lm.dms is None else "dms"))
-        require(lm.tokenizer is not None, "model", model, "has no tokenizer")
-        if variant.policy == "dms":
-            require(lm.dms is not None, "policy", "dms", f"{model} was never retrofitted; is a --cr missing?")
-            dms = lm.dms if window is None else dataclasses.replace(lm.dms, window=window)
-        loaded.append(Loaded(variant, lm, dms))
+
+    def early(lm) -> None:
+        for n, variant in enumerate(chosen):
+            if meanwhile and variant.cr == member:
+                meanwhile(n, _resolved(variant, lm, model, window))
+
+    models = {}
+    for member in {v.cr for v in chosen}:
+        own = None if family and member is None else gate
+        models[member] = dms_jax.load(model, dtype=dtype, gate=own, cr=member, meanwhile=early)
+    loaded = [_resolved(variant, models[variant.cr], model, window) for variant in chosen]
     one = any(model.dms for model in loaded)
     require(window is None or one, "window", window, "only policy dms has one")
     return loaded
+
+
+def _resolved(variant: Variant, lm: Any, model: str, window: int | None) -> Loaded:
+    dms = None
+    variant = variant._replace(policy=variant.policy or ("full" if lm.dms is None else "dms"))
+    require(lm.tokenizer is not None, "model", model, "has no tokenizer")
+    if variant.policy == "dms":
+        require(lm.dms is not None, "policy", "dms", f"{model} was never retrofitted; is a --cr missing?")
+        dms = lm.dms if window is None else dataclasses.replace(lm.dms, window=window)
+    return Loaded(variant, lm, dms)
 
 
 def batches(items: Sequence, size: int) -> Iterator[tuple[list, list]]:

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from paper_figures import baseline_tables, decode_speed, offload_table, real_model_tables, style
+from paper_figures import baseline_tables, decode_speed, job_tables, offload_table, real_model_tables, style
 from paper_figures.decode_speed import series_of
 from paper_figures.rows import device, interval, markdown, milliseconds, percent
 
@@ -38,66 +38,6 @@ def mini() -> str:
         f"{config['temperature']:g}, 95% intervals by bootstrap over problems; made by `{results['command']}`."
     )
     header = ["L-W-CR", "model", "accuracy %", "gain, points", "KV reads", "peak tokens", "achieved CR"]
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def job() -> str:
-    """Tokens per second of a whole generate and of its decode steps."""
-    runs = json.loads((RESULTS / "h100" / "job_qwen2.5_0.5b.json").read_text())["runs"]
-    runs.append(json.loads((RESULTS / "h100" / "job_qwen2.5_coder_0.5b.json").read_text()))
-    rows = [
-        [
-            "of a file" if run["settings"]["model"].endswith(".gguf") else "random",
-            f"{run['settings']['top_p']:g}",
-            str(run["settings"]["steps"]),
-            f"{run['tokens_per_second']:,.0f}",
-            f"{run['step_tokens_per_second']:,.0f}",
-            f"{run['job_over_step']:.2f}",
-            f"{1e3 * run['step_seconds']:.2f}",
-            f"{1e3 * run['prefill_seconds']:.0f}",
-            f"{run['phases']['first call']:.0f}",
-        ]
-        for run in runs
-    ]
-    s, about = runs[0]["settings"], runs[0]["environment"]
-    note = (
-        f"Qwen2.5-0.5B's shape, {s['dtype']}, {s['prompts']} prompts of {s['prompt_length']} tokens, "
-        f"{s['max_new_tokens']} new tokens, {s['max_num_seqs']} sequences, temperature {s['temperature']:g}; medians "
-        f"of {s['rounds']} calls. {about['device']}, jax {about['jax']}; `{about['command']}`."
-    )
-    header = [
-        "weights",
-        "top-p",
-        "steps a chunk",
-        "job, tokens/s",
-        "steps alone",
-        "ratio",
-        "ms a step",
-        "ms prefill",
-        "s first call",
-    ]
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def gsm8k_job() -> str:
-    """An experiment from its first to its last chain, beside generate alone."""
-    record = json.loads((RESULTS / "h100" / "job_gsm8k.json").read_text())
-    alone = json.loads((RESULTS / "h100" / "job_qwen2.5_coder_0.5b.json").read_text())["tokens_per_second"]
-    seconds, config = record["seconds"], record["config"]
-    rate = record["new_tokens"] / seconds["sampling"]
-    rows = [
-        [
-            f"{record['problems']:,} problems, {max(config['chains'])} chains of at most {config['max_length']} tokens",
-            f"{record['new_tokens']:,}",
-            f"{seconds['loading']:.0f}",
-            f"{seconds['sampling']:.0f}",
-            f"{rate:,.0f}",
-            f"{rate / alone:.0%}",
-            f"{record['gpu_busy']['share']:.0%}",
-        ]
-    ]
-    header = ["GSM8K", "tokens", "s loading", "s sampling", "tokens/s", "of generate", "GPU at work"]
-    note = f"{device(record)} Nothing was compiled before; GPU at work: {record['gpu_busy']['of']}."
     return f"{markdown(header, rows)}\n\n{note}"
 
 
@@ -334,8 +274,9 @@ def ruler() -> str:
 
 
 TABLES = {
-    "job": job,
-    "gsm8k_job": gsm8k_job,
+    "job": job_tables.job,
+    "gsm8k_job": job_tables.gsm8k_job,
+    "start": job_tables.start,
     "fidelity": fidelity,
     "mini": mini,
     "ruler": ruler,

@@ -19,6 +19,8 @@ from rich.console import Console
 
 import dms_jax
 from dms_jax.config import require
+from dms_jax.inference import generation
+from dms_jax.inference.generation import GenerationConfig
 from dms_jax.weights.text import encode, encode_turn, has_chat
 from experiments import command
 from experiments.command import MINI, metavar
@@ -94,7 +96,7 @@ class Phases:
     def __str__(self) -> str:
         lines = [f"{phase:<13} {seconds:>6.1f} s after the start" for phase, seconds in self.ends.items()]
         return "\n".join(
-            [*lines, f"{'compiling':<13} {self.compiling:>6.1f} s of these, {self.kept} programs were kept"]
+            [*lines, f"{'compiling':<13} {self.compiling:>6.1f} s in all threads, {self.kept} programs were kept"]
         )
 
 
@@ -116,14 +118,30 @@ class TextStream:
         self.shown = text
 
 
-def load(config: Config, cr: float | None):
-    """The model, and the DMSConfig with the window asked for."""
-    lm = dms_jax.load(config.model, dtype=config.dtype or command.default_dtype(), gate=config.gate, cr=cr)
+def load(config: Config, cr: float | None, text: str):
+    """The model, and the DMSConfig with the window asked for. What `text` takes is compiled while weights are read."""
+
+    def prepare(lm):
+        generation.prepare(lm, [prompt_ids(config, lm, text)], settings(config, config.policy, own_dms(config, cr, lm)))
+
+    dtype = config.dtype or command.default_dtype()
+    lm = dms_jax.load(config.model, dtype=dtype, gate=config.gate, cr=cr, meanwhile=prepare)
     require(lm.tokenizer is not None, "model", config.model, "has no tokenizer")
+    return lm, own_dms(config, cr, lm)
+
+
+def own_dms(config: Config, cr: float | None, lm):
+    """The model's DMSConfig with the window asked for."""
     if config.window is None or (cr is None and config.demo):
-        return lm, lm.dms
+        return lm.dms
     require(lm.dms is not None, "window", config.window, "this model was never retrofitted")
-    return lm, dataclasses.replace(lm.dms, window=config.window)
+    return dataclasses.replace(lm.dms, window=config.window)
+
+
+def settings(config: Config, policy: str | None, dms) -> GenerationConfig:
+    """How a prompt is continued."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "budget", "protect_prompt", "evict_every")
+    return GenerationConfig(policy=policy, dms=dms, **{name: getattr(config, name) for name in names})
 
 
 def prompt_ids(config: Config, lm, text: str) -> list[int]:
@@ -164,20 +182,7 @@ def stream(config: Config, lm, dms, text: str, policy: str | None, phases: Phase
         if phases:
             phases.end("first token")
 
-    out = dms_jax.generate(
-        lm,
-        [ids],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        policy=policy,
-        dms=dms,
-        budget=config.budget,
-        protect_prompt=config.protect_prompt,
-        evict_every=config.evict_every,
-        on_tokens=on_tokens,
-    )
+    out = dms_jax.generate(lm, [ids], config=settings(config, policy, dms), on_tokens=on_tokens)
     shown.push([], last=True)
     print(f"\n\n{figures(out, len(ids))}")
     if phases:
@@ -197,7 +202,7 @@ def demo(config: Config) -> None:
     for cr in (None, config.cr or 4.0):
         title = "original model, full cache" if cr is None else f"DMS, retrofitted for CR {cr:g}"
         print(f"--- {title} ---")
-        lm, dms = load(config, cr)
+        lm, dms = load(config, cr, problem.problem)
         text = stream(config, lm, dms, problem.problem, None if cr is None else config.policy)
         verdict = judge(text, problem.answer)
         given = (
@@ -215,10 +220,11 @@ def execute(config: Config, _console: Console, start: float) -> int:
         demo(config)
         return 0
     phases = Phases(start) if config.verbose else None
-    lm, dms = load(config, config.cr)
+    text = sys.stdin.read() if config.prompt == "-" else config.prompt or ""
+    lm, dms = load(config, config.cr, text)
     if phases:
         phases.end("model loaded")
-    stream(config, lm, dms, sys.stdin.read() if config.prompt == "-" else config.prompt, config.policy, phases)
+    stream(config, lm, dms, text, config.policy, phases)
     return 0
 
 

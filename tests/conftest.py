@@ -96,6 +96,7 @@ def smollm2_file() -> Path:
 @pytest.fixture(scope="session")
 def tiny_family(tmp_path_factory):
     """cr -> a model with random weights and the mini tokenizer, which ends chains early and at random."""
+    import dataclasses
     import functools
 
     import jax
@@ -119,9 +120,12 @@ def tiny_family(tmp_path_factory):
         dms = None if cr is None else DMSConfig(window=4, scale=1.0, logit_bias=0.0)
         return transformer.init(jax.random.key(int(cr or 1)), config, dms), dms
 
-    def load(source, dtype="float32", gate=None, cr=None):
+    def load(source, dtype="float32", gate=None, cr=None, meanwhile=None):
         params, dms = member(cr)
-        return dms_jax.LM(config, params, tokenizer, dms, cr)
+        lm = dms_jax.LM(config, params, tokenizer, dms, cr)
+        if meanwhile:
+            meanwhile(dataclasses.replace(lm, params=jax.eval_shape(lambda: params)))
+        return lm
 
     return load
 

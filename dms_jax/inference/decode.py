@@ -313,7 +313,12 @@ def decode_chunk(
     """
     if isinstance(state.done, Tracer):  # inside another jit, whose options hold
         return _chunk(spec, params, state, steps, batch)
-    return compiled_chunk((batch or len(state.done)) <= FEW_ROWS)(spec, params, state, steps, batch)
+    return chunk_program(state, batch)(spec, params, state, steps, batch)
+
+
+def chunk_program(state: DecodeState, batch: int | None):
+    """What `decode_chunk` calls."""
+    return compiled_chunk((batch or len(state.done)) <= FEW_ROWS)
 
 
 @functools.cache
@@ -362,28 +367,39 @@ def _scan(spec: DecodeSpec, params: Params, state: DecodeState, steps: int) -> t
 class Copies(NamedTuple):
     """Prefilled rows `source` `[A]` to copy into empty rows `target` `[A]`, each with a random key of its own.
 
-    A row that is `moved` gives its pages away and is to be released next. A target beyond the batch is padding.
+    prompt: which of the logits is that of the next token. A row that is `moved` gives its pages away and is to be
+    released next. A target beyond the batch is padding.
     """
 
     source: Counts
     target: Counts
+    prompt: Counts
     moved: Bool[Array, "A"]
     keys: Keys
 
 
+class Started(NamedTuple):
+    """Rows that were copied: the first token of each, and whether it ends the chain."""
+
+    token: Counts
+    done: Bool[Array, "A"]
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("state",))
-def fork(spec: DecodeSpec, state: DecodeState, logits: NextLogits, copies: Copies, width: int) -> DecodeState:
-    """The state with rows copied; logits `[A, V]`: those of the prompt's next token, which every copy draws for itself.
+def fork(
+    spec: DecodeSpec, state: DecodeState, logits: NextLogits, copies: Copies, width: int
+) -> tuple[DecodeState, Started]:
+    """The state with rows copied, of which each draws its first token for itself from its prompt's logits `[P, V]`.
 
     width: as for `prefill`.
     """
-    source, target, moved, keys = copies
+    source, target, prompt, moved, keys = copies
     cache = spec.kv_cache.fork(state.cache, source, target, moved, width)
     own, position, last = _rows((state.policy, state.position, state.last), source)
-    token = sampling.sample(logits, keys, position, spec.sampling)
+    token = sampling.sample(logits[prompt], keys, position, spec.sampling)
     done = _stopped(token, position, last, spec.stop)
     new = _put_rows(tuple(state[1:]), target, (own, token, position, last, done, keys))
-    return DecodeState(cache, *new)
+    return DecodeState(cache, *new), Started(token, done)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("state",))

@@ -8,8 +8,8 @@ youngest chain is preempted and starts over later, with the same tokens.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from dms_jax.config import CacheConfig
 from dms_jax.inference import use_counts
-from dms_jax.inference.decode import Chunk, DecodeSpec
-from dms_jax.inference.runner import Prefilled, Runner, Started
+from dms_jax.inference.decode import Chunk, DecodeSpec, Started
+from dms_jax.inference.runner import Prefilled, Runner
 from dms_jax.inference.scheduler import (
     Chain,
+    Copy,
     EngineConfig,
     Job,
     PoolError,
@@ -30,7 +31,6 @@ from dms_jax.inference.scheduler import (
     Result,
     Scheduler,
     finished,
-    padded_count,
 )
 from dms_jax.types import Params
 
@@ -89,12 +89,20 @@ class Engine:
           ConfigError: a job that may become longer than the cache's capacity.
           PoolError: one sequence alone needs more than `max_pages`.
         """
-        c = self.spec.model.config
-        config = self.config.on(jax.default_backend())
-        scheduler = Scheduler(jobs, config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
-        if scheduler.idle():
-            return
-        yield from _Run(self, scheduler).results(stop)
+        scheduler = self._scheduler(jobs)
+        if not scheduler.idle():
+            yield from _Run(self, scheduler).results(stop)
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Compiles what `run` will call, as far as it can be foreseen; parameters may be shapes."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
+        scheduler = self._scheduler(jobs)
+        if not scheduler.idle():
+            _Run(replace(self, params=shapes), scheduler)  # without a state on the device
+
+    def _scheduler(self, jobs: Iterable[Job]) -> Scheduler:
+        c, config = self.spec.model.config, self.config.on(jax.default_backend())
+        return Scheduler(jobs, config, self.cache.capacity, (c.num_layers, c.num_kv_heads))
 
     def expected(self, length: int) -> int:
         """Live tokens a head of a sequence, with something to spare: heads and chains differ."""
@@ -120,6 +128,8 @@ class _Run:
         options |= {"max_pages": self.config.max_pages, "mesh": engine.mesh}
         pages = engine.first_pool(scheduler)
         self.runner = engine.runner = Runner(engine.spec, engine.params, len(scheduler.rows), pages, **options)
+        if engine.mesh is None and (self.config.pad_rows or 1) >= scheduler.together:  # so many rows, whatever comes
+            self.runner.compile(scheduler.lengths, self.config.steps, scheduler.max_num_seqs)
         scheduler.fits = self.runner.fits
         self.depth = int(self.config.lookahead)
         self.logits: dict[int, tuple[Prefilled, int]] = {}  # of the prompt in each parked row
@@ -172,26 +182,28 @@ class _Run:
         self.made.append(_Read(rows, prompts, made))
         return True
 
-    def _start(self, copies) -> None:
-        """Starts chains, those of prompts that were read together in one call."""
-        of_one_call: dict[int, list] = {}
+    def _start(self, copies: list[Copy]) -> None:
+        """Starts chains, those of prompts that were read together in one call, as far as there are not too many."""
+        of_one_call: dict[int, list[Copy]] = {}
         for copy in copies:
             of_one_call.setdefault(id(self.logits[copy.source][0]), []).append(copy)
+        most = self.scheduler.together
         for group in of_one_call.values():
-            prompts = [self.scheduler.rows[copy.source] for copy in group]
-            made, _ = self.logits[group[0].source]
-            A = padded_count(len(group), self.scheduler.max_num_seqs, self.config.pad_rows)
-            index = np.zeros(A, np.int32)
-            index[: len(group)] = [self.logits[copy.source][1] for copy in group]
-            keys = np.stack([p.job.keys[copy.number] for p, copy in zip(prompts, group, strict=True)])
-            width = max(len(p.job.prompt) for p in prompts)
-            started = self.runner.fork((made, index), group, keys, width)
-            rows = [copy.target for copy in group]
-            self.made.append(_Begun(rows, self.scheduler.chains_started(group), started))
-            emptied = [copy.source for copy in group if copy.moved]
-            self.runner.release(emptied)
-            for row in emptied:
-                del self.logits[row]
+            for start in range(0, len(group), most):
+                self._start_together(group[start : start + most])
+
+    def _start_together(self, copies: list[Copy]) -> None:
+        prompts = [self.scheduler.prompt_in(copy.source) for copy in copies]
+        made, _ = self.logits[copies[0].source]
+        which = [self.logits[copy.source][1] for copy in copies]
+        keys = np.stack([p.job.keys[copy.number] for p, copy in zip(prompts, copies, strict=True)])
+        started = self.runner.fork(made, copies, which, keys, max(len(p.job.prompt) for p in prompts))
+        rows = [copy.target for copy in copies]
+        self.made.append(_Begun(rows, self.scheduler.chains_started(copies), started))
+        emptied = [copy.source for copy in copies if copy.moved]
+        self.runner.release(emptied)
+        for row in emptied:
+            del self.logits[row]
 
     def _launch(self) -> None:
         n = self.scheduler.max_num_seqs
@@ -215,7 +227,7 @@ class _Run:
     def _collect_prompts(self, read: _Read) -> None:
         seen, live = np.asarray(read.made.seen), np.asarray(read.made.live)
         for n, (row, prompt) in enumerate(zip(read.rows, read.prompts, strict=True)):
-            prompt.reads, prompt.live = seen[n, : len(prompt.job.prompt)], live[n].astype(np.int64)
+            prompt.reads, prompt.live = seen[n, : len(prompt.job.prompt)], live[row].astype(np.int64)
             if self.scheduler.rows[row] is prompt:
                 self.scheduler.live[row] = prompt.live
         for row, chain in enumerate(self.scheduler.rows):

@@ -173,6 +173,27 @@ def place(lm, mesh: Mesh):
     return traverse_util.unflatten_dict(jax.device_put(flat, places), sep="/")
 
 
+def prepare(lm, prompts: str | Sequence[str | Sequence[int]], config: GenerationConfig) -> None:
+    """Compiles what `generate` will call, as far as it can be foreseen; the parameters of `lm` may be shapes."""
+    for engine, jobs in _work(lm, encode(lm, prompts), config, None):
+        engine.prepare(jobs)
+
+
+def _work(
+    lm, ids: list[list[int]], config: GenerationConfig, keys: Keys | None, **callbacks
+) -> list[tuple[Engine, list[Job]]]:
+    """Engines, and the prompts that each of them continues."""
+    many = len(ids) * config.chains
+    drawn = sampling.sequence_keys(config.seed, len(ids), config.chains) if keys is None else keys
+    require(np.shape(drawn) == (many, 2), "keys.shape", np.shape(drawn), f"expected {(many, 2)}, {sampling.IMPL} keys")
+    drawn = np.asarray(drawn).reshape(len(ids), config.chains, 2)
+    length = max(map(len, ids)) + config.max_new_tokens
+    jobs = [Job(prompt, drawn[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
+    meshes = [None] if config.devices is None else sharding.tensor_meshes(*config.devices)
+    engines = [build(lm, length, config, mesh, **callbacks) for mesh in meshes]
+    return [(engine, jobs[n :: len(meshes)]) for n, engine in enumerate(engines)]
+
+
 def generate(
     lm,
     prompts: str | Sequence[str | Sequence[int]],
@@ -198,15 +219,7 @@ def generate(
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     config = dataclasses.replace(config or GenerationConfig(), **options)
     ids = encode(lm, prompts)
-    many = len(ids) * config.chains
-    drawn = sampling.sequence_keys(config.seed, len(ids), config.chains) if keys is None else keys
-    require(np.shape(drawn) == (many, 2), "keys.shape", np.shape(drawn), f"expected {(many, 2)}, {sampling.IMPL} keys")
-    drawn = np.asarray(drawn).reshape(len(ids), config.chains, 2)
-    length = max(map(len, ids)) + config.max_new_tokens
-    jobs = [Job(prompt, drawn[n], config.max_new_tokens, n) for n, prompt in enumerate(ids)]
-    meshes = [None] if config.devices is None else sharding.tensor_meshes(*config.devices)
-    engines = [build(lm, length, config, mesh, on_tokens=on_tokens) for mesh in meshes]
-    work = [(engine, jobs[n :: len(meshes)]) for n, engine in enumerate(engines)]
+    work = _work(lm, ids, config, keys, on_tokens=on_tokens)
     done = {(result.name, result.chain): result for _, result in run_together(work)}
     rows = [[done[n, c] for c in range(config.chains)] for n in range(len(ids))]
     tokens = [[result.tokens for result in row] for row in rows]

@@ -4,45 +4,50 @@ Nothing here waits for the device, except to grow the pool and to read prompts l
 arrays that the caller fetches when it needs them.
 """
 
+import functools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dms_jax.inference import decode
-from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, PromptChunk
+from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, DecodeState, PromptChunk, Started
 from dms_jax.inference.scheduler import Copy, padded_count, padded_length, round_up
 from dms_jax.models.transformer import mean_key_bias
 from dms_jax.types import Params
 
 
 class Prefilled(NamedTuple):
-    """Prompts that were read: logits of the next token, keys that each token attended to, live tokens."""
+    """Prompts that were read: logits of the next token, keys that each token attended to, live tokens of all rows."""
 
     logits: Float[Array, "A V"]
     seen: Int[Array, "A T"]
-    live: Int[Array, "A L K"]
+    live: Int[Array, "rows L K"]
 
 
-class Started(NamedTuple):
-    """Rows that were copied: the first token of each, and whether it ends the chain."""
+@functools.partial(jax.jit, static_argnames=("spec", "rows", "pages"))
+def empty_state(spec: DecodeSpec, params: Params, rows: int, pages: int) -> DecodeState:
+    """`decode.init` for these parameters, as one program: each of its arrays alone would be one to compile."""
+    state = decode.init(spec, rows, params["embed"]["embedding"].dtype, pages)
+    offset = mean_key_bias(params, spec.model.config, spec.kv_cache.slots)
+    return state if offset is None else state._replace(cache=spec.kv_cache.center(state.cache, offset))
 
-    token: Int[Array, "A"]
-    done: Bool[Array, "A"]
 
-
-@jax.jit
-def pick(arrays, rows: Int[Array, "A"]):
-    """These rows of every array; indexing outside of a compiled function costs milliseconds of tracing."""
-    return jax.tree.map(lambda x: x[rows], arrays)
+def compiled(function, *arguments):
+    """The program that `function(*arguments)` will call."""
+    return function.lower(*arguments).compile()
 
 
 class Runner:
     """`rows` rows of one DecodeSpec, with a pool of `pages` pages on each device of `mesh`.
 
+    params: or their shapes; then the state is one of shapes, too, and the runner can only `compile`.
     prefill_chunk, prefill_tokens, pad_rows: see EngineConfig. max_pages: how far the pool may grow.
     """
 
@@ -62,11 +67,9 @@ class Runner:
         self.spec, self.params, self.rows, self.mesh = spec, params, rows, mesh
         self.prefill_chunk, self.prefill_tokens = prefill_chunk, prefill_tokens
         self.pad_rows, self.max_pages = pad_rows, max_pages
-        dtype = params["embed"]["embedding"].dtype
-        self.state = self._call(decode.init, spec, rows, dtype, pages)
-        offset = mean_key_bias(params, spec.model.config, spec.kv_cache.slots)
-        if offset is not None:
-            self.state = self.state._replace(cache=spec.kv_cache.center(self.state.cache, offset))
+        self.fresh = spec, params, rows, pages
+        shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+        self.state: DecodeState = self._call(empty_state.eval_shape if shapes else empty_state, *self.fresh)
 
     def _call(self, function, *arguments):
         """Everything that runs on the devices goes through here: under the mesh, where there is one."""
@@ -122,16 +125,12 @@ class Runner:
             live[rows] = wanted[rows]
             if start + C < tokens.shape[1]:
                 live[rows] = self.live()[rows]
-        live_now = self._call(decode.live_tokens, self.spec, self.state)
-        after = self._call(pick, live_now, np.minimum(padded, self.rows - 1))
+        after = self._call(decode.live_tokens, self.spec, self.state)
         return Prefilled(logits, seen[0] if len(seen) == 1 else jnp.concatenate(seen, axis=1), after)
 
     def _batch(self, rows: list[int], prompts: list[list[int]]):
         """Right-padded tokens `[A, T]`, counts `[A]` and rows `[A]`; few sizes, so that few programs are compiled."""
-        length = padded_length(max(map(len, prompts)), self.prefill_chunk)
-        # Long prompts are few at a time: as many empty rows as for short ones would be most of the work.
-        together = max(1, self.prefill_tokens // min(length, self.prefill_chunk))
-        A = padded_count(len(rows), self.rows, min(self.pad_rows, together))
+        A, length = self._padded(len(rows), max(map(len, prompts)))
         tokens, counts = np.zeros((A, length), np.int32), np.zeros(A, np.int32)
         padded = np.full(A, self.rows, np.int32)
         padded[: len(rows)] = rows
@@ -140,25 +139,57 @@ class Runner:
             tokens[n, : len(prompt)] = prompt
         return tokens, counts, padded
 
-    def fork(self, read: tuple[Prefilled, np.ndarray], copies: list[Copy], keys: np.ndarray, width: int) -> Started:
-        """Copies parked rows; read: what was prefilled, and which of its logits are each copy's, padded to A."""
-        made, index = read
-        logits, A = self._call(pick, made.logits, index), len(index)
-        source, target, moved = np.full(A, self.rows), np.full(A, self.rows), np.zeros(A, bool)
-        all_keys = np.zeros((A, 2), np.uint32)
-        all_keys[: len(copies)] = keys
+    def _padded(self, count: int, tokens: int) -> tuple[int, int]:
+        """The shape to which `count` prompts of up to `tokens` tokens are padded."""
+        length = padded_length(tokens, self.prefill_chunk)
+        # Long prompts are few at a time: as many empty rows as for short ones would be most of the work.
+        together = max(1, self.prefill_tokens // min(length, self.prefill_chunk))
+        return padded_count(count, self.rows, min(self.pad_rows, together)), length
+
+    def fork(self, made: Prefilled, copies: list[Copy], prompts: list[int], keys: np.ndarray, width: int) -> Started:
+        """Copies parked rows; prompts: which of those read in one call each is, width: the longest of these."""
+        rows, count = self._copies(len(copies)), len(copies)
         for n, copy in enumerate(copies):
-            source[n], target[n], moved[n] = copy.source, copy.target, copy.moved
-        width = min(padded_length(width, self.prefill_chunk), self.spec.kv_cache.slots)
-        rows = Copies(source, target, moved, all_keys)
-        self.state = self._call(decode.fork, self.spec, self.state, logits, rows, width)
-        at = np.minimum(target, self.rows - 1)
-        return Started(*self._call(pick, (self.state.token, self.state.done), at))
+            rows.source[n], rows.target[n], rows.moved[n] = copy.source, copy.target, copy.moved
+        rows.prompt[:count], rows.keys[:count] = prompts, keys
+        self.state, started = self._call(decode.fork, self.spec, self.state, made.logits, rows, self._slots(width))
+        return started
+
+    def _copies(self, count: int) -> Copies:
+        """Padding, for `count` rows to copy."""
+        A = padded_count(count, self.rows, self.pad_rows)
+        source, target = np.full((2, A), self.rows, np.int32)
+        return Copies(source, target, np.zeros(A, np.int32), np.zeros(A, bool), np.zeros((A, 2), np.uint32))
+
+    def _slots(self, tokens: int) -> int:
+        """The slots of which prompts of up to `tokens` tokens are copied."""
+        return min(padded_length(tokens, self.prefill_chunk), self.spec.kv_cache.slots)
 
     def decode(self, steps: int, batch: int | None = None) -> Chunk:
         """One chunk of steps for the first `batch` rows."""
         self.state, chunk = self._call(decode.decode_chunk, self.spec, self.params, self.state, steps, batch)
         return chunk
+
+    def compile(self, lengths: Iterable[int], steps: int, batch: int) -> None:
+        """Compiles what prompts of these lengths and their chains will call: side by side, not one after another.
+
+        Foreseen are prompts of one chunk, padded to the fewest rows. Threads do, as XLA leaves Python's lock alone;
+        a call with the same arguments finds what was compiled.
+        """
+        spec, params, state, flags = self.spec, self.params, self.state, np.zeros(self.rows, bool)
+        programs = [(decode.chunk_program(state, batch), spec, params, state, steps, batch)]
+        for size in sorted({padded_length(n, self.prefill_chunk) for n in lengths if n <= self.prefill_chunk}):
+            A, T = self._padded(1, size)
+            counts, keys = np.zeros(A, np.int32), np.zeros((A, 2), np.uint32)
+            chunk = PromptChunk(counts, np.zeros((A, T), np.int32), counts, counts, counts, keys)
+            logits = jax.ShapeDtypeStruct((A, spec.model.config.vocab_size), jnp.float32)
+            programs.insert(0, (decode.prefill, spec, params, state, chunk, 0))  # they take longest
+            programs.append((decode.fork, spec, state, logits, self._copies(1), self._slots(size)))
+        small = [(empty_state, *self.fresh), (decode.release, spec, state, flags), (decode.live_tokens, spec, state)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            running = [threads.submit(self._call, compiled, *program) for program in programs + small]
+            for program in running:
+                program.result()
 
     def release(self, rows: list[int]) -> None:
         """Empties rows; their pages go back to the pool."""

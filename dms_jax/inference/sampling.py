@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt32
 
 from dms_jax.config import TINY, SamplingConfig, require
@@ -35,17 +36,20 @@ def chain_keys(
 
     Each depends on (seed, prompt, chain) alone, so a chain's tokens do not depend on the batch around it.
     """
-    root = root_key(seed)
+    return _folded_in(root_key(seed), jnp.asarray(prompts), jnp.asarray(chains))
 
+
+@jax.jit
+def _folded_in(root: Array, prompts: Int[Array, "B"], chains: Int[Array, "B"]) -> Keys:
     def one(prompt, chain):
         return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(root, prompt), chain))
 
-    return jax.vmap(one)(jnp.asarray(prompts), jnp.asarray(chains))
+    return jax.vmap(one)(prompts, chains)
 
 
 def sequence_keys(seed: int, prompts: int, chains: int) -> Keys:
     """`chain_keys` of `chains` chains for each of the prompts 0, 1, ..., `[prompts * chains, 2]`, prompt-major."""
-    return chain_keys(seed, *jnp.divmod(jnp.arange(prompts * chains), chains))
+    return chain_keys(seed, *np.divmod(np.arange(prompts * chains), chains))
 
 
 def sample(logits: NextLogits, keys: Keys, positions: Int[Array, "B"], config: SamplingConfig) -> Int[Array, "B"]:

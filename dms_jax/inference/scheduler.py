@@ -8,7 +8,7 @@ that the scheduler is given.
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtyping import Int, UInt32
 from dms_jax.config import Size, check, require
 from dms_jax.inference import use_counts
 
+TOGETHER = 64  # prompts are read, and chains started, in one call at most (more where they are padded to more)
 BUCKET = 64  # capacities and widths are rounded up to this, so that few shapes are compiled
 
 
@@ -164,6 +165,8 @@ class Scheduler:
         self.prefill_tokens = config.prefill_tokens or 8192
         self._jobs = iter(jobs)
         first = list(itertools.islice(self._jobs, config.max_num_seqs))
+        # Of the prompts known by now.
+        self.lengths = {len(job.prompt) for job in (jobs if isinstance(jobs, Sequence) else first)}
         self._waiting = collections.deque((self._checked(job), list(range(len(job.keys)))) for job in first)
         chains = sum(len(numbers) for _, numbers in self._waiting)
         self.max_num_seqs = min(config.max_num_seqs, max(chains, 1))
@@ -183,7 +186,12 @@ class Scheduler:
         """How many prompts of a length are read in one call."""
         chunk = self.config.prefill_chunk
         count = max(1, self.prefill_tokens // min(padded_length(length, chunk), chunk))
-        return min(count, max(self.config.pad_rows or 1, 64))
+        return min(count, self.together)
+
+    @property
+    def together(self) -> int:
+        """How many prompts are read, or chains started, in one call at most."""
+        return max(self.config.pad_rows or 1, TOGETHER)
 
     # What there is to do
 

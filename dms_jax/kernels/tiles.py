@@ -24,24 +24,28 @@ def tile_bounds(position, segment, size, log_keep_prob=None):
 
     Rows: smallest position of a token (FAR_AWAY if none), largest (-1 if none), smallest and largest segment; for
     keys also the smallest entry with empty slots (-1) counted, and the smallest position of a key that is kept.
+    segment: None where there is one, 0.
     """
     tokens = position.shape[-1]
     tiles = -(-tokens // size)
 
     def tiled(x, fill):
-        wide = ((0, 0),) * (x.ndim - 1)
-        x = jnp.pad(x, (*wide, (0, tiles * size - tokens)), constant_values=fill)
-        x = x.reshape(*x.shape[:-1], tiles, size)
-        return jnp.pad(x, (*wide, (0, -tiles % CHUNK), (0, 0)), constant_values=fill)
+        x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, tiles * size - tokens)), constant_values=fill)
+        return x.reshape(*x.shape[:-1], tiles, size)
 
     here = tiled(position, -1)
+    last, one = here.max(-1), jnp.zeros((*here.shape[:-1],), jnp.int32)
     # A query at -1 sees nothing, but it is there; a key at -1 is an empty slot.
     here_or_far = tiled(position, FAR_AWAY) if log_keep_prob is None else jnp.where(here >= 0, here, FAR_AWAY)
-    rows = [here_or_far.min(-1), here.max(-1), tiled(segment, FAR_AWAY).min(-1), tiled(segment, -FAR_AWAY).max(-1)]
+    # XLA computes on the host what it knows beforehand, entry by entry: so one segment is no array of zeros.
+    low, high = (one, one) if segment is None else (tiled(segment, FAR_AWAY).min(-1), tiled(segment, -FAR_AWAY).max(-1))
+    rows = [(here_or_far.min(-1), FAR_AWAY), (last, -1), (low, FAR_AWAY), (high, -FAR_AWAY)]
     if log_keep_prob is not None:
         kept = (here >= 0) & (tiled(log_keep_prob, MASK_VALUE) > MASK_VALUE / 2)
-        rows += [here.min(-1), jnp.where(kept, here, FAR_AWAY).min(-1)]
-    return jnp.stack(rows, axis=-2).astype(jnp.int32)
+        rows += [(here.min(-1), -1), (jnp.where(kept, here, FAR_AWAY).min(-1), FAR_AWAY)]
+    more = (*((0, 0),) * (last.ndim - 1), (0, -tiles % CHUNK))
+    filled = [jnp.pad(row, more, constant_values=fill) for row, fill in rows]
+    return jnp.stack(filled, axis=-2).astype(jnp.int32)
 
 
 class Plan(NamedTuple):
@@ -57,7 +61,7 @@ class Plan(NamedTuple):
 
 
 def plan(mask: EvictionMask, queries: int, keys: int, *, keys_stay: bool, window: int, hard: bool) -> Plan:
-    """The rules of `triton_flash_kernels.classify`, for tiles of `queries` and of `keys` tokens."""
+    """The rules of `triton_flash_kernels.classify`, for tiles of `queries` and `keys` tokens; segments may be None."""
     q = tile_bounds(mask.query_pos, mask.query_segments, queries)[:, None, :, :, None]
     k = tile_bounds(mask.key_pos, mask.key_segments, keys, mask.log_keep_prob)[:, :, :, None]
     q_low, q_high, q_seg_low, q_seg_high = (q[:, :, row] for row in range(4))

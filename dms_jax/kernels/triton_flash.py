@@ -79,8 +79,9 @@ def _run(kernel, options, tile, inputs, *more, out, grid):
     """Launches a kernel on `(q, k, v, mask)`, the bounds of the tiles, and more arrays."""
     q, k, v, mask = inputs
     (_, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    q_bounds = tile_bounds(mask.query_pos, mask.query_segments, tile.queries)
-    k_bounds = tile_bounds(mask.key_pos, mask.key_segments, tile.keys, mask.log_keep_prob)
+    segments = (mask.query_segments, mask.key_segments) if options.segments else (None, None)
+    q_bounds = tile_bounds(mask.query_pos, segments[0], tile.queries)
+    k_bounds = tile_bounds(mask.key_pos, segments[1], tile.keys, mask.log_keep_prob)
     constants = {"T": T, "S": S, "H": H, "K": K, "D": D, "D_PAD": power_of_two(D, 16), "SCALE": D**-0.5 * LOG2E}
     constants |= {"BM": tile.queries, "BN": tile.keys, "Q_TILES": q_bounds.shape[-1], "K_TILES": k_bounds.shape[-1]}
     constants |= {"WINDOW": options.window, "HARD": options.hard, "SEGMENTS": options.segments}

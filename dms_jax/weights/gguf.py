@@ -5,8 +5,9 @@ package's reader builds an array for every token of the vocabulary, and trusts c
 turned into numbers by the `gguf` package, a piece at a time.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -14,10 +15,11 @@ import numpy as np
 
 from dms_jax.config import ConfigError, Layers, ModelConfig, Positive, RopeConfig, Size, in_file, one_of, require, take
 from dms_jax.models.layers import rope_frequencies
+from dms_jax.types import Params
 from dms_jax.weights.gguf_tokenizer import CONTROL, build_tokenizer
 from dms_jax.weights.lm import LM
 from dms_jax.weights.safetensors import Source, WeightError
-from dms_jax.weights.table import all_finite, check_names, read_params, specs
+from dms_jax.weights.table import all_finite, check_names, read_params, shapes, specs
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FREQS = "rope_freqs.weight"
@@ -37,8 +39,10 @@ GGUF_KEYS = {
 }
 
 
-def read_gguf(file: Path, dtype: str, tokenizer: Any = None, nonfinite: bool = False) -> LM:
-    """The model in a GGUF file; `tokenizer` in place of the file's own.
+def read_gguf(
+    file: Path, dtype: str, tokenizer: Any = None, nonfinite: bool = False
+) -> tuple[LM, Callable[[], Params]]:
+    """The model in a GGUF file, with shapes for its parameters, and what reads those; `tokenizer` for the file's own.
 
     Raises:
       ConfigError: an unsupported model.  WeightError: a damaged file, or tensors that do not fit the model.
@@ -55,8 +59,8 @@ def read_gguf(file: Path, dtype: str, tokenizer: Any = None, nonfinite: bool = F
             for name, heads in (("attn_q", config.num_heads), ("attn_k", config.num_kv_heads)):
                 for kind in ("weight", "bias"):
                     order[f"blk.{n}.{name}.{kind}"] = unpermuted_rows(heads, config.head_dim)
-    params = read_params(expected, weights, dtype, str(file), order, nonfinite)
-    return LM(config, params, tokenizer)
+    read = functools.partial(read_params, expected, weights, dtype, str(file), order, nonfinite)
+    return LM(config, shapes(expected, dtype), tokenizer), read
 
 
 def unpermuted_rows(heads: int, head_dim: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Load: a model from a hub repository, a folder, a GGUF file or the bundled mini family."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from flax import traverse_util
 from dms_jax import programs
 from dms_jax.config import ConfigError, DMSConfig, Ratio, described, fits, in_file, one_of, require
 from dms_jax.models.gates import AdapterGate, gate_of
+from dms_jax.types import Params
 from dms_jax.weights.dms_keys import DMS_KEYS, GATE_KEY, cr_from_hf, dms_from_hf
 from dms_jax.weights.gguf import read_gguf
 from dms_jax.weights.gguf_tokenizer import refused_by_name
@@ -18,7 +21,7 @@ from dms_jax.weights.huggingface import read_config, read_weights
 from dms_jax.weights.json_files import parse_json, read_json
 from dms_jax.weights.lm import LM
 from dms_jax.weights.safetensors import Source, WeightError, open_safetensors
-from dms_jax.weights.table import DTYPES, gate_specs, read_params
+from dms_jax.weights.table import DTYPES, gate_specs, read_params, shapes, specs
 
 ASSETS = Path(__file__).parents[1] / "assets"  # mini/base, mini/cr4, ...; smollm2/gate_cr4.safetensors
 BUNDLED_GATES = ("smollm2",)
@@ -35,6 +38,7 @@ def load(
     cr: float | None = None,
     tokenizer: Any = None,
     allow_nonfinite: bool = False,
+    meanwhile: Callable[[LM], Any] | None = None,
 ) -> LM:
     """Loads a model. Nothing but data is read: no torch, no pickle, no code from the source.
 
@@ -50,6 +54,8 @@ def load(
       cr: the member of a retrofitted family to load: the sub-folder "cr4" for 4.
       tokenizer: used instead of the source's own.
       allow_nonfinite: read weights that are NaN or infinite as they are.
+      meanwhile: called in a thread while weights are read, with the model, whose parameters are still shapes: see
+        `generation.prepare`.
     Raises:
       ConfigError: an unsupported model, configuration, tokenizer or option.
       WeightError: weights that are damaged or do not fit the configuration.
@@ -68,14 +74,21 @@ def load(
         gate, cr = _gate_of_family(Path(gate), cr), None
     path = _locate(source, cr)
     if path.is_file():
-        lm = read_gguf(path, dtype, tokenizer, allow_nonfinite)
+        lm, read = read_gguf(path, dtype, tokenizer, allow_nonfinite)
     else:
         config, dms, recorded = read_config(path)
         tokenizer = tokenizer or _read_tokenizer(path)  # before the weights: it may refuse, and is quick
-        lm = LM(config, read_weights(path, config, dms, dtype, allow_nonfinite), tokenizer, dms, recorded)
+        lm = LM(config, shapes(specs(config, dms), dtype), tokenizer, dms, recorded)
+        read = functools.partial(read_weights, path, config, dms, dtype, allow_nonfinite)
     if gate is not None:
-        lm = _with_gate(lm, Path(gate), dtype, allow_nonfinite)
-    return lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
+        lm, read = _with_gate(lm, read, Path(gate), dtype, allow_nonfinite)
+    lm = lm if lm.cr or lm.dms is None else dataclasses.replace(lm, cr=asked)
+    with ThreadPoolExecutor(1) as thread:
+        beside = meanwhile and thread.submit(meanwhile, lm)
+        lm = dataclasses.replace(lm, params=read())
+        if beside:
+            beside.result()
+    return lm
 
 
 def _gate_of_family(folder: Path, cr: float) -> Path:
@@ -165,8 +178,10 @@ def _damaged(folder: Path) -> str:
     return str(folder / "tokenizer_config.json")
 
 
-def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
-    """The model with the gate of a file laid over it."""
+def _with_gate(
+    lm: LM, read: Callable[[], Params], file: Path, dtype: str, nonfinite: bool
+) -> tuple[LM, Callable[[], Params]]:
+    """The model with the gate of a file laid over it, and what then reads its parameters."""
     require(not file.is_dir(), "gate", str(file), "is a folder, expected a file from save_gate")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such gate file")
@@ -177,9 +192,18 @@ def _with_gate(lm: LM, file: Path, dtype: str, nonfinite: bool) -> LM:
     # A model that lives with another gate, a borrowed neuron say, is not the one that this was trained over.
     same = mine is None or type(mine) is type(gate)
     require(same, "gate", lm.dms and lm.dms.gate, "the model has a gate already, this one belongs on the original")
-    added = read_params(gate_specs(lm.config, dms), sources, dtype, str(file), nonfinite=nonfinite)
-    flat = {**traverse_util.flatten_dict(lm.params), **traverse_util.flatten_dict(added)}
-    return dataclasses.replace(lm, params=traverse_util.unflatten_dict(flat), dms=dms, cr=cr)
+    added = gate_specs(lm.config, dms)
+
+    def read_both() -> Params:
+        more = read_params(added, sources, dtype, str(file), nonfinite=nonfinite)
+        return _laid_over(read(), more)
+
+    return dataclasses.replace(lm, params=_laid_over(lm.params, shapes(added, dtype)), dms=dms, cr=cr), read_both
+
+
+def _laid_over(params: Params, more: Params) -> Params:
+    flat = {**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(more)}
+    return traverse_util.unflatten_dict(flat)
 
 
 def _said_of_gate(

@@ -159,6 +159,14 @@ def check_names(expected: list[Spec], sources: Mapping[str, Source], where: str)
         raise WeightError(f"{where}: {'; '.join(problems[:8])}{more}")
 
 
+def shapes(expected: list[Spec], dtype: str) -> Params:
+    """The parameter tree with a `jax.ShapeDtypeStruct` for each parameter."""
+    tree: Params = {}
+    for spec in expected:
+        insert(tree, spec.path, jax.ShapeDtypeStruct(spec.shape, dtype))
+    return tree
+
+
 def read_params(
     expected: list[Spec],
     sources: Mapping[str, Source],

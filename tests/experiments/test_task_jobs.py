@@ -96,9 +96,8 @@ def test_few_shot_prompts_bring_their_stop_string(tiny_family):
     lm = tiny_family("x")
     model = chains.Model("base/full", "", lm, "full", None, 1, 8)
     task = Gsm8kTask("t", ())
-    sampler = chains.Sampler.__new__(chains.Sampler)
-    sampler.task, sampler.settings = task, chains.Sampling(1.0, 1.0, 1, 0, stop=("END",))
-    assert sampler._stops(model).strings == ("\nQuestion:", "END")
+    engines = chains.Engines(task, chains.Sampling(1.0, 1.0, 1, 0, stop=("END",)))
+    assert engines.stops(model).strings == ("\nQuestion:", "END")
 
 
 def test_stop_strings_are_found_where_they_are_completed():

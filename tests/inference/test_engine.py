@@ -114,6 +114,50 @@ def test_long_prompts_are_padded_to_as_many_as_are_read_together(lm, wanted, mon
     assert {rows for rows, _ in shapes} == {2}, shapes  # not 8
 
 
+@pytest.fixture
+def compiled():
+    """Names of what is compiled, or fetched from the folder of programs, as it happens."""
+    names = []
+
+    def on_duration(event, _, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(on_duration)
+
+
+def test_what_an_accelerator_will_call_is_compiled_at_once(lm, wanted, compiled):
+    """Padded to the same number of rows, programs are known from the prompts' lengths, and from shapes alone."""
+    programs = ["_chunk", "empty_state", "fork", "fork", "live_tokens", "prefill", "prefill", "release"]  # two buckets
+
+    def names() -> list[str]:
+        made = sorted(name.removeprefix("jit(").removesuffix(")") for name in compiled)
+        compiled.clear()
+        return made
+
+    engine = build(lm, engine={"pad_rows": 64, "max_num_seqs": 5, "lookahead": True})
+    dataclasses.replace(engine, params=jax.eval_shape(lambda: lm.params)).prepare(jobs())
+    assert names() == programs
+    assert_same(by_name(engine.run(jobs())), wanted)
+    assert not names()
+    assert_same(by_name(build(lm, engine={"pad_rows": 64, "max_num_seqs": 6}).run(jobs())), wanted)
+    assert names() == programs, "the engine does it where nobody did it before"
+
+
+def test_an_error_while_programs_are_compiled_is_raised_as_itself(lm, monkeypatch):
+    class Broken(Exception):
+        pass
+
+    def broken(*_):
+        raise Broken
+
+    monkeypatch.setattr(decode, "fork", type("Program", (), {"lower": broken}))
+    with pytest.raises(Broken):
+        build(lm, engine={"pad_rows": 64}).prepare(jobs())
+
+
 def test_results_stream_and_tokens_are_reported_once(lm, wanted):
     seen, shown, order = {}, [], []
     engine = build(

@@ -170,6 +170,7 @@ def test_classes_of_tiles(small_tiles):
     queries = np.asarray(small_tiles.tile_bounds(position, position * 0, 16))[0]
     keys = np.asarray(small_tiles.tile_bounds(position[:, None], position[:, None] * 0, 16, log_keep_prob))[0, 0]
     assert queries.shape == (4, 64) and keys.shape == (6, 64)
+    np.testing.assert_array_equal(small_tiles.tile_bounds(position, None, 16)[0], queries)
     np.testing.assert_array_equal(keys[0, :5], [0, 16, 32, 48, 2**30])
     np.testing.assert_array_equal(keys[1, :5], [15, 31, 47, 63, -1])
     np.testing.assert_array_equal(keys[5, :5], [0, 2**30, 32, 48, 2**30])

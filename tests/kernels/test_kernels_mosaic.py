@@ -59,10 +59,11 @@ def test_output_and_gradients(flash, positions, window, hard, segments, lengths)
     segment = jnp.asarray(np.arange(T) // 150, jnp.int32)
     of_tokens = (jnp.broadcast_to(segment, (B, T)), jnp.broadcast_to(segment, (B, K, S))) if segments else ()
     mask = EvictionMask(query_pos, key_pos, log_keep_prob, window, *of_tokens)
-    mask = mask if segments else mask.one_segment()
+    told = mask if segments else mask.one_segment()
 
     def loss(q, k, v, log_keep_prob, attend):
-        out = attend(q, k, v, mask._replace(log_keep_prob=log_keep_prob)).astype(jnp.float32)
+        given = told if attend is attention.dense else mask
+        out = attend(q, k, v, given._replace(log_keep_prob=log_keep_prob)).astype(jnp.float32)
         return (out * weights).sum(), out
 
     wide = [x.astype(jnp.float32) for x in (q, k, v)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,6 +85,23 @@ def test_a_folder_for_nvidia(dms, tmp_path):
     assert {name: tuple(value.shape) for name, value in tensors.items()} == shapes
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
     assert_same_model(dms_jax.load(tmp_path), lm)
+
+
+def test_what_is_done_while_weights_are_read(tmp_path):
+    """It gets the model with shapes for its parameters; its errors are those of `load`."""
+    lm = model("llama", QUERY)
+    dms_jax.save(lm, tmp_path)
+    seen = []
+    loaded = dms_jax.load(tmp_path, meanwhile=seen.append)
+    (early,) = seen
+    assert (early.config, early.dms, early.cr) == (loaded.config, loaded.dms, loaded.cr)
+    assert jax.eval_shape(lambda: loaded.params) == early.params
+
+    def broken(_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        dms_jax.load(tmp_path, meanwhile=broken)
 
 
 def nvidia_folder(folder, separate: bool, **keys):
