@@ -91,5 +91,5 @@ def start() -> str:
         for name, run in record["starts"].items()
     ]
     header = ["start", "s to the model", "s to the first token", "s compiling, all threads", "programs kept"]
-    note = f"Qwen2.5-Coder-0.5B. {device(record)} {record['environment']['cpu_count']} cores, which other jobs shared."
+    note = f"Qwen2.5-Coder-0.5B. {device(record)} {record['environment']['cpu_count']} cores."
     return f"{markdown(header, rows)}\n\n{note}"
