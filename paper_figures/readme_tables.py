@@ -265,7 +265,7 @@ def ruler() -> str:
         f"Score %, {min(counts)} questions a cell, greedy, 95% intervals by bootstrap over questions. DMS: the gate "
         f"for CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. TOVA, H2O and StreamingLLM hold a quarter "
         f"of the length (pages of {results['config']['page_size']}); Quest stores everything and reads a quarter. "
-        f"R-KV, KeyDiff and VaSE hold a quarter and evict every 16 steps (on an H100). "
+        f"R-KV, KeyDiff, SnapKV and VaSE hold a quarter and evict every 16 steps (on an H100, or with a star). "
         f"{results['environment']['device'].split(' gpu ')[1]}, bfloat16, jax {results['environment']['jax']}"
     )
     on_cpu = any(row["device"].startswith("cpu") for row in results["rows"])
