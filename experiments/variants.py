@@ -1,6 +1,7 @@
 """What an experiment compares: a model under several policies, at several compression ratios and budgets."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,15 +114,15 @@ def load(
         one_of("policy", variant.policy or "full", policies.NAMES)
     family = gate is not None and Path(gate).is_dir()  # without a ratio it means the original
 
-    def early(lm) -> None:
+    def early(cr: float | None, lm: Any) -> None:
         for n, variant in enumerate(chosen):
-            if meanwhile and variant.cr == member:
+            if meanwhile and variant.cr == cr:
                 meanwhile(n, _resolved(variant, lm, model, window))
 
     models = {}
-    for member in {v.cr for v in chosen}:
-        own = None if family and member is None else gate
-        models[member] = dms_jax.load(model, dtype=dtype, gate=own, cr=member, meanwhile=early)
+    for cr in {v.cr for v in chosen}:
+        own = None if family and cr is None else gate
+        models[cr] = dms_jax.load(model, dtype=dtype, gate=own, cr=cr, meanwhile=functools.partial(early, cr))
     loaded = [_resolved(variant, models[variant.cr], model, window) for variant in chosen]
     one = any(model.dms for model in loaded)
     require(window is None or one, "window", window, "only policy dms has one")
@@ -129,6 +130,7 @@ def load(
 
 
 def _resolved(variant: Variant, lm: Any, model: str, window: int | None) -> Loaded:
+    """A variant with its policy, and the DMSConfig that it runs with."""
     dms = None
     variant = variant._replace(policy=variant.policy or ("full" if lm.dms is None else "dms"))
     require(lm.tokenizer is not None, "model", model, "has no tokenizer")
