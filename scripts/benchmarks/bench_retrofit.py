@@ -101,6 +101,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")] = Options()) -> dic
     result = {
         "model": options.model.stem,
         "mode": config.mode,
+        "mesh": dict(zip(devices.axis_names, devices.devices.shape, strict=True)),
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "context": config.context,
         "rows": config.batch_size,
