@@ -1,6 +1,8 @@
 """How what reads a model is run from a shell: its options, its terminal, and errors that end it with one line."""
 
 import dataclasses
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +68,20 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def import_transformers() -> None:
+    """Imports transformers as if there were no torch, which release 5.17 imports with any tokenizer.
+
+    That takes seconds, and no command uses it. Nor is transformers to warn that it found none.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    hidden = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
+    try:
+        from transformers import PreTrainedTokenizerFast  # noqa: F401 (what it finds now, it goes by later)
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
 def main(
     config_class: type,
     execute: Callable[[Any, Console, float], int],
@@ -79,6 +95,8 @@ def main(
     """
     start = time.monotonic()
     config = tyro.cli(config_class, args=arguments, description=description, prog=f"python -m {program}")
+    if arguments is None:
+        import_transformers()
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, report.WIDE))

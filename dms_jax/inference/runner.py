@@ -39,11 +39,6 @@ def empty_state(spec: DecodeSpec, params: Params, rows: int, pages: int) -> Deco
     return state if offset is None else state._replace(cache=spec.kv_cache.center(state.cache, offset))
 
 
-def compiled(function, *arguments):
-    """The program that `function(*arguments)` will call."""
-    return function.lower(*arguments).compile()
-
-
 class Runner:
     """`rows` rows of one DecodeSpec, with a pool of `pages` pages on each device of `mesh`.
 
@@ -171,10 +166,11 @@ class Runner:
         return chunk
 
     def compile(self, lengths: Iterable[int], steps: int, batch: int) -> None:
-        """Compiles what prompts of these lengths and their chains will call: side by side, not one after another.
+        """Compiles what prompts of these lengths and their chains will call.
 
-        Foreseen are prompts of one chunk, padded to the fewest rows. Threads do, as XLA leaves Python's lock alone;
-        a call with the same arguments finds what was compiled.
+        Foreseen are prompts of one chunk, padded to the fewest rows. They are traced one after another, as threads
+        would only wait for each other's turn at Python's lock; XLA leaves that alone and compiles them side by side.
+        A call with the same arguments finds what was compiled.
         """
         spec, params, state, flags = self.spec, self.params, self.state, np.zeros(self.rows, bool)
         programs = [(decode.chunk_program(state, batch), spec, params, state, steps, batch)]
@@ -187,8 +183,9 @@ class Runner:
             programs.append((decode.fork, spec, state, logits, self._copies(1), self._slots(size)))
         small = [(empty_state, *self.fresh), (decode.release, spec, state, flags), (decode.live_tokens, spec, state)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            running = [threads.submit(self._call, compiled, *program) for program in programs + small]
-            for program in running:
+            lowered = (self._call(function.lower, *given) for function, *given in programs + small)
+            compiling = [threads.submit(program.compile) for program in lowered]
+            for program in compiling:
                 program.result()
 
     def release(self, rows: list[int]) -> None:

@@ -185,12 +185,13 @@ def _source(header: _Header, name: str, shape: tuple[int, ...], code: int, start
             raise WeightError(f"{file}: truncated inside tensor {name}")
         if kind.name in ("F32", "F16"):
             return data.view(np.float32 if kind.name == "F32" else np.float16).reshape(-1, columns)
-        try:
-            with np.errstate(all="ignore"):  # a damaged scale is found by what comes out
-                # As one row: gguf works on sixteen rows a call, and so many calls wait for Python's lock.
-                return quants.dequantize(data.reshape(1, -1), kind).reshape(-1, columns)
-        except NotImplementedError as error:
-            raise WeightError(f"{file}: tensor {name} is quantised as {kind.name}: not supported") from error
+        decoder = getattr(quants, kind.name, None)
+        if decoder is None:
+            raise WeightError(f"{file}: tensor {name} is quantised as {kind.name}: not supported")
+        decoder.init_grid()
+        with np.errstate(all="ignore"):  # a damaged scale is found by what comes out
+            # All rows at once: `quants.dequantize` takes sixteen a call, which then wait for Python's lock, and copies.
+            return decoder.dequantize_rows(data).reshape(-1, columns)
 
     return Source(name, shape, file, read), math.prod(shape[:-1]) * row
 
