@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax.inference import decode
 from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, DecodeState, PromptChunk, Started
-from dms_jax.inference.scheduler import Copy, padded_count, padded_length, round_up
+from dms_jax.inference.scheduler import Copy, padded_count, padded_length
 from dms_jax.models.transformer import mean_key_bias
 from dms_jax.types import Params
 
@@ -99,26 +99,25 @@ class Runner:
         live: live tokens of all rows now, or a bound; updated. keys: `[A, 2]` random keys for the token drawn.
         """
         tokens, counts, padded = self._batch(rows, prompts)
-        A, C = len(padded), self.prefill_chunk
+        A = len(padded)
         limits = np.ones(A, np.int32)
         limits[: len(rows)] = max_new
         keys = np.zeros((A, 2), np.uint32) if keys is None else keys
         logits, seen = None, []
-        for start in range(0, tokens.shape[1], C):
-            part = tokens[:, start : start + C]
-            count = np.clip(counts - start, 0, part.shape[1])
-            remaining = np.maximum(counts - start - part.shape[1], 0)
+        for start, size in self._parts(tokens.shape[1]):
+            part = tokens[:, start : start + size]
+            count, remaining = np.clip(counts - start, 0, size), np.maximum(counts - start - size, 0)
             wanted = live.copy()
             wanted[rows] += count[: len(rows), None, None]
             if not self.fits(wanted):
                 return None
-            width = min(round_up(int(live[rows].max())), self.spec.kv_cache.slots)
+            width = self._width(int(live[rows].max()))
             chunk = PromptChunk(padded, part, count, remaining, limits, keys)
             self.state, new, saw = self._call(decode.prefill, self.spec, self.params, self.state, chunk, width)
             logits = new if logits is None else jnp.where(count[:, None] > 0, new, logits)
             seen.append(saw)
             live[rows] = wanted[rows]
-            if start + C < tokens.shape[1]:
+            if start + size < tokens.shape[1]:
                 live[rows] = self.live()[rows]
         after = self._call(decode.live_tokens, self.spec, self.state)
         return Prefilled(logits, seen[0] if len(seen) == 1 else jnp.concatenate(seen, axis=1), after)
@@ -140,6 +139,15 @@ class Runner:
         # Long prompts are few at a time: as many empty rows as for short ones would be most of the work.
         together = max(1, self.prefill_tokens // min(length, self.prefill_chunk))
         return padded_count(count, self.rows, min(self.pad_rows, together)), length
+
+    def _parts(self, length: int) -> list[tuple[int, int]]:
+        """Where each chunk of prompts padded to `length` begins, and how many tokens it has."""
+        C = self.prefill_chunk
+        return [(start, min(C, length - start)) for start in range(0, length, C)]
+
+    def _width(self, live: int) -> int:
+        """Slots to read of rows that hold `live` tokens: whole chunks, so that few programs are compiled."""
+        return min(-(-live // self.prefill_chunk) * self.prefill_chunk, self.spec.kv_cache.slots)
 
     def fork(self, made: Prefilled, copies: list[Copy], prompts: list[int], keys: np.ndarray, width: int) -> Started:
         """Copies parked rows; prompts: which of those read in one call each is, width: the longest of these."""
@@ -168,18 +176,20 @@ class Runner:
     def compile(self, lengths: Iterable[int], steps: int, batch: int) -> None:
         """Compiles what prompts of these lengths and their chains will call.
 
-        Foreseen are prompts of one chunk, padded to the fewest rows. They are traced one after another, as threads
-        would only wait for each other's turn at Python's lock; XLA leaves that alone and compiles them side by side.
-        A call with the same arguments finds what was compiled.
+        A prompt's rest is read as if nothing had been evicted, to the chunk; few rows are read at once. They are traced
+        one after another, as threads would only wait for each other's turn at Python's lock; XLA leaves that alone and
+        compiles them side by side. A call with the same arguments finds what was compiled.
         """
         spec, params, state, flags = self.spec, self.params, self.state, np.zeros(self.rows, bool)
         programs = [(decode.chunk_program(state, batch), spec, params, state, steps, batch)]
-        for size in sorted({padded_length(n, self.prefill_chunk) for n in lengths if n <= self.prefill_chunk}):
-            A, T = self._padded(1, size)
+        sizes = sorted({padded_length(n, self.prefill_chunk) for n in lengths})
+        parts = {(self._padded(1, size)[0], *part) for size in sizes for part in self._parts(size)}
+        for A, start, tokens in sorted(parts):
             counts, keys = np.zeros(A, np.int32), np.zeros((A, 2), np.uint32)
-            chunk = PromptChunk(counts, np.zeros((A, T), np.int32), counts, counts, counts, keys)
-            logits = jax.ShapeDtypeStruct((A, spec.model.config.vocab_size), jnp.float32)
-            programs.insert(0, (decode.prefill, spec, params, state, chunk, 0))  # they take longest
+            chunk = PromptChunk(counts, np.zeros((A, tokens), np.int32), counts, counts, counts, keys)
+            programs.insert(0, (decode.prefill, spec, params, state, chunk, self._width(start)))  # they take longest
+        for size in sizes:
+            logits = jax.ShapeDtypeStruct((self._padded(1, size)[0], spec.model.config.vocab_size), jnp.float32)
             programs.append((decode.fork, spec, state, logits, self._copies(1), self._slots(size)))
         small = [(empty_state, *self.fresh), (decode.release, spec, state, flags), (decode.live_tokens, spec, state)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -25,13 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import traverse_util
+from jax.sharding import Mesh
 
+from dms_jax import sharding
 from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
 from dms_jax.config_files import load_yaml
 from dms_jax.inference import decode
 from dms_jax.models import transformer
 from dms_jax.policies import DelayedEviction, Full
+from dms_jax.weights import table
 from experiments.run import environment
 from scripts.benchmarks.records import Record
 
@@ -83,22 +87,21 @@ def copy_rate(size: int) -> float:
     return 2 * size / statistics.median(seconds)
 
 
-def random_params(config: ModelConfig, dms: DMSConfig | None, dtype: str, seed: int):
-    """Weights of the model's shape, made on the device one by one; the gate's W stays zero."""
+def random_params(config: ModelConfig, dms: DMSConfig | None, dtype: str, seed: int, mesh: Mesh | None = None):
+    """Weights of the model's shape, made one by one on the device or over the mesh; the gate's W stays zero."""
+    letters = {spec.path: spec.letters for spec in table.specs(config, dms)}
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config, dms))
-    leaves, tree = jax.tree.flatten(shapes)
     make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    values = [
-        make(key, x.shape) if len(x.shape) > 1 else jnp.ones(x.shape, dtype)
-        for key, x in zip(keys, leaves, strict=True)
-    ]
-    params = jax.tree.unflatten(tree, values)
-    if dms is not None:
-        for n in range(config.num_layers):
-            proj = params[f"layers_{n}"]["attn"]["gate"]["proj"]
-            proj["kernel"] = jnp.zeros_like(proj["kernel"])
-    return params
+    params = {}
+    for n, (path, x) in enumerate(traverse_util.flatten_dict(shapes, sep="/").items()):
+        if path.endswith("gate/proj/kernel"):
+            value = jnp.zeros(x.shape, dtype)
+        else:
+            value = make(jax.random.key(seed + n), x.shape) if len(x.shape) > 1 else jnp.ones(x.shape, dtype)
+        params[path] = (
+            value if mesh is None else jax.device_put(value, sharding.parameter(mesh, letters[path], x.shape))
+        )
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def lengths(config: ModelConfig, batch: int, context: int, cr: float, spread: float, seed: int) -> np.ndarray:

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import dms_jax
 from dms_jax import sharding
 from dms_jax.cache import kv_cache
-from dms_jax.inference import decode, generation
+from dms_jax.inference import decode
 from experiments.run import environment
 from scripts.benchmarks.bench_decode import GATE, MODELS, Plan, bytes_of
 from scripts.benchmarks.records import Record
@@ -103,8 +102,7 @@ def main(settings: Settings) -> None:
     run = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment()}
     record = Record(settings.out, run | {"copy_bytes_per_second": rate, "memory_limit": memory})
     mesh = sharding.tensor_meshes(1, settings.devices)[0]
-    params = bench_decode.random_params(config, GATE, settings.dtype, settings.seed)
-    params = generation.place(dms_jax.LM(config, params, None, GATE), mesh)
+    params = bench_decode.random_params(config, GATE, settings.dtype, settings.seed, mesh)
     with jax.set_mesh(mesh):
         for cell in cells:
             plan = bench_decode.planned(of_a_device(settings), cell, bytes_of(params) // settings.devices, memory)

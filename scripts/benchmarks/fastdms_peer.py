@@ -10,6 +10,7 @@ modes: "fastdms" as it comes, which evicts once every `window` steps; "fastdms_e
 read by PyTorch's SDPA; the steps timed do not use it.
 """
 
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -112,6 +113,7 @@ def engine(cell: Cell):
     sys.path.insert(0, cell.source)
     if importlib.util.find_spec("flash_attn") is None:
         stand_in = types.ModuleType("flash_attn")
+        stand_in.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)  # transformers asks for it
         stand_in.flash_attn_varlen_func, stand_in.flash_attn_with_kvcache = sdpa_varlen, None
         sys.modules["flash_attn"] = stand_in
     from fastdms import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
