@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from paper_figures import baseline_tables, decode_speed, job_tables, offload_table, real_model_tables, style
+from paper_figures import baseline_tables, decode_speed, job_tables, offload_table, real_model_tables, style, two_gpus
 from paper_figures.decode_speed import series_of
 from paper_figures.rows import device, interval, markdown, milliseconds, percent
 
@@ -265,7 +265,8 @@ def ruler() -> str:
         f"Score %, {min(counts)} questions a cell, greedy, 95% intervals by bootstrap over questions. DMS: the gate "
         f"for CR 4, which achieves {min(own):.1f} to {max(own):.1f} here. TOVA, H2O and StreamingLLM hold a quarter "
         f"of the length (pages of {results['config']['page_size']}); Quest stores everything and reads a quarter. "
-        f"R-KV, KeyDiff, SnapKV and VaSE hold a quarter and evict every 16 steps (on an H100, or with a star). "
+        f"R-KV, KeyDiff, SnapKV and VaSE hold a quarter and evict every 16 steps (on an H100, or with a star); Random "
+        f"Attention never evicts a prompt, and holds all there is here. "
         f"{results['environment']['device'].split(' gpu ')[1]}, bfloat16, jax {results['environment']['jax']}"
     )
     on_cpu = any(row["device"].startswith("cpu") for row in results["rows"])
@@ -287,6 +288,7 @@ TABLES = {
     "gpu_flash": gpu_flash,
     "gpu_latent": gpu_latent,
     "offload": offload_table.offload,
+    "tensor": two_gpus.tensor,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
     "mini_latent": baseline_tables.latent,

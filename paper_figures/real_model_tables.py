@@ -120,6 +120,17 @@ def retrofits() -> str:
     return table(lines, results)
 
 
+def draws(name: str) -> str:
+    """Two retrofits by one recipe, each on chains of its own: one chain and four."""
+    results = read(f"{name}_two_draws")
+    lines = []
+    for row in results["rows"]:
+        if row["chains"] in (1, 4):
+            which = "first" if "_first_" in row["run"] else "second"
+            lines.append(line(row, label(row, results) + (f", {which} retrofit" if row["policy"] == "dms" else "")))
+    return table(lines, results)
+
+
 # Runs of the retrofits' table -> what was trained; o is the decision offset.
 RETROFITS = {
     **{f"dms{cr}": "adapter, window 16, o = 1" for cr in (2, 4, 8)},
@@ -135,6 +146,8 @@ TABLES = {
     "gsm8k": functools.partial(family, "gsm8k_512"),
     "gsm8k_rivals": functools.partial(rivals, "gsm8k_512"),
     "gsm8k_retrofits": retrofits,
+    "gsm8k_draws": functools.partial(draws, "gsm8k_512"),
     "math500": functools.partial(family, "math500_512"),
+    "math500_draws": functools.partial(draws, "math500_512"),
     "humaneval": functools.partial(family, "humaneval_512"),
 }
