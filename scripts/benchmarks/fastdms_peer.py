@@ -128,6 +128,7 @@ def engine(cell: Cell):
         kv_cache_dtype="float8_e4m3fn" if cell.mode == "fastdms_fp8" else "auto",
         compact_kv_enabled=True,
         compact_kv_retention_mode="dms",
+        compact_kv_layer_major_metadata=True,  # PyTorch 2.11 refuses how decisions are stored sequence by sequence
     )
     return llm, SamplingParams(temperature=0.0, max_tokens=new + 1, ignore_eos=True)
 
