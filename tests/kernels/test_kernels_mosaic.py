@@ -1,4 +1,7 @@
-"""Delayed-eviction flash attention for Hopper, in Pallas's interpreter (jax 0.11), against the jnp reference."""
+"""Delayed-eviction flash attention for Hopper, in Pallas's interpreter (jax 0.11), against the jnp reference.
+
+The interpreter's threads wait for each other in XLA's pool: with few cores they need NPROC=16, or they hang.
+"""
 
 import jax
 import jax.numpy as jnp
