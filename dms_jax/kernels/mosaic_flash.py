@@ -47,7 +47,7 @@ def fits(q, k) -> bool:
     """Whether there is a kernel for these arrays and this device: 16 bits, whole tiles, Hopper, and jax 0.11."""
     whole = q.shape[1] % STAYS == k.shape[1] % STAYS == 0 and q.shape[3] in HEAD_DIMS and q.dtype.itemsize == 2
     hopper = getattr(jax.devices()[0], "compute_capability", None) == "9.0"
-    return whole and hopper and hasattr(plgpu, "wgmma_accumulator_load")
+    return whole and hopper and jax.__version_info__ >= (0, 11)
 
 
 def flash(q, k, v, mask: EvictionMask, *, hard: bool, tiles: Tiling | None = None):
@@ -102,7 +102,9 @@ def _launch(kernel, prepared, *more, out, staying: int) -> tuple:
     )(*inputs, *more)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # so that all layers share one lowering, which takes a third of a second
+# Under jit, as the backward pass, so that all layers share one lowering: another takes a third of a second, and is
+# another kernel to XLA, which compiles it for a second or more and nothing else meanwhile.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(options, q, k, v, mask):
     B, T, H, _ = q.shape
     prepared = _prepare(options, q, k, v, mask, options.tiles.forward, keys_stay=False)
@@ -111,6 +113,7 @@ def _forward(options, q, k, v, mask):
     return out, (q, k, v, mask, out, lse)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(options, saved, dout):
     *inputs, out, lse = saved
     q, k, v, mask = inputs

@@ -63,7 +63,9 @@ class Plan(NamedTuple):
 def plan(mask: EvictionMask, queries: int, keys: int, *, keys_stay: bool, window: int, hard: bool) -> Plan:
     """The rules of `triton_flash_kernels.classify`, for tiles of `queries` and `keys` tokens; segments may be None."""
     q = tile_bounds(mask.query_pos, mask.query_segments, queries)[:, None, :, :, None]
-    k = tile_bounds(mask.key_pos, mask.key_segments, keys, mask.log_keep_prob)[:, :, :, None]
+    # A soft mask hides no tile, so all layers have the same plan, and XLA sees that if it is made of the same arrays.
+    kept = mask.log_keep_prob if hard else jnp.zeros_like(mask.log_keep_prob)
+    k = tile_bounds(mask.key_pos, mask.key_segments, keys, kept)[:, :, :, None]
     q_low, q_high, q_seg_low, q_seg_high = (q[:, :, row] for row in range(4))
     k_low, k_high, k_seg_low, k_seg_high, k_first, k_kept = (k[:, :, row] for row in range(6))
     far = q_low - k_high > window
@@ -76,6 +78,7 @@ def plan(mask: EvictionMask, queries: int, keys: int, *, keys_stay: bool, window
         matters, plain, far = (x.swapaxes(2, 3) for x in (matters, plain, far))
     kind = jnp.where(plain, 0, jnp.where(matters, 1, 2))
     codes = 2 * far.shape[-1]
-    entries = jnp.sort(kind * codes + jnp.arange(0, codes, 2) + far) % codes
+    # No two are equal, so the order need not be stable, which would be a sort of two arrays.
+    entries = jnp.sort(kind * codes + jnp.arange(0, codes, 2) + far, stable=False) % codes
     counts = jnp.stack([plain.sum(-1), matters.sum(-1)], -1)
     return Plan(entries.astype(jnp.int32), counts.astype(jnp.int32))

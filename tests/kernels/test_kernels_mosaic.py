@@ -1,4 +1,7 @@
-"""Delayed-eviction flash attention for Hopper, in Pallas's interpreter (jax 0.11), against the jnp reference."""
+"""Delayed-eviction flash attention for Hopper, in Pallas's interpreter (jax 0.11), against the jnp reference.
+
+The interpreter's threads wait for each other in XLA's pool: with few cores they need NPROC=16, or they hang.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +78,25 @@ def test_output_and_gradients(flash, positions, window, hard, segments, lengths)
         x, y = (np.asarray(z, np.float32) for z in (x, y))
         assert np.isfinite(x).all()
         np.testing.assert_allclose(x, y, rtol=0, atol=TOLERANCE * np.abs(y).max(), err_msg=name)
+
+
+def test_layers_share_kernels():
+    """Of two layers each kernel is lowered once: of every further lowering XLA would compile a kernel of its own."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("this jax is too old for the kernels")
+    from dms_jax.kernels import mosaic_flash
+
+    B, T, K, H, D = 1, 256, 2, 4, 64
+    position = jnp.arange(T)[None]
+
+    def loss(q, k, v, log_keep_prob):
+        mask = EvictionMask(position, jnp.broadcast_to(position, (B, K, T)), log_keep_prob, 16)
+        for _ in range(2):
+            q = mosaic_flash.flash(q, k, v, mask, hard=False)
+        return jnp.asarray(q, jnp.float32).sum()
+
+    of = lambda heads: jax.ShapeDtypeStruct((B, T, heads, D), jnp.bfloat16)  # noqa: E731
+    arrays = of(H), of(K), of(K), jax.ShapeDtypeStruct((B, K, T), jnp.float32)
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3  # forward, key_gradients, query_gradients
