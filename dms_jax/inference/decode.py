@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from dms_jax import dms, kernels, sharding
 from dms_jax.cache import DecodeQuery, KVCache
 from dms_jax.config import SamplingConfig
 from dms_jax.inference import eviction, sampling
-from dms_jax.inference.eviction import LAYER_AXES, joined, layers_of, step_of
+from dms_jax.inference.eviction import LAYER_AXES, joined, layers_of, over_layers, step_of
 from dms_jax.kernels import attention
 from dms_jax.models.transformer import Decoder
 from dms_jax.policies import DecodeStep, NewToken, Policy, PrefillChunk, Stored
-from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
+from dms_jax.types import Counts, Keys, Layer, NextLogits, Params, Tokens
 
 FEW_ROWS = 64  # see compiled_chunk and docs/speed.md
 
@@ -121,16 +121,29 @@ def _put_rows(tree, rows, part):
 # ---- Prefill
 
 
+class Read(NamedTuple):
+    """What a layer made of a chunk, of which `PrefillAttend.store` stores a part; or all layers, an axis in front."""
+
+    k: Num[Array, "*L A C K D"]
+    v: Num[Array, "*L A C K U"]
+    logit: Float[Array, "*L A K C"] | None
+    evicted: Bool[Array, "*L A K WC"]
+    attention: Float[Array, "*L A K WC"] | None
+
+
 @dataclass(frozen=True, eq=False)
 class PrefillAttend:
-    """An `Attend` for a chunk of a prompt: reads the cache and the chunk under the policy's mask, stores what is kept.
+    """An `Attend` for a chunk of a prompt: reads the cache and the chunk under the policy's mask.
 
-    before: the policy's state of the rows. start: the position of each row's first token. width: slots of the cache
-    that are read. It threads (cache, new states of the policy, keys seen by each token `[A, C]`) through the layers.
+    Nothing is stored before all layers have read, so that storing is one loop over them (see `KVCache.over_layers`).
+
+    cache, before: the rows' cache and state of the policy. start: the position of each row's first token. width: slots
+    of the cache that are read. It threads (what each layer made, keys seen by each token `[A, C]`) through the layers.
     """
 
     spec: DecodeSpec
     chunk: PromptChunk
+    cache: Any
     before: Any
     start: Counts
     width: int
@@ -140,13 +153,8 @@ class PrefillAttend:
         return self.start[:, None] + jnp.arange(self.chunk.tokens.shape[1], dtype=jnp.int32)
 
     def __call__(self, layer, q, k, v, logit, carried):
-        (cache, states, seen), policy, kv_cache = carried, self.spec.policy, self.spec.kv_cache
-        chunk, query_pos = self.chunk, self.query_pos
-        C = query_pos.shape[1]
-        old, own = kv_cache.view(cache, layer, self.width), layers_of(self.before, layer)
-        keys = chunk.keys
-        counts = self.start, chunk.count, chunk.remaining
-        prompt = PrefillChunk(jnp.int32(layer), *counts, old.pos, k, v, logit, keys, Stored(old.k, old.v))
+        (made, seen), policy, query_pos = carried, self.spec.policy, self.query_pos
+        old, own, prompt = self._given(self.cache, layer, k, v, logit)
         evicted, pos = policy.prefill_evict_mask(own, prompt), prompt.positions()
         all_k, all_v = (
             jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
@@ -157,14 +165,27 @@ class PrefillAttend:
 
         letters = ("B T H D", "B S K D", "B S K D", "B T", "B K S", "B K S")
         out = sharding.by_heads(flash, letters)(q, all_k, all_v, query_pos, pos, dms.hard_log_keep_prob(evicted))
-        weights = self._observed(q, all_k, pos)
+        read = Read(k, v, logit, evicted, self._observed(q, all_k, pos))
+        seen += dms.live_counts(pos, evicted, self.start, k.shape[1], policy.window).sum(axis=1)
+        return out, ((*made, read), seen)
+
+    def store(self, read: Read, cache: Any, layer: Layer) -> tuple[Any, Any]:
+        """The cache with what the policy keeps in one layer of `read`, and its state of this layer."""
+        policy, chunk = self.spec.policy, self.chunk
+        k, v, logit, evicted, weights = jax.tree.map(lambda x: x[layer], read)
+        old, own, prompt = self._given(cache, layer, k, v, logit)
         keep, carry = policy.prefill_keep_mask(own, prompt, evicted, weights)
-        token_pos = jnp.where(jnp.arange(C) < chunk.count[:, None], query_pos, -1)
+        token_pos = jnp.where(jnp.arange(k.shape[1]) < chunk.count[:, None], self.query_pos, -1)
         moving = old if policy.max_budget is not None else None  # only a budget makes a cache shrink
-        cache, slots = kv_cache.write_prefill(cache, layer, k, v, token_pos, keep, moving)
-        own = policy.commit_prefill(own, prompt, carry, slots)
-        seen += dms.live_counts(pos, evicted, self.start, C, policy.window).sum(axis=1)
-        return out, (cache, (*states, own), seen)
+        cache, slots = self.spec.kv_cache.write_prefill(cache, layer, k, v, token_pos, keep, moving)
+        return cache, policy.commit_prefill(own, prompt, carry, slots)
+
+    def _given(self, cache: Any, layer: Layer, k, v, logit):
+        """Of one layer: what is stored, the policy's state, and the chunk as the policy gets it."""
+        old, chunk = self.spec.kv_cache.view(cache, layer, self.width), self.chunk
+        counts = self.start, chunk.count, chunk.remaining
+        prompt = PrefillChunk(jnp.int32(layer), *counts, old.pos, k, v, logit, chunk.keys, Stored(old.k, old.v))
+        return old, layers_of(self.before, layer), prompt
 
     def _observed(self, q, k, pos):
         """The attention that each token gets from the queries that the policy wants to observe."""
@@ -195,9 +216,12 @@ def prefill(
     """
     rows, count = chunk.rows, chunk.count
     before, start = _rows((state.policy, state.position), rows)
-    attend = PrefillAttend(spec, chunk, before, start, width)
-    begin = (spec.kv_cache.take_rows(state.cache, rows), (), jnp.zeros(chunk.tokens.shape, jnp.int32))
-    hidden, (cache, states, seen) = spec.model.apply({"params": params}, chunk.tokens, attend.query_pos, attend, begin)
+    cache = spec.kv_cache.take_rows(state.cache, rows)
+    attend = PrefillAttend(spec, chunk, cache, before, start, width)
+    begin = (), jnp.zeros(chunk.tokens.shape, jnp.int32)
+    hidden, (made, seen) = spec.model.apply({"params": params}, chunk.tokens, attend.query_pos, attend, begin)
+    store = functools.partial(attend.store, jax.tree.map(lambda *xs: jnp.stack(xs), *made))
+    cache, own = over_layers(spec.kv_cache, store, cache, len(made))
     hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = spec.model.apply({"params": params}, hidden, method="unembed")[:, 0]
     position = start + count
@@ -205,7 +229,7 @@ def prefill(
     last = position + chunk.max_new - 1
     done = _stopped(token, position, last, spec.stop)
     rows = jnp.where(count > 0, rows, len(state.done))
-    new = _put_rows(tuple(state[1:]), rows, (joined(states), token, position, last, done, chunk.keys))
+    new = _put_rows(tuple(state[1:]), rows, (own, token, position, last, done, chunk.keys))
     return DecodeState(spec.kv_cache.put_rows(state.cache, rows, cache), *new), logits, seen
 
 
