@@ -5,7 +5,7 @@ row that is done idles and holds nothing that matters, so that another sequence 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -126,12 +126,15 @@ def prefill(
     attend = PrefillAttend(spec.policy, spec.kv_cache, chunk, cache, before, start, width)
     begin = (), jnp.zeros(chunk.tokens.shape, jnp.int32)
     hidden, (made, seen) = spec.model.apply({"params": params}, chunk.tokens, attend.query_pos, attend, begin)
-    store = functools.partial(attend.store, jax.tree.map(lambda *xs: jnp.stack(xs), *made))
-    cache, own = over_layers(spec.kv_cache, store, cache, len(made))
     hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = spec.model.apply({"params": params}, hidden, method="unembed")[:, 0]
     position = start + count
     token = sampling.sample(logits, chunk.keys, position, spec.sampling)
+    # What is stored depends on the tokens drawn, which are never negative: all layers have read the cache by then, so
+    # that XLA keeps no copy of it for the last one.
+    attend = replace(attend, chunk=chunk._replace(count=jnp.where(token >= 0, count, 0)))
+    store = functools.partial(attend.store, jax.tree.map(lambda *xs: jnp.stack(xs), *made))
+    cache, own = over_layers(spec.kv_cache, store, cache, len(made))
     last = position + chunk.max_new - 1
     done = _stopped(token, position, last, spec.stop)
     rows = jnp.where(count > 0, rows, len(state.done))
