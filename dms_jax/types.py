@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 Params = dict[str, Any]  # a linen parameter tree
 State = Any  # whatever pytree an attention path threads through the layers
 
+Layer = int | Int[Array, ""]  # a layer's number; may be traced
 Window = int | Int[Array, ""]  # w, or a decision's offset; may be traced
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "B T"]

@@ -9,6 +9,7 @@ import abc
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax.config import CacheConfig, ModelConfig
 from dms_jax.types import (
     Counts,
+    Layer,
     NewKeys,
     NewValues,
     PerHeadKeys,
@@ -107,14 +109,14 @@ class KVCache(abc.ABC):
         """
 
     @abc.abstractmethod
-    def view(self, cache: Arrays, layer: int, width: int) -> View:
+    def view(self, cache: Arrays, layer: Layer, width: int) -> View:
         """The first `width` slots, for the tokens of a prompt to attend to."""
 
     @abc.abstractmethod
     def write_prefill(
         self,
         cache: Arrays,
-        layer: int,
+        layer: Layer,
         k: NewKeys,
         v: NewValues,
         position: Positions,
@@ -126,6 +128,13 @@ class KVCache(abc.ABC):
         keep: of the W slots of the view, then of the tokens. old: the view, where the cache may shrink: only then are
         slots moved. Returns the new slot of each, -1 for what is not stored.
         """
+
+    def over_layers(self, function, cache: Arrays, layers: int) -> tuple[Arrays, Any]:
+        """`function(cache, layer)` for one layer after another: the cache, and what else it returns, stacked.
+
+        One loop, as a program with the same for each layer takes minutes to compile for a GPU.
+        """
+        return jax.lax.scan(function, cache, jnp.arange(layers))
 
     @abc.abstractmethod
     def live(self, cache: Arrays) -> Int[Array, "L B K"]:

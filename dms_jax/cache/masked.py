@@ -123,6 +123,14 @@ class MaskedCache(KVCache):
         slots = jnp.concatenate([old_slots, fresh.astype(jnp.int32)], axis=-1)
         return cache, jnp.where(keep, slots, -1)
 
+    def over_layers(self, function, cache: MaskedArrays, layers: int):
+        """Unrolled: each layer has arrays of its own."""
+        made = []
+        for layer in range(layers):
+            cache, item = function(cache, layer)
+            made.append(item)
+        return cache, jax.tree.map(lambda *xs: jnp.stack(xs), *made)
+
     def live(self, cache: MaskedArrays) -> Int[Array, "L B K"]:
         return jnp.sum(cache.pos >= 0, axis=-1, dtype=jnp.int32)
 

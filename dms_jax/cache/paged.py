@@ -25,7 +25,7 @@ from dms_jax import kernels
 from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View, compacted
 from dms_jax.config import CacheConfig, ModelConfig
 from dms_jax.kernels import quant
-from dms_jax.types import Counts, NewKeys, NewValues, Positions, SlotFlags, Slots
+from dms_jax.types import Counts, Layer, NewKeys, NewValues, Positions, SlotFlags, Slots
 
 
 class PagedArrays(NamedTuple):
@@ -120,7 +120,7 @@ class PagedCache(KVCache):
         attended = kernels.paged_decode_attention(q, pages, readable=readable, weights=weights)
         return cache, attended.out, attended.weights
 
-    def view(self, cache: PagedArrays, layer: int, width: int) -> View:
+    def view(self, cache: PagedArrays, layer: Layer, width: int) -> View:
         page, (_, B, K, _) = page_size(cache), cache.table.shape
         P = pages_of(width, page)
         ids = cache.table[layer, :, :, :P]
@@ -141,7 +141,7 @@ class PagedCache(KVCache):
     def write_prefill(
         self,
         cache: PagedArrays,
-        layer: int,
+        layer: Layer,
         k: NewKeys,
         v: NewValues,
         position: Positions,
@@ -238,7 +238,7 @@ class PagedCache(KVCache):
         new = jnp.arange(N, pages, dtype=jnp.int32)
         return _give_pages(cache, new, jnp.ones(more, bool))
 
-    def _write(self, cache: PagedArrays, layer: int, at, k, v) -> PagedArrays:
+    def _write(self, cache: PagedArrays, layer: Layer, at, k, v) -> PagedArrays:
         """Writes keys and values `[B, K, ..., D]` at (page, place in it); page N is out of range and dropped."""
 
         def put(target, value):

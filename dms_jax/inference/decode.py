@@ -5,7 +5,7 @@ row that is done idles and holds nothing that matters, so that another sequence 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +13,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
-from dms_jax import dms, kernels, sharding
 from dms_jax.cache import DecodeQuery, KVCache
 from dms_jax.config import SamplingConfig
 from dms_jax.inference import eviction, sampling
-from dms_jax.inference.eviction import LAYER_AXES, joined, layers_of, step_of
-from dms_jax.kernels import attention
+from dms_jax.inference.eviction import LAYER_AXES, joined, layers_of, over_layers, step_of
+from dms_jax.inference.prefill import PrefillAttend, PromptChunk
 from dms_jax.models.transformer import Decoder
-from dms_jax.policies import DecodeStep, NewToken, Policy, PrefillChunk, Stored
-from dms_jax.types import Counts, Keys, NextLogits, Params, Tokens
+from dms_jax.policies import DecodeStep, NewToken, Policy
+from dms_jax.types import Counts, Keys, NextLogits, Params
 
 FEW_ROWS = 64  # see compiled_chunk and docs/speed.md
 
@@ -50,21 +49,6 @@ class DecodeState(NamedTuple):
     position: Counts  # its position: how many tokens the sequence has in the past
     last: Counts  # the position at which a sequence has all the tokens it may have
     done: Bool[Array, "B"]
-    keys: Keys
-
-
-class PromptChunk(NamedTuple):
-    """The next C tokens of the prompts of A rows.
-
-    rows: `[A]`, distinct; a row beyond the batch is padding. tokens: `[A, C]`, right-padded, of which `count` `[A]`
-    are real; 0 leaves a row as it is. remaining: tokens of each prompt after this chunk. max_new: at least 1.
-    """
-
-    rows: Counts
-    tokens: Tokens
-    count: Counts
-    remaining: Counts
-    max_new: Counts
     keys: Keys
 
 
@@ -121,63 +105,6 @@ def _put_rows(tree, rows, part):
 # ---- Prefill
 
 
-@dataclass(frozen=True, eq=False)
-class PrefillAttend:
-    """An `Attend` for a chunk of a prompt: reads the cache and the chunk under the policy's mask, stores what is kept.
-
-    before: the policy's state of the rows. start: the position of each row's first token. width: slots of the cache
-    that are read. It threads (cache, new states of the policy, keys seen by each token `[A, C]`) through the layers.
-    """
-
-    spec: DecodeSpec
-    chunk: PromptChunk
-    before: Any
-    start: Counts
-    width: int
-
-    @property
-    def query_pos(self):
-        return self.start[:, None] + jnp.arange(self.chunk.tokens.shape[1], dtype=jnp.int32)
-
-    def __call__(self, layer, q, k, v, logit, carried):
-        (cache, states, seen), policy, kv_cache = carried, self.spec.policy, self.spec.kv_cache
-        chunk, query_pos = self.chunk, self.query_pos
-        C = query_pos.shape[1]
-        old, own = kv_cache.view(cache, layer, self.width), layers_of(self.before, layer)
-        keys = chunk.keys
-        counts = self.start, chunk.count, chunk.remaining
-        prompt = PrefillChunk(jnp.int32(layer), *counts, old.pos, k, v, logit, keys, Stored(old.k, old.v))
-        evicted, pos = policy.prefill_evict_mask(own, prompt), prompt.positions()
-        all_k, all_v = (
-            jnp.concatenate([x.swapaxes(1, 2).astype(new.dtype), new], axis=1) for x, new in ((old.k, k), (old.v, v))
-        )
-
-        def flash(q, k, v, *mask):
-            return kernels.flash_attention(q, k, v, kernels.EvictionMask(*mask, policy.window), hard=True)
-
-        letters = ("B T H D", "B S K D", "B S K D", "B T", "B K S", "B K S")
-        out = sharding.by_heads(flash, letters)(q, all_k, all_v, query_pos, pos, dms.hard_log_keep_prob(evicted))
-        weights = self._observed(q, all_k, pos)
-        keep, carry = policy.prefill_keep_mask(own, prompt, evicted, weights)
-        token_pos = jnp.where(jnp.arange(C) < chunk.count[:, None], query_pos, -1)
-        moving = old if policy.max_budget is not None else None  # only a budget makes a cache shrink
-        cache, slots = kv_cache.write_prefill(cache, layer, k, v, token_pos, keep, moving)
-        own = policy.commit_prefill(own, prompt, carry, slots)
-        seen += dms.live_counts(pos, evicted, self.start, C, policy.window).sum(axis=1)
-        return out, (cache, (*states, own), seen)
-
-    def _observed(self, q, k, pos):
-        """The attention that each token gets from the queries that the policy wants to observe."""
-        wanted, chunk = self.spec.policy.attention_from, self.chunk
-        if wanted is None:
-            return None
-        index = jnp.arange(q.shape[1])
-        counted = index < chunk.count[:, None]
-        if wanted != "all":
-            counted &= index >= (chunk.count + chunk.remaining - wanted)[:, None]
-        return attention.key_weights(q, k, self.query_pos, pos, counted.astype(jnp.float32))
-
-
 @functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("state",))
 def prefill(
     spec: DecodeSpec, params: Params, state: DecodeState, chunk: PromptChunk, width: int
@@ -195,17 +122,23 @@ def prefill(
     """
     rows, count = chunk.rows, chunk.count
     before, start = _rows((state.policy, state.position), rows)
-    attend = PrefillAttend(spec, chunk, before, start, width)
-    begin = (spec.kv_cache.take_rows(state.cache, rows), (), jnp.zeros(chunk.tokens.shape, jnp.int32))
-    hidden, (cache, states, seen) = spec.model.apply({"params": params}, chunk.tokens, attend.query_pos, attend, begin)
+    cache = spec.kv_cache.take_rows(state.cache, rows)
+    attend = PrefillAttend(spec.policy, spec.kv_cache, chunk, cache, before, start, width)
+    begin = (), jnp.zeros(chunk.tokens.shape, jnp.int32)
+    hidden, (made, seen) = spec.model.apply({"params": params}, chunk.tokens, attend.query_pos, attend, begin)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = spec.model.apply({"params": params}, hidden, method="unembed")[:, 0]
     position = start + count
     token = sampling.sample(logits, chunk.keys, position, spec.sampling)
+    # What is stored depends on the tokens drawn, which are never negative: all layers have read the cache by then, so
+    # that XLA keeps no copy of it for the last one.
+    attend = replace(attend, chunk=chunk._replace(count=jnp.where(token >= 0, count, 0)))
+    store = functools.partial(attend.store, jax.tree.map(lambda *xs: jnp.stack(xs), *made))
+    cache, own = over_layers(spec.kv_cache, store, cache, len(made))
     last = position + chunk.max_new - 1
     done = _stopped(token, position, last, spec.stop)
     rows = jnp.where(count > 0, rows, len(state.done))
-    new = _put_rows(tuple(state[1:]), rows, (joined(states), token, position, last, done, chunk.keys))
+    new = _put_rows(tuple(state[1:]), rows, (own, token, position, last, done, chunk.keys))
     return DecodeState(spec.kv_cache.put_rows(state.cache, rows, cache), *new), logits, seen
 
 

@@ -13,16 +13,17 @@ from jaxtyping import Array, Bool, Int
 
 from dms_jax.cache import KVCache
 from dms_jax.policies import DecodeStep, Policy, Stored
+from dms_jax.types import Layer
 
 LAYER_AXES = DecodeStep(layer=0, position=None, active=None, live=0, keys=None)  # that of a policy's state is 1
 
 
-def step_of(step: DecodeStep, layers: int | slice) -> DecodeStep:
+def step_of(step: DecodeStep, layers: Layer | slice) -> DecodeStep:
     """The step of all layers in one of them, or in several."""
     return step._replace(layer=step.layer[layers], live=step.live[layers])
 
 
-def layers_of(policy_state, layers: int | slice):
+def layers_of(policy_state, layers: Layer | slice):
     """The policy's state of one layer, or of several."""
     return jax.tree.map(lambda x: x[:, layers], policy_state)
 
@@ -30,6 +31,12 @@ def layers_of(policy_state, layers: int | slice):
 def joined(states, together=jnp.stack):
     """The policy's states of all layers as one: each of one layer, or with jnp.concatenate of several."""
     return jax.tree.map(lambda *xs: together(xs, axis=1), *states)
+
+
+def over_layers(kv_cache: KVCache, function, cache: Any, layers: int) -> tuple[Any, Any]:
+    """`function(cache, layer)`, a cache and the policy's state of this layer, for one layer after another."""
+    cache, states = kv_cache.over_layers(function, cache, layers)
+    return cache, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), states)
 
 
 def prune(
@@ -50,12 +57,12 @@ def prune(
 
 
 def _prune(policy: Policy, kv_cache: KVCache, step: DecodeStep, due: Bool[Array, "L B K"], cache, states):
-    new = []
-    for layer in range(len(due)):
+    def one(cache, layer):
         old = kv_cache.view(cache, layer, kv_cache.slots)
         keep, own = policy.prune(layers_of(states, layer), step_of(step, layer), Stored(old.k, old.v))
         keep = (keep | ~due[layer][..., None]) & (old.pos >= 0)
         k, v = (x[:, :, :0].swapaxes(1, 2) for x in (old.k, old.v))  # no token is new
         cache, slots = kv_cache.write_prefill(cache, layer, k, v, old.pos[:, 0, :0], keep, old)
-        new.append(policy.move(own, slots))
-    return cache, joined(new)
+        return cache, policy.move(own, slots)
+
+    return over_layers(kv_cache, one, cache, len(due))

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dms_jax.inference import decode
-from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, DecodeState, PromptChunk, Started
+from dms_jax.inference.decode import Chunk, Copies, DecodeSpec, DecodeState, Started
+from dms_jax.inference.prefill import PromptChunk
 from dms_jax.inference.scheduler import Copy, padded_count, padded_length
 from dms_jax.models.transformer import mean_key_bias
 from dms_jax.types import Params

@@ -173,8 +173,7 @@ class ScoredPolicy(Policy):
         kept = self.protected(pos, newest) | (prompt & self.protect_prompt)
         rank = jnp.where(pos >= 0, jnp.where(kept, jnp.inf, score), -jnp.inf)
         # Of equals the older is evicted first, whatever the order of slots.
-        order = jnp.argsort(jnp.lexsort((-pos, -rank), axis=-1), axis=-1)
-        return (order < most[..., None]) & (pos >= 0)
+        return largest(rank, pos, most) & (pos >= 0)
 
     def _stored_at(self, state: Scores, tokens: Scores, slots: Slots) -> Scores:
         """A state like `state` with each of `tokens` in its slot; -1 is nowhere."""
@@ -191,6 +190,14 @@ class ScoredPolicy(Policy):
         if not self.protect_prompt:
             return budget
         return jnp.maximum(budget, prompt.sum(axis=-1, dtype=jnp.int32) + self.num_protected + 1)
+
+
+def largest(x: Float[Array, "B K S"], ties: Slots, count: PerHead) -> SlotFlags:
+    """The `count` largest of each head; of equals those with the larger of `ties`, which differ."""
+    least, at = jax.lax.sort((x, ties), num_keys=2)
+    last = jnp.clip(x.shape[-1] - count, 0, x.shape[-1] - 1)[..., None]
+    least, at = (jnp.take_along_axis(y, last, axis=-1) for y in (least, at))
+    return ((x > least) | (x == least) & (ties >= at)) & (count > 0)[..., None]
 
 
 def _another(keys: Keys, position: Counts, layer: Int[Array, ""]) -> Keys:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dms_jax.policies.observing import Observing, distribution, pooled
 from dms_jax.policies.random import uniform
-from dms_jax.policies.scored import ScoredPolicy
+from dms_jax.policies.scored import ScoredPolicy, largest
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class VaSEAttnV(Observing):
     def rank(self, tokens):
         live, v = tokens.pos >= 0, tokens.v.astype(jnp.float32)
         width = jnp.where(live, v.max(axis=-1) - v.min(axis=-1), -jnp.inf)
-        order = jnp.argsort(jnp.argsort(-width, axis=-1), axis=-1)
+        widest = largest(width, -jnp.broadcast_to(jnp.arange(width.shape[-1]), width.shape), tokens.limit // 4)
         probability = pooled(distribution(tokens), tokens.pos, self.pooling, "mean")
         drawn = jnp.log(probability) - jnp.log(-jnp.log(uniform(tokens.pos, tokens.keys)))
-        return jnp.where(order < (tokens.limit // 4)[..., None], jnp.finfo(jnp.float32).max, drawn)
+        return jnp.where(widest, jnp.finfo(jnp.float32).max, drawn)
 
     def protected(self, pos, newest):
         return (pos >= 0) & (pos < self.max_protected)

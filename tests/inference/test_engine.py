@@ -268,21 +268,24 @@ def test_retention_by_head_and_position(wanted):
     ids=("one", "several", "latent"),
 )
 def test_no_pool_sized_buffer_is_copied(policy, pages, model):
-    """The compiled chunk updates the pool in place: no copy of it, and temporary memory far below its size."""
+    """Prefill and chunk, compiled, update the pool in place: no copy of it, and temporary memory far below its size."""
     gate = "adapter" if model.latent else "query"
     lm = random_lm(model, DMSConfig(window=7, gate=gate, scale=3.0, logit_bias=0.3))
     spec = spec_for(lm, "dms", CacheConfig("paged", 1024, page_size=16))
     spec = spec if policy == "dms" else dataclasses.replace(spec, policy=policy)
     state = jax.eval_shape(lambda: decode.init(spec, 4, jnp.float32, pages))
-    compiled = decode.compiled_chunk(True).lower(spec, lm.params, state, 8, None).compile()
-    made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{pages},16", line)]
-    assert any("scatter" in line for line in made), "the pool is written"
-    copies = [line for line in made if re.search(r"^\s*(ROOT )?%[\w.-]*copy", line) or " copy(" in line]
-    assert not copies, copies
-    arrays = (state.cache.k, state.cache.v)
-    memory, pool = compiled.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(arrays))
-    assert memory.alias_size_in_bytes >= pool, "the state is donated"
-    assert memory.temp_size_in_bytes < pool / 4
+    rows = np.zeros(2, np.int32)
+    prompt = decode.PromptChunk(rows, np.zeros((2, 32), np.int32), rows, rows, rows, np.zeros((2, 2), np.uint32))
+    pool = sum(4 * x.size for x in jax.tree.leaves((state.cache.k, state.cache.v)))
+    for program, given in ((decode.compiled_chunk(True), (8, None)), (decode.prefill, (prompt, 64))):
+        compiled = program.lower(spec, lm.params, state, *given).compile()
+        made = [line for line in compiled.as_text().splitlines() if re.search(rf"= \(?\w+\[{pages},16", line)]
+        assert any("scatter" in line for line in made), "the pool is written"
+        copies = [line for line in made if re.search(r"^\s*(ROOT )?%[\w.-]*copy", line) or " copy(" in line]
+        assert not copies, copies
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= pool, "the state is donated"
+        assert memory.temp_size_in_bytes < pool / 4
 
 
 @functools.partial(jax.jit, static_argnames=("store", "layer"), donate_argnames="cache")
