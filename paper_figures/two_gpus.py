@@ -15,7 +15,7 @@ def line(row: dict, gpus: int, one: dict) -> list[str]:
 
 
 def tensor() -> str:
-    """A table for each record, `tensor_MODEL.json` in the folder of a device, with what `decode_MODEL.json` says of one."""
+    """A table for each `tensor_MODEL.json` of a device's folder, beside what `decode_MODEL.json` says of one GPU."""
     header = ["context", "cache", "GPUs", "sequences", "ms a step", "over the floor", "tokens/s", "of one GPU"]
     tables = []
     for path in sorted(style.RESULTS.glob("*/tensor_*.json")):
@@ -28,8 +28,8 @@ def tensor() -> str:
             lines += [line(one, 1, one), line(row, row["devices"], one)]
         settings = record["runs"][-1]["settings"]
         note = (
-            f"{settings['model']}'s shape, the most sequences that fit, {settings['dtype']}, random weights; medians of "
-            f"{settings['rounds']} calls of {settings['steps']} steps. {device(record['runs'][-1])}"
+            f"{settings['model']}'s shape, the most sequences that fit, {settings['dtype']}, random weights; medians "
+            f"of {settings['rounds']} calls of {settings['steps']} steps. {device(record['runs'][-1])}"
         )
         tables.append(f"{markdown(header, lines)}\n\n{note}")
     return "\n\n".join(tables)
