@@ -177,7 +177,7 @@ class Runner:
     def compile(self, lengths: Iterable[int], steps: int, batch: int) -> None:
         """Compiles what prompts of these lengths and their chains will call.
 
-        A prompt's rest is read as if nothing had been evicted, to the chunk; few rows are read at once. They are traced
+        A prompt's rest is read as if nothing had been evicted, to the chunk; few rows are read at once. Programs are traced
         one after another, as threads would only wait for each other's turn at Python's lock; XLA leaves that alone and
         compiles them side by side. A call with the same arguments finds what was compiled.
         """
