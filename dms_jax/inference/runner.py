@@ -177,9 +177,9 @@ class Runner:
     def compile(self, lengths: Iterable[int], steps: int, batch: int) -> None:
         """Compiles what prompts of these lengths and their chains will call.
 
-        A prompt's rest is read as if nothing had been evicted, to the chunk; few rows are read at once. Programs are traced
-        one after another, as threads would only wait for each other's turn at Python's lock; XLA leaves that alone and
-        compiles them side by side. A call with the same arguments finds what was compiled.
+        A prompt's rest is read as if nothing had been evicted, to the chunk; few rows are read at once. Programs are
+        traced one after another, as threads would only wait for each other's turn at Python's lock; XLA leaves that
+        alone and compiles them side by side. A call with the same arguments finds what was compiled.
         """
         spec, params, state, flags = self.spec, self.params, self.state, np.zeros(self.rows, bool)
         programs = [(decode.chunk_program(state, batch), spec, params, state, steps, batch)]
