@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from dms_jax.inference.runner import Runner
 from dms_jax.inference.scheduler import EngineConfig, Job
 from dms_jax.models import transformer
 from experiments.run import environment, write_json
+from scripts.benchmarks.device_events import covered, recorded
 
 
 @dataclass(frozen=True)
@@ -116,29 +116,20 @@ def steps_alone(settings: Settings, engine, jobs: list[Job]) -> tuple[float, flo
 
 def device_record(call) -> dict:
     """What the device did while `call` ran: the share of time in which it was busy, and its longest operations."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            begun = time.perf_counter()
-            call()
-            wall = time.perf_counter() - begun
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(file))
-    spans, by_name = [], collections.Counter()
-    for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                spans.append((event.start_ns, event.start_ns + event.duration_ns))
-                by_name[event.name] += event.duration_ns
-    busy, end = 0.0, 0.0
-    for start, stop in sorted(spans):
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+    wall, by_name = 0.0, collections.Counter()
+
+    def timed() -> None:
+        nonlocal wall
+        begun = time.perf_counter()
+        call()
+        wall = time.perf_counter() - begun
+
+    events = recorded(timed)
+    for event in events:
+        by_name[event.name] += event.end - event.start
+    busy = covered((event.start, event.end) for event in events)
     longest = {name: ns / 1e9 for name, ns in by_name.most_common(40)}
-    return {"wall_seconds": wall, "busy_seconds": busy / 1e9, "operations": len(spans), "longest": longest}
+    return {"wall_seconds": wall, "busy_seconds": busy / 1e9, "operations": len(events), "longest": longest}
 
 
 def main(settings: Settings) -> dict:

@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from dms_jax import kernels
 from experiments.run import environment, version_of, write_json
 from scripts.benchmarks import kernel_cases as cases
 from scripts.benchmarks import kernel_peers as peers
+from scripts.benchmarks.device_events import Span, recorded
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to the largest value of the result
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # sums over thousands of queries in another order
@@ -99,22 +99,11 @@ def median_time(fn: Callable, inputs: list[tuple], repeats: int) -> float:
     run = jax.jit(lambda batch: [fn(*arguments) for arguments in batch])
     for _ in range(2):
         jax.block_until_ready(run(inputs))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(repeats):
-                jax.block_until_ready(run(inputs))
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        return run_seconds(kernel_events(path), repeats) / len(inputs)
+    events = recorded(lambda: [jax.block_until_ready(run(inputs)) for _ in range(repeats)])
+    return run_seconds([(event.start, event.end) for event in events], repeats) / len(inputs)
 
 
-def kernel_events(path: Path) -> list[tuple[float, float]]:
-    """Start and end, in nanoseconds, of everything that ran on the GPU."""
-    planes = jax.profiler.ProfileData.from_file(str(path)).planes
-    lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
-    return [(e.start_ns, e.start_ns + e.duration_ns) for line in lines if "Stream" in line.name for e in line.events]
-
-
-def run_seconds(events: list[tuple[float, float]], runs: int) -> float:
+def run_seconds(events: list[Span], runs: int) -> float:
     """Median seconds from the first start to the last end of a run; every run has as many events, one after the other.
 
     Raises:
