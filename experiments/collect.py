@@ -10,6 +10,7 @@ example:
 
 import operator
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -74,6 +75,19 @@ def complete_rows(config: dict, samples: list[dict], problems: set[str]) -> list
     return rows
 
 
+def voting(part: Part, numbers: Sequence[int]) -> Part:
+    """The part with rows of these numbers of chains too, for each of its models that has more chains than that."""
+    rows = []
+    for source in dict.fromkeys(row["source"] for row in part.rows):
+        own = [row for row in part.rows if row["source"] == source]
+        length, _, cr = own[0]["config"].split("-")
+        have = {row["chains"] for row in own}
+        more = [n for n in set(numbers) - have if n < max(have)]
+        own += [{**own[0], "config": f"{length}-{n}-{cr}", "chains": n} for n in more]
+        rows += sorted(own, key=operator.itemgetter("chains"))
+    return part._replace(rows=rows)
+
+
 def collect(parts: list[Part]) -> dict[str, Any]:
     """The content of a results.json with the rows of all parts.
 
@@ -121,7 +135,10 @@ def finished_problems(folder: Path) -> set[str]:
 
 
 def main(
-    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...")]], out: Path, common: bool = False
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], metavar("RUN ...")]],
+    out: Path,
+    common: bool = False,
+    chains: tuple[int, ...] = (),
 ) -> int:
     """Writes OUT, which the scripts of paper_figures draw, and prints its table.
 
@@ -130,13 +147,15 @@ def main(
       out: the JSON file.
       common: count every model, over the problems that all runs finished. Which these are depends on where a run was
         interrupted: on the order of the problems, and a little on how long their chains are.
+      chains: numbers of chains that have rows beside those of the runs, where a run has more; the first ones vote.
     """
     try:
         first = read_part(runs[0])
         problems = {sample["id"] for sample in first.samples}
         if common:
             problems = problems.intersection(*(finished_problems(folder) for folder in runs))
-        outcome = collect([first, *(read_part(folder, problems) for folder in runs[1:])])
+        parts = [first, *(read_part(folder, problems) for folder in runs[1:])]
+        outcome = collect([voting(part, chains) for part in parts])
     except RunError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2

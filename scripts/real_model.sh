@@ -70,8 +70,7 @@ for step in $steps; do
       for task in $tasks; do
         for length in $lengths; do
           "$python" -m experiments.collect "$out/${task}_${length}_full" "$out/${task}_${length}_dms" \
-            "$out/${task}_${length}_cr"* \
-            --out "$out/${task}_${length}.json"
+            "$out/${task}_${length}_cr"* --chains 3 --out "$out/${task}_${length}.json"
         done
       done ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;

@@ -45,6 +45,21 @@ def test_rows_are_over_the_common_problems_and_gains_are_paired(tmp_path):
     assert outcome["runs"]["two"]["gate"] == "g" and outcome["runs"]["two"]["protect_prompt"] is True
 
 
+def test_fewer_chains_vote_where_a_run_has_more(tmp_path):
+    """Of a run with rows for 1 and 4 chains, 3 chains are the first three; a run of one chain gets no row."""
+    many = finished_run(tmp_path / "many", "base/full", {"1": [False, True, True, False]}, (1, 4))
+    one = finished_run(tmp_path / "one", "base/full", {"1": [True]})
+    assert collect.main((many, one), tmp_path / "all.json", chains=(3, 4, 8)) == 0
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert [(row["run"], row["config"], row["chains"]) for row in rows] == [
+        ("many", "1-1-1", 1),
+        ("many", "1-3-1", 3),
+        ("many", "1-4-1", 4),
+        ("one", "1-1-1", 1),
+    ]
+    assert [row["accuracy"]["mean"] for row in rows] == [0, 1, 0, 1] and rows[1]["kv_reads"] == 3
+
+
 def test_programs_keep_pass_at_k(tmp_path):
     one = finished_run(tmp_path / "one", "base/full", {"1": [True, False]}, (2,), "pass")
     assert collect.main((one, one), tmp_path / "all.json") == 0
