@@ -23,7 +23,14 @@ FIGURES = {
     retention: "retention.json",
 }
 # More results that pareto_fronts draws -> the figure.
-FRONTS = {"mini_baselines.json": "baselines", "real_model/gsm8k_512.json": "gsm8k"}
+FRONTS = {
+    "mini_baselines.json": "baselines",
+    "real_model/gsm8k_512.json": "gsm8k",
+    "real_model/gsm8k_512_1.5b.json": "gsm8k_1.5b",
+    "real_model/math500_512_1.5b.json": "math500_1.5b",
+    "real_model/humaneval_512.json": "humaneval",
+    "real_model/humaneval_512_1.5b.json": "humaneval_1.5b",
+}
 
 
 def main() -> None:

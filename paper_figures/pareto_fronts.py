@@ -27,7 +27,7 @@ def draw(results: dict) -> Figure:
             style.log_tokens(axes.xaxis)
             axes.set_xlabel(label)
         left = figure.axes[0]
-        left.set_ylabel("accuracy, majority vote (%)")
+        left.set_ylabel("passed by any chain (%)" if "pass_at" in rows[0] else "accuracy, majority vote (%)")
         left.set_title(f"{min(row['problems'] for row in rows)} problems; fronts with 95% intervals")
         figure.axes[1].set_title("tokens: mean of layers and KV heads, summed over chains")
         handles, labels = left.get_legend_handles_labels()

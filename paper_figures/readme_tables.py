@@ -289,6 +289,7 @@ TABLES = {
     "gpu_latent": gpu_latent,
     "offload": offload_table.offload,
     "tensor": two_gpus.tensor,
+    "retrofit_gpus": two_gpus.retrofit,
     "sweep": sweep,
     "baselines": baseline_tables.baselines,
     "mini_latent": baseline_tables.latent,

@@ -148,6 +148,12 @@ TABLES = {
     "gsm8k_retrofits": retrofits,
     "gsm8k_draws": functools.partial(draws, "gsm8k_512"),
     "math500": functools.partial(family, "math500_512"),
+    "math500_rivals": functools.partial(rivals, "math500_512"),
     "math500_draws": functools.partial(draws, "math500_512"),
     "humaneval": functools.partial(family, "humaneval_512"),
+    "gsm8k_15b": functools.partial(family, "gsm8k_512_1.5b"),
+    "gsm8k_15b_rivals": functools.partial(rivals, "gsm8k_512_1.5b"),
+    "math500_15b": functools.partial(family, "math500_512_1.5b"),
+    "math500_15b_rivals": functools.partial(rivals, "math500_512_1.5b"),
+    "humaneval_15b": functools.partial(family, "humaneval_512_1.5b"),
 }

@@ -1,4 +1,4 @@
-"""The table of bench_tensor: decode steps of sequences whose heads are shared by several GPUs, beside one GPU."""
+"""Tables of several GPUs beside one: decode steps of bench_tensor, train steps of bench_retrofit."""
 
 import json
 
@@ -33,3 +33,41 @@ def tensor() -> str:
         )
         tables.append(f"{markdown(header, lines)}\n\n{note}")
     return "\n\n".join(tables)
+
+
+def retrofit() -> str:
+    """Train steps of Qwen3-1.7B's shape: one GPU, and what was recorded of more."""
+    header = [
+        "along",
+        "ms a step",
+        "tokens/s",
+        "of one GPU",
+        "MFU",
+        "busy",
+        "exchanging",
+        "nothing but that",
+        "s to compile",
+    ]
+    paths = sorted((style.RESULTS / "h100").glob("retrofit_qwen3_1.7b*.json"), key=lambda path: len(path.stem))
+    one, *more = (json.loads(path.read_text()) for path in paths)
+    lines = []
+    for record in (one, *more):
+        axes = [f"{axis}, {size} GPUs" for axis, size in record["mesh"].items() if size > 1]
+        parts, rate = record["profile_ms"], record["tokens_per_second"]
+        lines.append(
+            [
+                ", ".join([*(axes or ["one GPU"]), *([record["variant"]] if "variant" in record else [])]),
+                f"{1000 * record['seconds_per_step']:.0f}",
+                f"{rate:,.0f}",
+                f"{rate / one['tokens_per_second']:.2f}x",
+                f"{record['mfu']:.0%}",
+                *(f"{parts[part]:.0f}" for part in ("busy", "collectives", "collectives_alone")),
+                f"{record['compile_seconds']:.0f}",
+            ]
+        )
+    note = (
+        f"{one['model']}'s shape, adapter gate, {one['rows']} rows of {one['context']:,} tokens, {one['compute']}, "
+        f"random weights; medians of 10 steps, and milliseconds of a step by the profiler. "
+        f"{one['device'].removeprefix('1 x ')}, jax {one['jax']}."
+    )
+    return f"{markdown(header, lines)}\n\n{note}"
