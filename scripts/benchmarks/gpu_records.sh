@@ -59,8 +59,8 @@ for step in $steps; do
       $bench.bench_tensor --devices 2 --model qwen3_8b --cells maxx32768x1 maxx32768x8 --out "$out/tensor_qwen3_8b.json"
       $bench.bench_decode --model qwen3_8b --cells maxx32768x1 maxx32768x8 --out "$out/decode_qwen3_8b.json"
       for mesh in "1 1 1" "2 1 1" "1 2 1" "1 1 2"; do
-        $bench.bench_retrofit --model configs/models/qwen3_1.7b.yaml --context 8192 --rows 4 --compute bfloat16 \
-          --remat dots --mesh $mesh --out "$out/retrofit_${mesh// /}.json"
+        $bench.bench_retrofit --model configs/models/qwen3_1.7b.yaml --context 8192 --rows 2 --compute bfloat16 \
+          --profile --mesh $mesh --out "$out/retrofit_${mesh// /}.json"
       done ;;
     *) echo "unknown step: $step" >&2 && exit 2 ;;
   esac || echo "step $step failed" >&2
