@@ -1,4 +1,4 @@
-"""Eviction policies, one short file each. Adding one is a file and a row of `BUDGETED`."""
+"""Eviction policies, one short file each. Adding one is a file and a name in `SCORED` or `BUDGETED`."""
 
 import math
 import numbers
