@@ -228,6 +228,22 @@ def test_the_pool_grows_without_a_limit(lm, wanted):
     assert engine.spec.kv_cache.pool(engine.runner.state.cache).size > 1
 
 
+def test_prompts_are_read_beside_a_chunk_on_its_way(lm):
+    """With lookahead a prompt takes none of the pages that a chunk takes meanwhile, of which nothing is known yet."""
+    rng, keys = np.random.default_rng(1), np.asarray(sampling.sequence_keys(1, 10, 1))[:, None]
+    sizes = zip(rng.integers(3, 40, 10).tolist(), rng.integers(5, 54, 10).tolist(), strict=True)
+    mixed = [Job(rng.integers(0, 53, n).tolist(), keys[i], most, i) for i, (n, most) in enumerate([*sizes])]
+
+    def run(lookahead):
+        options = {"lookahead": lookahead, "max_num_seqs": 3, "pages": 110, "max_pages": 110}
+        engine = build(lm, policy="full", engine=options)
+        return by_name(engine.run(mixed)), engine.runner.state.cache
+
+    (want, _), (got, cache) = run(False), run(True)
+    assert_same(got, want)
+    assert sorted(cache.free.tolist()) == list(range(int(cache.top))), "every page is back, once"
+
+
 @pytest.mark.parametrize("model", ["lm", "latent_lm"])
 def test_quantized_storage_is_close(model, request):
     """Logits of teacher-forced steps: int8 and fp8 keys and values stay near float32 ones."""
