@@ -158,7 +158,8 @@ class Copy(NamedTuple):
 class Scheduler:
     """Decides; it is told what happened by `prompt_read`, `chains_started`, `launched`, `decoded` and `released`.
 
-    live: live tokens of each row `[rows, L, K]`, as far as is known. fits: whether the pool holds so many live tokens `[rows, L, K]`, after growing if it may grow.
+    live: live tokens of each row `[rows, L, K]`, as far as is known.
+    fits: whether the pool holds so many live tokens, after growing if it may grow.
     """
 
     def __init__(self, jobs: Iterable[Job], config: EngineConfig, capacity: int, heads: tuple[int, int]):
