@@ -160,7 +160,7 @@ class _Run:
             batch = scheduler.next_prompts()
             if not batch:
                 return
-            if not (self._read(batch) or self._read(scheduler.next_prompts(most=1))):
+            if not (self._read(batch) or len(batch) > 1 and self._read(scheduler.next_prompts(most=1))):
                 if not any(row is not None for row in scheduler.rows):
                     raise self._too_small(scheduler.first_waiting())
                 return
@@ -279,6 +279,7 @@ class _Run:
         """Results of chains that are done; their rows are emptied."""
         for row, chain in ended:
             chain.finished = True
+            self.reported.pop((id(chain.job), chain.number), None)  # the next job may have this one's id
             shares = None
             if self.config.retention:
                 seen = len(chain.job.prompt) + len(chain.tokens) - 1

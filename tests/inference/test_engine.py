@@ -182,6 +182,14 @@ def test_results_stream_and_tokens_are_reported_once(lm, wanted):
     assert all(0 < p.pages_used <= p.pages and p.live_tokens > 0 for p in shown[:3])
 
 
+def test_tokens_of_jobs_that_nobody_else_holds_are_all_reported(lm):
+    """A job from a generator is gone with its last chain, and the next one may lie where it lay."""
+    seen = {}
+    engine = build(lm, on_tokens=lambda name, chain, new: seen.setdefault(name, []).extend(new))
+    for result in engine.run(Job([n, 7], np.array([[n, 1]], np.uint32), 9, n) for n in range(20)):
+        assert seen[result.name] == result.tokens
+
+
 def test_a_job_longer_than_the_cache_is_refused(lm):
     long = jobs()[0]._replace(max_new=1000)
     engine = build(lm)
