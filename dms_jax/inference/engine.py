@@ -236,6 +236,8 @@ class _Run:
         tokens, done = np.asarray(begun.made.token), np.asarray(begun.made.done)
         ended = []
         for n, (row, chain) in enumerate(zip(begun.rows, begun.chains, strict=True)):
+            if self.scheduler.rows[row] is not chain:  # preempted meanwhile
+                continue
             chain.tokens.append(int(tokens[n]))
             self._report(chain)
             if done[n]:

@@ -17,6 +17,7 @@ import pytest
 from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig
 from dms_jax.inference import decode, generation, sampling
+from dms_jax.inference.engine import _Run
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
 from dms_jax.policies import KeyDiff
@@ -250,6 +251,18 @@ def test_prompts_are_read_beside_a_chunk_on_its_way(lm):
     (want, _), (got, cache) = run(False), run(True)
     assert_same(got, want)
     assert sorted(cache.free.tolist()) == list(range(int(cache.top))), "every page is back, once"
+
+
+def test_a_chain_preempted_before_its_first_token_is_known_ends_once(lm):
+    """Its first token ends it, and it starts over all the same."""
+    engine = build(lm, engine={"max_num_seqs": 2})
+    run = _Run(engine, engine._scheduler([job._replace(max_new=1) for job in jobs(chains=1)[:2]]))
+    run._admit()
+    run.scheduler.fits = lambda live: False
+    run._make_room([0], stuck=True)
+    run.scheduler.fits = run.runner.fits
+    assert len(run.scheduler.running) == 1, "the younger is preempted"
+    assert sorted(result.name for result in run.results(None)) == [0, 1]
 
 
 @pytest.mark.parametrize("model", ["lm", "latent_lm"])
