@@ -110,7 +110,10 @@ class KVCache(abc.ABC):
 
     @abc.abstractmethod
     def view(self, cache: Arrays, layer: Layer, width: int) -> View:
-        """The first `width` slots, for the tokens of a prompt to attend to."""
+        """The first W slots, for the tokens of a prompt to attend to; no head holds more live tokens than `width`.
+
+        W is at least `width`, and what is live lies in these slots; 0 of a width of 0.
+        """
 
     @abc.abstractmethod
     def write_prefill(

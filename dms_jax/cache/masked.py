@@ -93,6 +93,8 @@ class MaskedCache(KVCache):
         return cache, out, jnp.where(read, probs.sum(axis=2), 0.0) if weights else None
 
     def view(self, cache: MaskedArrays, layer: int, width: int) -> View:
+        """All slots, if any: where tokens were evicted, live ones lie beyond as many slots as there are of them."""
+        width = self.slots if width else 0
         k = cache.k[layer][..., :width].swapaxes(2, 3)
         return View(k, _values(cache, layer)[:, :, :width], cache.pos[layer][:, :, :width])
 

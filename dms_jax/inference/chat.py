@@ -29,8 +29,8 @@ class Conversation:
         require(config.devices is None, "devices", config.devices, "a conversation runs on one device")
         engine = generation.build(lm, length, config)
         self.lm, self.length, self.steps = lm, length, engine.config.steps
-        self.live = np.zeros((1, lm.config.num_layers, lm.config.num_kv_heads), np.int64)
-        pages = int(engine.spec.kv_cache.pages_needed(self.live + engine.expected(length)).max())
+        live = np.full((1, lm.config.num_layers, lm.config.num_kv_heads), engine.expected(length))
+        pages = int(engine.spec.kv_cache.pages_needed(live).max())
         self.runner = Runner(engine.spec, engine.params, 1, pages, prefill_chunk=engine.config.prefill_chunk)
         self.key = np.asarray(sampling.sequence_keys(config.seed, 1, 1))
         self.tokens: list[int] = []  # of all turns; those from the state's position on are not in the cache yet
@@ -60,8 +60,7 @@ class Conversation:
         require(total <= self.length, "length", self.length, f"this turn may make {total} tokens")
         new = self.tokens[int(self.runner.state.position[0]) :] + ids
         self.tokens += ids
-        self.live = self.runner.live()
-        self.runner.prefill([0], [new], [max_new_tokens], self.live, self.key)
+        self.runner.prefill([0], [new], [max_new_tokens], self.runner.live(), self.key)
         answer = [int(self.runner.state.token[0])]
         self.tokens += answer
         if on_tokens:

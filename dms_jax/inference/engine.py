@@ -160,7 +160,7 @@ class _Run:
             batch = scheduler.next_prompts()
             if not batch:
                 return
-            if not (self._read(batch) or self._read(scheduler.next_prompts(most=1))):
+            if not (self._read(batch) or len(batch) > 1 and self._read(scheduler.next_prompts(most=1))):
                 if not any(row is not None for row in scheduler.rows):
                     raise self._too_small(scheduler.first_waiting())
                 return
@@ -169,7 +169,7 @@ class _Run:
         """Prefills prompts; False, with all as before but these in the queue again, if pages are wanting."""
         rows, prompts = [row for row, _ in batch], [prompt for _, prompt in batch]
         made = self.runner.prefill(
-            rows, [p.job.prompt for p in prompts], [p.job.max_new for p in prompts], self.scheduler.live
+            rows, [p.job.prompt for p in prompts], [p.job.max_new for p in prompts], self.scheduler.bound()
         )
         if made is None:
             self.runner.release(rows)
@@ -206,10 +206,8 @@ class _Run:
             del self.logits[row]
 
     def _launch(self) -> None:
-        n = self.scheduler.max_num_seqs
-        chunk = self.runner.decode(self.config.steps, n)
-        chains = [row if isinstance(row, Chain) else None for row in self.scheduler.rows[:n]]
-        self.made.append(_Launched(chunk, chains, self.serial))
+        chunk = self.runner.decode(self.config.steps, self.scheduler.max_num_seqs)
+        self.made.append(_Launched(chunk, self.scheduler.launched(self.config.steps), self.serial))
         self.serial += 1
 
     # Collecting
@@ -238,6 +236,8 @@ class _Run:
         tokens, done = np.asarray(begun.made.token), np.asarray(begun.made.done)
         ended = []
         for n, (row, chain) in enumerate(zip(begun.rows, begun.chains, strict=True)):
+            if self.scheduler.rows[row] is not chain:  # preempted meanwhile
+                continue
             chain.tokens.append(int(tokens[n]))
             self._report(chain)
             if done[n]:
@@ -257,7 +257,7 @@ class _Run:
                 chain.held.append(chunk.held[took, row])
                 chain.reads.append(chunk.reads[took, row])
                 chain.reads_by_head = chain.reads_by_head + chunk.reads_by_head[row]
-            self.scheduler.live[row] = chunk.live[row]
+            self.scheduler.decoded(row, chunk.live[row])
             made += steps
             if chunk.done[row] or self._ends(chain, steps):
                 ended.append((row, chain))
@@ -281,6 +281,7 @@ class _Run:
         """Results of chains that are done; their rows are emptied."""
         for row, chain in ended:
             chain.finished = True
+            self.reported.pop((id(chain.job), chain.number), None)  # the next job may have this one's id
             shares = None
             if self.config.retention:
                 seen = len(chain.job.prompt) + len(chain.tokens) - 1

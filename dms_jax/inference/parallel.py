@@ -17,7 +17,8 @@ def run_together(
     Args:
       work: an engine and its jobs; those named first start first.
       workers: engines at the same time; None for all.
-    An exception of one engine, or a caller that stops early, stops the others at their next chunk.
+    An exception of one engine, or a caller that stops early, stops the others at their next chunk; what was made by
+    then comes before the exception.
     """
     if len(work) == 1 or workers == 1:
         for n, (engine, jobs) in enumerate(work):
@@ -27,22 +28,23 @@ def run_together(
     stop = threading.Event()
 
     def drain(n: int, engine: Engine, jobs: Sequence[Job]) -> None:
-        for result in engine.run(jobs, stop):
-            results.put((n, result))
+        try:
+            for result in () if stop.is_set() else engine.run(jobs, stop):
+                results.put((n, result))
+        except BaseException:
+            stop.set()
+            raise
 
     with ThreadPoolExecutor(workers or len(work)) as executor:
         futures = [executor.submit(drain, n, engine, jobs) for n, (engine, jobs) in enumerate(work)]
         try:
             while not (all(future.done() for future in futures) and results.empty()):
-                if any(future.done() and future.exception() for future in futures):
-                    break
                 try:
                     yield results.get(timeout=0.05)
                 except queue.Empty:
                     continue
             for future in futures:
-                if future.done():
-                    future.result()
+                future.result()
         finally:
             stop.set()
             for future in futures:

@@ -46,8 +46,9 @@ class PrefillAttend:
 
     Nothing is stored before all layers have read, so that storing is one loop over them (see `KVCache.over_layers`).
 
-    cache, before: the rows' cache and state of the policy. start: the position of each row's first token. width: slots
-    of the cache that are read. It threads (what each layer made, keys seen by each token `[A, C]`) through the layers.
+    cache, before: the rows' cache and state of the policy. start: the position of each row's first token. width: of
+    the view of the cache that is read. It threads (what each layer made, keys seen by each token `[A, C]`) through the
+    layers.
     """
 
     policy: Policy

@@ -126,6 +126,7 @@ class Chain:
     held: list[np.ndarray] = field(default_factory=list)  # live tokens after each step, summed over heads
     reads: list[np.ndarray] = field(default_factory=list)
     reads_by_head: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))  # [L, K] from the first chunk on
+    ahead: int = 0  # steps launched of which it is not known yet what they made
     finished: bool = False
 
     def cut(self, count: int) -> None:
@@ -155,9 +156,10 @@ class Copy(NamedTuple):
 
 
 class Scheduler:
-    """Decides; it is told what happened by `prompt_read`, `chains_started`, `decoded` and `released`.
+    """Decides; it is told what happened by `prompt_read`, `chains_started`, `launched`, `decoded` and `released`.
 
-    fits: whether the pool holds so many live tokens `[rows, L, K]`, after growing if it may grow.
+    live: live tokens of each row `[rows, L, K]`, as far as is known.
+    fits: whether the pool holds so many live tokens, after growing if it may grow.
     """
 
     def __init__(self, jobs: Iterable[Job], config: EngineConfig, capacity: int, heads: tuple[int, int]):
@@ -289,7 +291,7 @@ class Scheduler:
 
     def _room_for(self, copies: list[Copy], source: int) -> bool:
         sources = [copy.source for copy in copies if not copy.moved] + [source]
-        return self.fits(np.concatenate([self.live, self.live[sources]]))
+        return self.fits(np.concatenate([self.bound(), self.live[sources]]))
 
     def chains_started(self, copies: list[Copy]) -> list[Chain]:
         """The chains of some copies, in their rows; rows of prompts without chains to start are empty again."""
@@ -311,7 +313,31 @@ class Scheduler:
             self.rows[row] = None
             self.live[row] = 0
 
+    def launched(self, steps: int) -> list[Chain | None]:
+        """The chains in the rows that decode, of which those that run are on their way to take `steps` steps."""
+        for row in self.running:
+            self.chain_in(row).ahead += steps
+        return [row if isinstance(row, Chain) else None for row in self.rows[: self.max_num_seqs]]
+
+    def decoded(self, row: int, live: Int[np.ndarray, "L K"]) -> None:
+        """It is known what the oldest chunk launched made of a row that was in it: so many tokens lived after it."""
+        self.live[row] = live
+        self.chain_in(row).ahead -= self.config.steps
+
     # Pages
+
+    def bound(self) -> Int[np.ndarray, "rows L K"]:
+        """Live tokens of every row once all steps launched are taken, at most: pages for others are to be had beside.
+
+        Steps themselves need no bound, as a row without room waits; what is read or copied takes its pages unasked.
+        """
+        live = self.live.copy()
+        for row in self.running:
+            chain = self.chain_in(row)
+            if chain.ahead:
+                longest = len(chain.job.prompt) + chain.job.max_new
+                live[row] = np.minimum(live[row] + chain.ahead, longest)
+        return live
 
     def make_room(self, starved: Iterable[int], stuck: bool) -> int | None:
         """Grows the pool for rows that could not take a step; the row to preempt where that fails and nothing moves.

@@ -26,7 +26,7 @@ LATENT = dataclasses.replace(DMS, gate="adapter", decision_offset=1)
 ])  # fmt: skip
 def test_three_turns_are_one_sequence(cache, model, rule):
     lm = dataclasses.replace(random_lm(model, rule), cr=8.0)  # more than it does: caches have to grow
-    talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30])
+    talk = Conversation(lm, 64, cache=cache, page_size=4, stop=[3, 11, 30], engine=EngineConfig(prefill_chunk=4))
     size = 0 if cache == "masked" else talk.runner.spec.kv_cache.pool(talk.runner.state.cache).size
     for turn in ([5, 6, 7, 8, 9], [12], [2] * 9):
         begun = len(talk.tokens) + len(turn)

@@ -17,6 +17,7 @@ import pytest
 from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig, ConfigError, DMSConfig, ModelConfig
 from dms_jax.inference import decode, generation, sampling
+from dms_jax.inference.engine import _Run
 from dms_jax.inference.generation import GenerationConfig
 from dms_jax.inference.scheduler import EngineConfig, Job, PoolError
 from dms_jax.policies import KeyDiff
@@ -182,6 +183,14 @@ def test_results_stream_and_tokens_are_reported_once(lm, wanted):
     assert all(0 < p.pages_used <= p.pages and p.live_tokens > 0 for p in shown[:3])
 
 
+def test_tokens_of_jobs_that_nobody_else_holds_are_all_reported(lm):
+    """A job from a generator is gone with its last chain, and the next one may lie where it lay."""
+    seen = {}
+    engine = build(lm, on_tokens=lambda name, chain, new: seen.setdefault(name, []).extend(new))
+    for result in engine.run(Job([n, 7], np.array([[n, 1]], np.uint32), 9, n) for n in range(20)):
+        assert seen[result.name] == result.tokens
+
+
 def test_a_job_longer_than_the_cache_is_refused(lm):
     long = jobs()[0]._replace(max_new=1000)
     engine = build(lm)
@@ -226,6 +235,34 @@ def test_the_pool_grows_without_a_limit(lm, wanted):
     engine = build(lm, engine={"pages": 1})
     assert_same(by_name(engine.run(jobs())), wanted)
     assert engine.spec.kv_cache.pool(engine.runner.state.cache).size > 1
+
+
+def test_prompts_are_read_beside_a_chunk_on_its_way(lm):
+    """With lookahead a prompt takes none of the pages that a chunk takes meanwhile, of which nothing is known yet."""
+    rng, keys = np.random.default_rng(1), np.asarray(sampling.sequence_keys(1, 10, 1))[:, None]
+    sizes = zip(rng.integers(3, 40, 10).tolist(), rng.integers(5, 54, 10).tolist(), strict=True)
+    mixed = [Job(rng.integers(0, 53, n).tolist(), keys[i], most, i) for i, (n, most) in enumerate([*sizes])]
+
+    def run(lookahead):
+        options = {"lookahead": lookahead, "max_num_seqs": 3, "pages": 110, "max_pages": 110}
+        engine = build(lm, policy="full", engine=options)
+        return by_name(engine.run(mixed)), engine.runner.state.cache
+
+    (want, _), (got, cache) = run(False), run(True)
+    assert_same(got, want)
+    assert sorted(cache.free.tolist()) == list(range(int(cache.top))), "every page is back, once"
+
+
+def test_a_chain_preempted_before_its_first_token_is_known_ends_once(lm):
+    """Its first token ends it, and it starts over all the same."""
+    engine = build(lm, engine={"max_num_seqs": 2})
+    run = _Run(engine, engine._scheduler([job._replace(max_new=1) for job in jobs(chains=1)[:2]]))
+    run._admit()
+    run.scheduler.fits = lambda live: False
+    run._make_room([0], stuck=True)
+    run.scheduler.fits = run.runner.fits
+    assert len(run.scheduler.running) == 1, "the younger is preempted"
+    assert sorted(result.name for result in run.results(None)) == [0, 1]
 
 
 @pytest.mark.parametrize("model", ["lm", "latent_lm"])
