@@ -274,12 +274,13 @@ class Scheduler:
 
     def next_copies(self) -> list[Copy]:
         """Chains to start in free rows: as many as the pool has pages for."""
-        free, copies = self.free_rows(), []
+        free, copies, bound = self.free_rows(), [], self.bound()
         for source in self.parked:
             prompt = self.prompt_in(source)
             while prompt.waiting and len(copies) < len(free):
                 last = len(prompt.waiting) == 1
-                if not last and not self._room_for(copies, source):
+                copied = [copy.source for copy in copies if not copy.moved] + [source]
+                if not last and not self.fits(np.concatenate([bound, self.live[copied]])):
                     if copies or len(free) < self.max_num_seqs:
                         return copies
                     # Nothing runs and there is no room for a copy: one chain goes on alone, the others read again.
@@ -288,10 +289,6 @@ class Scheduler:
                     last = True
                 copies.append(Copy(source, free[len(copies)], prompt.waiting.pop(0), last))
         return copies
-
-    def _room_for(self, copies: list[Copy], source: int) -> bool:
-        sources = [copy.source for copy in copies if not copy.moved] + [source]
-        return self.fits(np.concatenate([self.bound(), self.live[sources]]))
 
     def chains_started(self, copies: list[Copy]) -> list[Chain]:
         """The chains of some copies, in their rows; rows of prompts without chains to start are empty again."""
