@@ -37,7 +37,7 @@ def baselines() -> str:
 
 def latent() -> str:
     """The mini task with latent attention and with keys and values, as many numbers a token: one chain and four."""
-    records = {"latent": read("mini/latent_accuracy"), "keys and values": read("mini/latent_peer_accuracy")}
+    records = {"latent": read("mini_latent/accuracy"), "keys and values": read("mini_latent/peer_accuracy")}
     rows = [
         real_model_tables.line(row, cache, f"{row['cr']:g}")
         for cache, results in records.items()

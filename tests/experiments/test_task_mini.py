@@ -1,12 +1,14 @@
 """The mini task: chains are re-evaluated from their text, by a parser of the test's own."""
 
 import itertools
+import json
 import random
 import re
 
 import numpy as np
 import pytest
 
+from experiments import mini_job
 from experiments.tasks import mini
 
 SOME = [mini.make_problem(random.Random(seed), 6 + seed % 3) for seed in range(300)]
@@ -211,3 +213,9 @@ def test_pool_drops_repeated_prompts(tokenizer, monkeypatch):
     monkeypatch.setattr(mini, "_chunk", lambda *args: genuine(*args[:-1], args[-1] // 2))  # each chunk twice
     pool = mini.generate_pool(tokenizer, "train", 0, 30, 512)
     assert len({row.tobytes() for row in pool.tokens}) == 30 and pool.total_lengths.all()
+
+
+def test_shipped_runs_are_of_the_bundled_family():
+    """They are shown beside a user's own run of the mini model: no other model, and no other gates."""
+    runs = [json.loads(path.read_text()) for path in mini_job.SHIPPED.glob("*.json")]
+    assert runs and not [run["command"] for run in runs if "--model" in run["command"] or "--gate" in run["command"]]
