@@ -1,7 +1,9 @@
 """KNorm: keys of a large L2 norm are evicted first (Devoto et al. 2024, arXiv 2406.11430).
 
 The norm is taken after RoPE, which does not change it. No attention weights are needed. The authors leave the first
-two layers uncompressed; here every layer has the same budget unless it is given for each.
+two layers uncompressed; here every layer has the same budget unless it is given for each. In the first layer, keys of a
+token that comes again have the same norm but for rounding, so which of them is evicted depends on the programs that
+computed them: on how long the chunks of the prompt were, say.
 """
 
 from dataclasses import dataclass
