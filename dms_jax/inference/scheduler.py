@@ -328,12 +328,11 @@ class Scheduler:
 
         Steps themselves need no bound, as a row without room waits; what is read or copied takes its pages unasked.
         """
-        live = self.live.copy()
-        for row in self.running:
-            chain = self.chain_in(row)
-            if chain.ahead:
-                longest = len(chain.job.prompt) + chain.job.max_new
-                live[row] = np.minimum(live[row] + chain.ahead, longest)
+        live, rows = self.live.copy(), list(self.running)
+        chains = [self.chain_in(row) for row in rows]
+        ahead = np.array([chain.ahead for chain in chains], np.int64)[:, None, None]
+        longest = np.array([len(chain.job.prompt) + chain.job.max_new for chain in chains], np.int64)[:, None, None]
+        live[rows] = np.minimum(live[rows] + ahead, longest)
         return live
 
     def make_room(self, starved: Iterable[int], stuck: bool) -> int | None:

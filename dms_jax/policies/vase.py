@@ -22,7 +22,8 @@ class VaSEAttnV(Observing):
 
     The width of a value is its largest less its smallest number. Drawing without replacement, each token with the
     probability of its pooled attention, is taking the largest of log p + Gumbel noise. An eviction reads no keys, and
-    of values the width alone, which could be kept beside them.
+    of values the width alone, which could be kept beside them. In the first layer, values of a token that comes again
+    are as wide but for rounding (see knorm.py).
     """
 
     queries: int = 64
