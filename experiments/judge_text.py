@@ -51,7 +51,7 @@ def boxes(text: str) -> list[Span]:
             # A box inside a box: what the inner one holds is the answer, so the outer one's text is not copied.
             inside = bool(found) and found[-1].start > start
             content = "" if inside else text[begin : piece.start()].strip()
-            if content:
+            if clean(content):
                 found.append(Span(content, start, piece.end()))
     return found
 

@@ -16,8 +16,9 @@ import sys
 
 import math_verify
 import sympy
-from math_verify.grader import get_pct_val
+from math_verify.grader import get_pct_val, is_assignment_relation, is_equation, take_first_relation, take_last_relation
 from sympy import Basic, Float, MatrixBase, Set, Tuple
+from sympy.core.relational import Relational
 
 CONFIG = math_verify.LatexExtractionConfig()
 DECIMALS = 1e-5  # relative distance at which a rounded decimal is the number; math-verify's own limit is absolute
@@ -35,14 +36,16 @@ def parse(answer: str) -> Basic | MatrixBase | None:
 def canonical(answer: str) -> str | None:
     r"""One form for all ways to write a value, for a vote: `25.0` and `5^2` are "25", `x = \frac12` and `50\%` "1/2".
 
-    None if the answer cannot be read.
+    Of what only relates variables, as `2x - y = 0` and `1 < x < 2` do, no side is the answer. None if the answer cannot
+    be read.
     """
     value = parse(answer)
     if value is None:
         return None
-    # Of a chain of equations, the last right-hand side.
-    while isinstance(value, sympy.And | sympy.Eq):
-        value = value.rhs if isinstance(value, sympy.Eq) else value._unsorted_args[-1]
+    if is_equation(value):
+        begins = take_first_relation(value)  # what a name or a number comes to stands last
+        if not begins.lhs.free_symbols or is_assignment_relation(begins) and not begins.lhs.is_Add:
+            value = take_last_relation(value).rhs
     return str(simple(value))
 
 
@@ -52,6 +55,10 @@ def simple(value):
         return value.applyfunc(simple)
     if isinstance(value, Set | Tuple) and value.args:
         return value.func(*[simple(part) for part in value.args])
+    if isinstance(value, sympy.And):
+        return sympy.And(*map(simple, value.args))
+    if isinstance(value, Relational):
+        return value.func(simple(value.lhs), simple(value.rhs)).canonical
     if not isinstance(value, sympy.Expr):
         return value
     # Decimals are exact: 18.9 is 189/10, whatever its binary form.

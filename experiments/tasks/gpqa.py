@@ -21,8 +21,11 @@ INSTRUCTION = (
     "Choose one of the four options. Reason step by step, and end with a line of the form 'Answer: X', where X is the "
     "letter A, B, C or D of your choice."
 )
+# "answer is a mixture" names no option: a small letter is one only in brackets or at the end of its line.
 ANSWER = re.compile(
-    r"answer\s*(?:is|:)\s*[*$({\\]*(?:boxed|text|textbf|mathrm)?[{(*]*([A-D])(?![A-Za-z])", re.IGNORECASE
+    r"(?i:answer)[\s*]*(?:is\s*:?|:)(?:[\s*$`({\[\\]|(?i:option)|boxed|text(?:bf)?|math(?:rm|bf))*"
+    r"([A-D](?![A-Za-z])|[a-d](?=[^\w\n]*$|[)}\]]))",
+    re.MULTILINE,
 )
 SHOTS = (
     (

@@ -47,6 +47,8 @@ from experiments.tasks import mini
         (r"\boxed{90^\circ}", "90", "90", True),
         (r"\boxed{-0}", "0", "0", True),
         (r"\boxed{1}", "-1", "1", False),
+        (r"\boxed{\,}", "1", None, False),
+        (r"first \boxed{1}, then \boxed{$$}", "1", "1", True),
     ],
 )  # fmt: skip
 def test_verdicts(text, gold, answer, correct):
@@ -91,6 +93,27 @@ def test_the_forms_that_split_votes_before():
     for same in (("25", "25.0", "5^2"), (r"\frac12", "0.5", r"50\%"), (r"\sqrt8", r"2\sqrt2")):
         for gold in (*same, "-3"):
             assert len({judge(rf"\boxed{{{form}}}", gold).answer for form in same}) == 1
+
+
+@pytest.mark.parametrize(
+    "box, gold, right",
+    [
+        ("0<x<2", "1<x<2", False), ("2 > x > 1", "1<x<2", True), ("(0,2)", "1<x<2", False), ("(1,2)", "1<x<2", True),
+        ("x - y = 0", "2x - y + 3 = 0", False), ("0", "2x - y + 3 = 0", False), ("y = 2x+3", "2x - y + 3 = 0", True),
+        ("4x - 2y + 6 = 0", "2x - y + 3 = 0", True), ("x - y = 5", "x + y = 5", False), ("x+1 = 5", "5", True),
+        ("x^2 = 0", "x = 0", False), ("5 < x < \\infty", "5 < x", True),
+        ("x = y = 3", "3", True), ("2 + 3 = 5", "5", True), ("f(x) = x+1", "1+x", True),
+    ],
+)  # fmt: skip
+def test_of_a_relation_no_side_is_the_answer(box, gold, right):
+    """Only what a name or a number comes to is: a right side of 0 is that of many equations."""
+    given, gold_itself = judge(rf"\boxed{{{box}}}", gold), judge(rf"\boxed{{{gold}}}", gold)
+    assert given.correct == right and gold_itself.correct and (given.answer == gold_itself.answer) == right
+
+
+def test_votes_for_one_relation_are_one_answer():
+    for same in (("0.5<x", r"x > \frac12"), ("1 < x < 2", "2 > x > 1"), ("2+3 = 5", "5", "x = 5")):
+        assert len({judge(rf"\boxed{{{form}}}", "-77777").answer for form in same}) == 1
 
 
 @pytest.mark.parametrize(
