@@ -46,6 +46,7 @@ class _Worker:
             stderr=subprocess.PIPE,
             cwd=ROOT,
             text=True,
+            start_new_session=True,  # Ctrl-C ends a run, not the verdict on a chain that is still saved
         )
         if self.process.stdout.readline() != "ready\n":
             said = self.process.stderr.read().strip().splitlines()

@@ -2,6 +2,8 @@
 
 import itertools
 import resource
+import subprocess
+import sys
 import time
 from fractions import Fraction
 
@@ -207,6 +209,19 @@ def test_what_takes_too_long_is_compared_as_a_text():
     impatient.close()
     assert impatient.verdict(r"\boxed{\frac{14}{2}}", "7") == ("7", True), "also after closing"
     impatient.close()
+
+
+def test_ctrl_c_does_not_change_a_verdict():
+    """A terminal sends it to the whole process group; a chain that is being judged then is saved."""
+    program = (
+        "import os, signal, time; from experiments.judge import judge;"
+        r"judge(r'\boxed{\frac{14}{2}}', '7'); signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        r"os.killpg(0, signal.SIGINT); time.sleep(0.5); print(judge(r'\boxed{\frac{14}{2}}', '7').correct)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=judging.ROOT, start_new_session=True
+    )
+    assert done.stdout == b"True\n", done.stderr
 
 
 def test_memory_is_limited():
