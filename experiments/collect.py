@@ -48,16 +48,21 @@ def read_part(folder: Path, problems: set[str] | None = None) -> Part:
     """A run folder; problems: those for which models of an unfinished run must have all their chains.
 
     Raises:
-      RunError: it is none, or its run is not finished and has no such model.
+      RunError: it is none, holds no table of chains, or its run is not finished and has no such model.
     """
     config = read_config(folder)
     if config is None:
         raise RunError(f"{folder}: not a run folder")
     samples, entries = read_jsonl(folder / "samples.jsonl"), read_json(folder / "metadata.json", list)
+    if "chains" not in config or not entries:
+        raise RunError(f"{folder}: holds no chains of a task's problems")
     if (folder / "results.json").exists():
         results = read_json(folder / "results.json", dict)
+        if not results.get("rows") or results.get("samples", len(samples)) != len(samples):
+            raise RunError(f"{folder}: results.json is not of all chains there; the run's own command mends it")
         return Part(folder, config, entries[-1], samples, results["rows"], results)
-    rows = complete_rows(config, samples, problems) if problems else []
+    # Lengths of a sweep's models differ.
+    rows = complete_rows(config, samples, problems) if problems and not config.get("sweep") else []
     if not rows:
         raise RunError(f"{folder}: this run is not finished; its own command continues it")
     return Part(folder, config, entries[-1], samples, rows, None)
@@ -65,14 +70,21 @@ def read_part(folder: Path, problems: set[str] | None = None) -> Part:
 
 def complete_rows(config: dict, samples: list[dict], problems: set[str]) -> list[dict]:
     """What rows of a run's table would say of the models that have every chain of these problems."""
-    chains, rows = sorted(config["chains"] or [1]), []
+    rows = []
     for source, group in stats.group_samples(samples).items():
-        if all(len(group.get(problem, ())) >= chains[-1] for problem in problems):
+        if problems <= finished_problems(group):
             one = group[min(problems)][0]
-            length, _, cr = one["config"].split("-")
-            shared = {"source": source, "policy": one["policy"], "cr": float(cr), "max_length": config["max_length"]}
+            length, most, cr = one["config"].split("-", 2)
+            shared = {"source": source, "policy": one["policy"], "max_length": config["max_length"]}
+            shared |= {"cr": None if cr == "?" else float(cr)}
+            chains = sorted({*config["chains"], int(most)})
             rows += [{"config": f"{length}-{w}-{cr}", "chains": w, **shared} for w in chains]
     return rows
+
+
+def finished_problems(group: dict[str, list[dict]]) -> set[str]:
+    """The problems of which a model has all its chains, whose number its samples say as the W of L-W-CR."""
+    return {problem for problem, made in group.items() if len(made) >= int(made[0]["config"].split("-")[1])}
 
 
 def voting(part: Part, numbers: Sequence[int]) -> Part:
@@ -80,7 +92,7 @@ def voting(part: Part, numbers: Sequence[int]) -> Part:
     rows = []
     for source in dict.fromkeys(row["source"] for row in part.rows):
         own = [row for row in part.rows if row["source"] == source]
-        length, _, cr = own[0]["config"].split("-")
+        length, _, cr = own[0]["config"].split("-", 2)
         have = {row["chains"] for row in own}
         more = [n for n in set(numbers) - have if n < max(have)]
         own += [{**own[0], "config": f"{length}-{n}-{cr}", "chains": n} for n in more]
@@ -92,10 +104,12 @@ def collect(parts: list[Part]) -> dict[str, Any]:
     """The content of a results.json with the rows of all parts.
 
     Raises:
-      RunError: parts on other problems, or whose chains were drawn otherwise.
+      RunError: parts on other problems, whose chains were drawn otherwise, or two of one name.
     """
-    first = parts[0]
-    for part in parts[1:]:
+    first, named = parts[0], {part.folder.name: part.folder for part in parts}
+    for part in parts:
+        if named[part.folder.name] != part.folder:
+            raise RunError(f"{part.folder}: {named[part.folder.name]} has the same name, by which rows are told apart")
         mine, theirs = ({key: p.config.get(key) for key in COMMON} for p in (part, first))
         changed = differences(mine, theirs)
         if changed:
@@ -126,11 +140,10 @@ def collect(parts: list[Part]) -> dict[str, Any]:
     }
 
 
-def finished_problems(folder: Path) -> set[str]:
+def finished_by_all(folder: Path) -> set[str]:
     """Problems of which every model in a run folder has all its chains."""
-    config, groups = read_config(folder) or {}, stats.group_samples(read_jsonl(folder / "samples.jsonl"))
-    most = max(config.get("chains") or [1])
-    done = [{problem for problem, made in group.items() if len(made) >= most} for group in groups.values()]
+    groups = stats.group_samples(read_jsonl(folder / "samples.jsonl"))
+    done = [finished_problems(group) for group in groups.values()]
     return set.intersection(*done) if done else set()
 
 
@@ -153,7 +166,7 @@ def main(
         first = read_part(runs[0])
         problems = {sample["id"] for sample in first.samples}
         if common:
-            problems = problems.intersection(*(finished_problems(folder) for folder in runs))
+            problems = problems.intersection(*(finished_by_all(folder) for folder in runs))
         parts = [first, *(read_part(folder, problems) for folder in runs[1:])]
         outcome = collect([voting(part, chains) for part in parts])
     except RunError as error:

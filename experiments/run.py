@@ -199,13 +199,14 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a samples file, all of one form.
+    """The lines of a samples file, all of one form, without a last one that was cut off or is still being written.
 
     Raises:
       RunError: a line that is not JSON, or not of the form of the first one, with the file and its number.
     """
     rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    content = path.read_bytes()
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

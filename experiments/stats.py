@@ -98,10 +98,11 @@ def group_samples(samples: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:
 
 
 def complete_problems(groups: dict, cells: Sequence[Cell]) -> list[str]:
-    """Problems for which every cell has all its chains, in an order that does not depend on which ended first."""
+    """Problems for which every cell has its first chains, in an order that does not depend on which ended first."""
 
     def complete(problem):
-        return all(len(groups.get(c.source, {}).get(problem, ())) >= c.chains for c in cells)
+        made = [(groups.get(c.source, {}).get(problem, ())[: c.chains], c.chains) for c in cells]
+        return all([sample["chain"] for sample in first] == list(range(chains)) for first, chains in made)
 
     return sorted((problem for problem in groups.get(cells[0].source, {}) if complete(problem)), key=natural)
 

@@ -87,6 +87,29 @@ def test_unfinished_runs_are_named(tmp_path, capsys):
     assert "one: this run is not finished" in capsys.readouterr().err
     assert collect.main((tmp_path / "none",), tmp_path / "all.json") == 2
     assert "none: not a run folder" in capsys.readouterr().err
+    run.write_json(folder / "config.json", {"model": "mini"})
+    assert collect.main((folder,), tmp_path / "all.json") == 2
+    assert "one: holds no chains of a task's problems" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_was_continued_and_interrupted_is_refused(tmp_path, capsys):
+    """Of the problems that are there beyond its table, those with short chains ended first."""
+    folder = finished_run(tmp_path / "one", "a", {"1": [True], "2": [True]})
+    results = json.loads((folder / "results.json").read_text())
+    run.write_json(folder / "results.json", {**results, "samples": 1})
+    assert collect.main((folder,), tmp_path / "all.json") == 2
+    assert "one: results.json is not of all chains there" in capsys.readouterr().err
+    run.write_json(folder / "results.json", {**results, "samples": 2, "rows": []})
+    assert collect.main((folder,), tmp_path / "all.json") == 2
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path, capsys):
+    """Rows and settings of a run are found by the name of its folder."""
+    for parent in ("x", "y"):
+        (tmp_path / parent).mkdir()
+    runs = [finished_run(tmp_path / parent / "one", "a", {"1": [True]}) for parent in ("x", "y")]
+    assert collect.main(tuple(runs), tmp_path / "all.json") == 2
+    assert "has the same name" in capsys.readouterr().err
 
 
 def test_of_an_interrupted_run_what_is_complete_counts(tmp_path):
@@ -103,6 +126,26 @@ def test_of_an_interrupted_run_what_is_complete_counts(tmp_path):
     assert [row["config"] for row in outcome["rows"]] == ["1-1-1", "1-1-1", "1-2-1"]
     assert [outcome["runs"][name]["finished"] for name in ("one", "whole")] == [True, False]
     assert collect.main((one, part), tmp_path / "none.json") == 2
+
+
+def test_an_interrupted_run_says_itself_how_many_chains_it_makes(tmp_path):
+    """The mini model's job takes them from no option, and a model may be of no ratio that is known."""
+    one = finished_run(tmp_path / "one", "a", {"1": [True], "2": [False]})
+    two = finished_run(tmp_path / "two", "b", {"1": [True, True], "2": [False, True]}, (2,))
+    (two / "results.json").unlink()
+    run.write_json(two / "config.json", {**CONFIG, "chains": [], "max_length": 64})
+    samples = (two / "samples.jsonl").read_text().replace('"1-2-1"', '"1-2-?"').splitlines(keepends=True)
+    (two / "samples.jsonl").write_text("".join([*samples, '{"source": "b", "id"']))  # killed while it wrote
+    assert collect.main((one, two), tmp_path / "all.json", chains=(1,)) == 0
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert [(row["config"], row["cr"]) for row in rows] == [("1-1-1", 1.0), ("1-1-?", None), ("1-2-?", None)]
+    assert [row["accuracy"]["mean"] for row in rows] == [0.5, 0.5, 0.5]
+    (two / "samples.jsonl").write_text("".join(samples[:2] + samples[3:]))  # without the first chain of problem 2
+    assert collect.main((one, two), tmp_path / "none.json", chains=(1,)) == 2
+    assert collect.main((one, two), tmp_path / "common.json", common=True, chains=(1,)) == 0
+    assert json.loads((tmp_path / "common.json").read_text())["problems"] == 1
+    run.write_json(two / "config.json", {**CONFIG, "chains": [], "sweep": {"max_lengths": [64, 128]}})
+    assert collect.main((one, two), tmp_path / "none.json") == 2
 
 
 def test_common_counts_an_interrupted_run_over_the_problems_that_all_finished(tmp_path):

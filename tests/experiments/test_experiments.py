@@ -71,6 +71,8 @@ def test_table_counts_votes_costs_and_common_problems_only():
     assert small["kv_reads"] == (30 + 21) / 2 and small["peak_tokens"] == 15 and small["tokens"] == 12
     assert small["achieved_cr"] == 15 / 6 and small["max_length"] == 1024
     assert stats.table(samples[:3], cells) == []
+    others = [sample for sample in samples if sample["source"] == "base" or sample["chain"]]
+    assert stats.table(others, [cells[0], cells[1]._replace(chains=1)]) == [], "of two chains the first is missing"
 
 
 @pytest.mark.parametrize("chains, right, k", [(4, 1, 2), (5, 2, 3), (3, 0, 1), (3, 3, 2), (6, 5, 2), (1, 1, 1)])
@@ -117,6 +119,10 @@ def test_a_run_folder_resumes_and_drops_half_a_line(tmp_path, capsys):
     again = run.open_run(tmp_path, "x", {"a": (1, 2)})
     assert again.path == first.path and again.samples == [{"n": 0}, {"n": 1}]
     assert f"{first.samples_path}: dropped its last line, which was cut off" in capsys.readouterr().err
+    with first.samples_path.open("ab") as file:
+        file.write(b'{"n": 2')  # another process is writing
+    assert run.read_jsonl(again.samples_path) == again.samples
+    first.samples_path.write_bytes(b'{"n": 0}\n{"n": 1}\n')
     again.append([{"n": 2}])
     assert run.read_jsonl(again.samples_path) == [{"n": 0}, {"n": 1}, {"n": 2}] == again.samples
     again.close()
