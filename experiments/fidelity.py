@@ -41,7 +41,7 @@ from experiments import command, report, stats
 from experiments import variants as variants_module
 from experiments.command import MINI, metavar
 from experiments.forced import forced_logits
-from experiments.run import Run, digest, open_run
+from experiments.run import Run, digest, file_digest, open_run
 from experiments.tasks import aime, ruler
 from experiments.variants import Loaded, batches
 from paper_figures.rows import percent
@@ -297,7 +297,8 @@ def execute(config: Config, console: Console, start: float) -> int:
     windows = load_windows(config, loaded[0].lm.tokenizer, config.prompt, config.chat)
     models = list(zip(loaded, references, strict=True))
     weights = {one.variant.name: [fingerprint(one.lm), fingerprint(reference)] for one, reference in models}
-    saved = {**command.identity(config), "weights": weights, "text": digest(windows[0])}
+    text = digest([windows[0], config.data and file_digest(config.data)])
+    saved = {**command.identity(config), "weights": weights, "text": text}
     run = open_run(config.runs, "fidelity", saved, config.run_dir, config.fresh)
     try:
         if run.samples:

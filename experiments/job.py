@@ -23,6 +23,9 @@ from experiments.tasks.base import Task
 
 NOT_IDENTITY = ("run_dir", "runs", "fresh", "workers", "merge", "plan")
 HOW_MUCH = ("limit", "problems", "minutes")
+FROM_PLAN = (  # of a sweep
+    "chains", "cr", "max_length", "policy", "budget", "protect_prompt", "evict_every", "window", "minutes", "page_size",
+)  # fmt: skip
 EXTENDABLE = ("limit", "drawn", "minutes")  # what a continued run may change, as its config.json calls it
 
 
@@ -159,18 +162,7 @@ def resolve_sweep(options: Any) -> Any:
         for key in ("plan", "policies", "merge"):
             require(not getattr(options, key), key, getattr(options, key), "is an option of --sweep")
         return options
-    for key in (
-        "chains",
-        "cr",
-        "max_length",
-        "policy",
-        "budget",
-        "protect_prompt",
-        "evict_every",
-        "window",
-        "minutes",
-        "page_size",
-    ):
+    for key in FROM_PLAN:
         value = getattr(options, key)
         require(value in (None, ()), key, value, "a sweep takes it from --plan")
     path = options.plan or sweep.PLAN
@@ -309,9 +301,12 @@ def sample(options: Any, run: Run, engines: Any, problems: list[int], models: li
             duration = time.monotonic() - begun
 
 
-def results(experiment: Experiment, options: Any, run: Run, task: Task, cells: list, entry: dict) -> dict:
-    """The content of results.json."""
-    rows = stats.table(run.samples, cells, task.metric)
+def results(
+    experiment: Experiment, options: Any, run: Run, task: Task, problems: list[int], cells: list, entry: dict
+) -> dict:
+    """The content of results.json; of other problems a run that went on may hold the chains that ended first."""
+    chosen = {task.records[problem].id for problem in problems}
+    rows = stats.table((sample for sample in run.samples if sample["id"] in chosen), cells, task.metric)
     return {
         "experiment": "sweep" if options.sweep else experiment.name,
         "task": task.name,
@@ -383,7 +378,7 @@ def execute(experiment: Experiment, options: Any, console: Console, start: float
         except KeyboardInterrupt:
             console.print(f"interrupted; the same command continues {run.path}", soft_wrap=True)
             return 130
-        outcome = results(experiment, options, run, task, cells, entry)
+        outcome = results(experiment, options, run, task, problems, cells, entry)
         # Of this start alone: before the first engine is built, and from there on with compiling and judging.
         spent = {"loading": begun - start, "sampling": time.monotonic() - begun}
         outcome |= {"seconds": spent, "new_tokens": bar.tokens}

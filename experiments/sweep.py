@@ -130,6 +130,12 @@ def models(plan: Sweep, load: Callable[[float | None], Any]) -> tuple[list[Model
     return made, cells
 
 
+def _flat(config: dict) -> dict:
+    """A run's configuration with what its plan says of all policies that evict, which is in no sample's source."""
+    plan = config.get("sweep") or {}
+    return config | {key: plan[key] for key in ("protect_prompt", "evict_every") if key in plan}
+
+
 def merge(run: Run, folders: Sequence[Path], sources: Sequence[str]) -> int:
     """Takes over from other run folders the samples of these sources that the run lacks; returns how many.
 
@@ -142,9 +148,9 @@ def merge(run: Run, folders: Sequence[Path], sources: Sequence[str]) -> int:
         theirs = read_config(folder)
         if theirs is None:
             raise RunError(f"{folder}: not a run folder")
-        changed = differences(theirs, run.config, FREE_TO_DIFFER)
-        common = theirs["weights"].keys() & run.config["weights"].keys()
-        changed += [f"weights of {s}" for s in sorted(common) if theirs["weights"][s] != run.config["weights"][s]]
+        changed = differences(_flat(theirs), _flat(run.config), FREE_TO_DIFFER)
+        weights, ours = theirs.get("weights", {}), run.config["weights"]
+        changed += [f"weights of {s}" for s in sorted(weights.keys() & ours.keys()) if weights[s] != ours[s]]
         if changed:
             raise RunError(f"{folder}: holds a run that differs in {', '.join(changed)}")
         rows = []

@@ -100,6 +100,8 @@ def test_a_chain_depends_on_neither_batch_nor_number_of_chains(job):
     assert {(s["source"], s["id"], s["chain"]): s["text"] for s in more} == texts
     assert results["rows"][0]["problems"] == 4 and len(more) == len(many)
     assert len(json.loads((folder / "metadata.json").read_text())) == 2
+    _, same, fewer = job("few", "--limit", "2", "--batch-size", "3", "--seed", "0")
+    assert same == more and fewer["samples"] == len(more) and fewer["rows"][0]["problems"] == 2, "those asked for"
     _, other, _ = job("seed", "--limit", "2", "--seed", "1")
     assert [s["text"] for s in in_order(other)] != [s["text"] for s in in_order(few)]
 

@@ -147,6 +147,14 @@ def test_the_job(job, capsys):
     assert "KL, nats" in capsys.readouterr().out
 
 
+def test_another_end_of_the_text_is_another_run(job, tmp_path, capsys):
+    job(*FEW, "1")
+    with (tmp_path / "text.txt").open("a") as file:
+        file.write("Set d = q.\n")
+    job(*FEW, "2", status=2)
+    assert "holds a run of another configuration (text was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -67,6 +67,13 @@ def test_parts_of_a_sweep_are_one_sweep(job, capsys):
     assert merged == whole and again["rows"] == results["rows"]
     other = job("other", *parts, "--seed", "1", status=2)
     assert not other[1] and "a: holds a run that differs in seed" in capsys.readouterr().err.replace("\n", "")
+    plan = folder.with_name("plan.yaml")
+    plan.write_text(PLAN + "evict_every: 4\n")
+    other = job("slower", *parts, status=2)
+    assert not other[1] and "a: holds a run that differs in evict_every" in capsys.readouterr().err.replace("\n", "")
+    run.write_json(folder.with_name("a") / "config.json", {"model": "mini"})
+    job("none", *parts, status=2)
+    assert "a: holds a run that differs in " in capsys.readouterr().err
 
 
 def test_the_shipped_plan():
