@@ -18,6 +18,8 @@ WEIGHTS = "model.safetensors"
 FORMATS = ("dms_jax", "nvidia", "fastdms")
 MINE = {"format": "pt", "written_by": "dms_jax"}  # metadata of the weights: such a folder may be written over
 NEW = ".dms_jax-save"  # where a folder's files are written before they take their names
+# Of an earlier save in FastDMS's format, and of an earlier tokenizer: they would be believed.
+STALE = (METADATA, "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 def save_gate(lm: LM, file: str | os.PathLike) -> None:
@@ -60,13 +62,14 @@ def save(lm: LM, folder: str | os.PathLike, format: str = "dms_jax") -> None:
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(new)
         files = sorted(new.iterdir(), key=lambda file: file.name != WEIGHTS)
+        stale = STALE if _is_mine(folder) and lm.tokenizer is not None else STALE[:1]
         _check_replaceable(folder, files)
         for file in files:
             if file.is_dir():
                 shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
-        if METADATA not in documents:  # of an earlier save in FastDMS's format, it would be believed
-            (folder / METADATA).unlink(missing_ok=True)
+        for name in {*stale} - {file.name for file in files}:
+            (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -90,12 +93,17 @@ def _documents(lm: LM, format: str) -> dict[str, dict[str, Any]]:
 
 def _check_replaceable(folder: Path, files: list[Path]) -> None:
     """Raises ConfigError for files of these names in a folder that `save` did not write."""
-    mine = _metadata(folder / WEIGHTS).get("written_by") == MINE["written_by"]
+    mine = _is_mine(folder)
     for file in files:
         old = folder / file.name
         alike = old.is_dir() == file.is_dir() and (mine or old.is_file() and old.read_bytes() == file.read_bytes())
         replaceable = alike or not old.exists()
         require(replaceable, "folder", str(folder), f"holds a {file.name} that dms_jax did not write; choose another")
+
+
+def _is_mine(folder: Path) -> bool:
+    """Whether `save` wrote the weights of a folder."""
+    return _metadata(folder / WEIGHTS).get("written_by") == MINE["written_by"]
 
 
 def _metadata(file: Path) -> dict[str, str]:

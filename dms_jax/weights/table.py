@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dms_jax.config import DMSConfig, ModelConfig, one_of
 from dms_jax.models.gates import gate_of
 from dms_jax.types import Params
-from dms_jax.weights.safetensors import PIECE, Saved, Source, WeightError
+from dms_jax.weights.safetensors import CODES, PIECE, Saved, Source, WeightError
 
 DTYPES = ("bfloat16", "float16", "float32")
 READERS = 8  # threads; more of them wait for each other: 64 took three times as long as two on a machine of 64 cores
@@ -263,6 +263,8 @@ def saved(spec: Spec, params: Params) -> Saved:
     if value.shape != spec.shape:
         raise WeightError(f"params: {spec.path} has shape {value.shape}, expected {spec.shape}")
     dtype = np.dtype(value.dtype)
+    if dtype not in CODES:
+        raise WeightError(f"params: {spec.path} has dtype {dtype}, expected one of {', '.join(map(str, CODES))}")
 
     def pieces() -> Iterator[np.ndarray]:
         matrix = np.asarray(value)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.models import transformer
 from dms_jax.weights.safetensors import WeightError, open_safetensors
 from tests.helpers.gguf_files import write_gguf
+from tests.helpers.tokenizers import letters
 
 CONFIG = ModelConfig("llama", 24, 1, 8, 2, 1, 4, 8, bos_id=1, eos_ids=(2,))
 ADAPTER = DMSConfig(window=4, gate="adapter")
@@ -248,6 +250,28 @@ def test_save_replaces_what_it_wrote_and_nothing_else(folder, tmp_path):
     for file in (theirs / "config.json", theirs / "model.safetensors", tmp_path / "directory"):
         with pytest.raises(ConfigError, match="is there, and no gate"):
             dms_jax.save_gate(again, file)
+
+
+def test_a_tokenizer_saved_over_another_is_itself(tmp_path):
+    """A chat template stands in a file of its own, which a tokenizer without one does not write over."""
+    for tokenizer in (letters(), letters(template=None)):
+        dms_jax.save(replace(random_lm(), tokenizer=tokenizer), tmp_path)
+        assert dms_jax.load(tmp_path).tokenizer.chat_template == tokenizer.chat_template
+    dms_jax.save(random_lm(), tmp_path)
+    assert dms_jax.load(tmp_path).tokenizer is not None, "of a model without one it stays"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "merges.txt").write_text("a user's")
+    dms_jax.save(replace(random_lm(), tokenizer=letters()), tmp_path / "mine")
+    assert (tmp_path / "mine" / "merges.txt").read_text() == "a user's"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "float8_e4m3fn", "complex64"])
+def test_parameters_of_a_kind_that_is_no_weight_are_not_saved(tmp_path, dtype):
+    lm = random_lm()
+    params = {**lm.params, "final_norm": {"scale": lm.params["final_norm"]["scale"].astype(dtype)}}
+    with pytest.raises(WeightError, match=f"params: final_norm/scale has dtype {dtype}, expected one of float64"):
+        dms_jax.save(replace(lm, params=params), tmp_path / "model")
+    assert not os.listdir(tmp_path / "model")
 
 
 def test_what_a_killed_save_left_goes_at_the_next(folder, monkeypatch):
