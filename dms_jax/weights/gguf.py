@@ -118,12 +118,12 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Source]]:
     """Metadata and tensors of a GGUF file by name. Reads the header only.
 
     Raises:
-      WeightError: no GGUF file, or one whose tensors do not fill it from end to end.
+      WeightError: no GGUF file, or one whose tensors do not fill it from end to end.  ConfigError: an odd alignment.
     """
     if not file.is_file():
         raise WeightError(f"{file}: no such file, or no regular one")
     try:
-        with open(file, "rb") as stream:
+        with in_file(file), open(file, "rb") as stream:
             return _read_header(_Header(file, stream))
     except OSError as error:
         raise WeightError(f"{file}: cannot be read ({error})") from error
@@ -266,13 +266,12 @@ def _shortest(value: float) -> float:
 def _rope(get, head_dim: int, freqs: Source | None) -> RopeConfig:
     """RoPE from the metadata, or recovered from `rope_freqs.weight`, the form that llama3 scaling takes."""
     theta = _shortest(get("rope.freq_base", Positive, 10000.0))
-    scale = get("rope.scale_linear", float, 0)
-    kind = get("rope.scaling.type", str, "none" if freqs or not scale else "linear")
+    factor = _shortest(get("rope.scaling.factor", Positive, get("rope.scale_linear", float, 0) or 1.0))
+    kind = get("rope.scaling.type", str, "none" if factor == 1 else "linear")
     if freqs is not None:
         one_of("rope.scaling.type", kind, ("none",))
         return _llama3(theta, head_dim, freqs)
     one_of("rope.scaling.type", kind, ("none", "linear", "yarn"))
-    factor = _shortest(get("rope.scaling.factor", Positive, scale or 1.0))
     if kind == "linear" and factor != 1:
         return RopeConfig("linear", theta, factor)
     if kind != "yarn":

@@ -90,6 +90,25 @@ def test_rope_scaling_in_metadata(tmp_path, rope):
     np.testing.assert_allclose(got, tiny.hf_logits(model, ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rope_factor_without_a_type_is_linear(tmp_path, key):
+    """As in llama.cpp; 1 scales nothing, and beside rope_freqs.weight nobody has written it."""
+    _, config, tensors = gguf_model(tmp_path, "llama", "G1")
+    for factor, rope in ((2.5, RopeConfig("linear", 500.0, 2.5)), (1.0, RopeConfig(theta=500.0))):
+        write_gguf(tmp_path / "m.gguf", config, tensors, metadata={f"llama.{key}": factor})
+        assert dms_jax.load(tmp_path / "m.gguf").config.rope == rope
+    extra = {"rope_freqs.weight": np.ones(4, np.float32)}
+    write_gguf(tmp_path / "m.gguf", config, tensors, metadata={f"llama.{key}": 2.5}, extra=extra)
+    with pytest.raises(ConfigError, match="m.gguf: rope.scaling.type='linear'"):
+        dms_jax.load(tmp_path / "m.gguf")
+
+
+def test_an_odd_alignment_is_refused_by_file_and_key(tmp_path, small):
+    write_gguf(tmp_path / "m.gguf", *small, metadata={"general.alignment": "x"})
+    with pytest.raises(ConfigError, match="m.gguf: general.alignment='x'"):
+        dms_jax.load(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recovered_from_rope_freqs(tmp_path, factor):
     parameters = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0,
