@@ -222,9 +222,9 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two values of a field are of one kind; None goes with all."""
-    kinds = [float if type(value) is int else type(value) for value in (a, b)]
-    return kinds[0] == kinds[1] or a is None or b is None
+    """Whether two values of a field are of one kind; a text (an answer) may be None."""
+    kinds = {float if type(value) is int else type(value) for value in (a, b)}
+    return len(kinds) == 1 or kinds == {str, type(None)}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -131,9 +131,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
             reader = csv.DictReader(file)
             for fields in reader:
+                if None in fields:  # an unquoted comma, say, which moves the answer to another column
+                    raise DataError(f"{path}:{reader.line_num}: has more cells than the table has columns")
                 yield f"{path}:{reader.line_num}", fields
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a table ({error})") from None

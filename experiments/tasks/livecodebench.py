@@ -176,6 +176,8 @@ def record(row: Row, path: Path, offset: int) -> Record:
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{row.where}: 'metadata' is no JSON object ({error})") from None
     starter = row.fields.get("starter_code") or ""
+    if not isinstance(starter, str):
+        raise DataError(f"{row.where}: 'starter_code' must be text, got {starter!r}")
     place = Place(str(path), offset, function if starter.strip() else None, starter)
     return Record(row.text("question_id"), row.text("question_content"), "", place)
 

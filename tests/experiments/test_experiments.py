@@ -136,6 +136,7 @@ def test_a_run_folder_resumes_and_drops_half_a_line(tmp_path, capsys):
         ("[1]", "not a sample like that of the first line"),
         ('{"m": 1}', "not a sample like that of the first line"),
         ('{"n": "1"}', "n='1' is of another kind than in the first line"),
+        ('{"n": null}', "n=None is of another kind than in the first line"),
     ],
 )
 def test_damage_in_the_middle_is_an_error(tmp_path, line, message):

@@ -211,6 +211,7 @@ def test_prompts_of_contests(contest):
     [
         ({"contest_date": "soon"}, "no date"),
         ({"metadata": "["}, "'metadata'"),
+        ({"starter_code": [1]}, "'starter_code' must be text"),
         ({"public_test_cases": None}, "public_test"),
     ],
 )

@@ -36,6 +36,11 @@ def test_other_files_hold_the_same(tmp_path):
     wanted = (Record("x", "One, or two?", "1"), Record("y", "Two\nlines", r"\frac12"))
     for suffix in ("json", "csv", "parquet"):
         assert math500.load(str(tmp_path / f"a.{suffix}")).records == wanted
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
+    assert math500.load(str(tmp_path / "a.csv")).records == wanted
+    (tmp_path / "a.csv").write_text("id,problem,answer\nx,One, or two?,1\n")
+    with pytest.raises(DataError, match="a.csv:2: has more cells than the table has columns"):
+        math500.load(str(tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize(
