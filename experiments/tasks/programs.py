@@ -52,7 +52,7 @@ class ProgramTask(base.Task):
 
 
 def last_block(text: str) -> str | None:
-    """The content of the last fenced block that is closed; None if there is none.
+    """The content of the last fenced block that is closed and not blank; None if there is none.
 
     What comes after the beginning of another problem does not count.
     """
@@ -61,8 +61,8 @@ def last_block(text: str) -> str | None:
         if opened is None:
             opened = fence
         elif not fence[1].strip():
-            blocks.append(Span(text[opened.end() : fence.start()], opened.start(), fence.end()))
-            opened = None
+            span, opened = Span(text[opened.end() : fence.start()], opened.start(), fence.end()), None
+            blocks += [span] if span.content.strip() else []
     block = last_answer(text, blocks)
     return block and block.content
 

@@ -25,6 +25,8 @@ from tests.helpers.prompts import Chat, asked, write_lines
         ("```python\nx = '```'\ny\n```", "x = '```'\ny\n"),
         ("  ```python\n  x\n  ```", "  x\n"),
         ("```python\nx\n```\nProblem: more\n```python\ny\n```", "x\n"),
+        ("```python\nx\n```\n```python\n```\n```\n \n```", "x\n"),
+        ("```python\n```", None),
         ("no code, `x` only", None),
         ("```python\nx = 1\n", None),
     ],
