@@ -150,6 +150,7 @@ def main(
       gate: of a model without a run: see dms_jax.load.
       dtype: of a model without a run.
     """
+    require(run is None or gate is None, "gate", gate, "is of a model without a run")
     with sharding.on_host():
         found = from_model(model, cr, gate, dtype) if run is None else from_run(run, cr, format, model)
     write(found.lm, out, format)

@@ -104,6 +104,7 @@ def results(lm: dms_jax.LM, prompts: dict[int, list[int]], config: GenerationCon
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
     """Writes OUT, which scripts.retrofit takes as --data."""
     chains, config = settings.chains, settings.generation()
+    require(settings.limit is None or settings.limit > 0, "limit", settings.limit, "must be positive")
     records = open_rows(SourceConfig(settings.data))
     count = min(len(records), settings.limit or len(records))
     settings.out.parent.mkdir(parents=True, exist_ok=True)

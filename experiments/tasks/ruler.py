@@ -149,11 +149,5 @@ def essay_step(length: int) -> int:
 
 
 def share_found(output: str, answers: Sequence[str]) -> float:
-    """The share of answers that occur in the output, whatever their case."""
+    """The share of answers that occur in the output, whatever their case: RULER's metric is its mean over samples."""
     return sum(answer.lower() in output.lower() for answer in answers) / len(answers)
-
-
-def string_match_all(outputs: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """RULER's metric of these tasks, in percent: the mean of `share_found` over samples."""
-    shares = [share_found(output, own) for output, own in zip(outputs, answers, strict=True)]
-    return 100 * sum(shares) / len(shares)

@@ -108,7 +108,6 @@ def test_a_short_essay_is_repeated():
 
 def test_metric():
     assert ruler.share_found("it is ABC and 12", ("abc", "12", "13")) == pytest.approx(2 / 3)
-    assert ruler.string_match_all(["a b", "x"], [("A", "b"), ("y",)]) == 50
 
 
 def test_bad_text_files(tmp_path):

@@ -133,6 +133,8 @@ def test_what_cannot_be_exported(run, tmp_path):
         export.main(tmp_path)
     with pytest.raises(ConfigError, match="cr=None: which member"):
         export.main(tmp_path, folder / "run")
+    with pytest.raises(ConfigError, match="gate='smollm2': is of a model without a run"):
+        export.main(tmp_path, folder / "run", 2.0, gate="smollm2")
     with pytest.raises(ConfigError, match="model=.* never retrofitted"):
         export.main(tmp_path, model=str(folder / "base"))
     with pytest.raises(ConfigError, match="cr=5.0: the family has 2, 3"):
@@ -225,6 +227,9 @@ def test_prompts_are_needed(tmp_path):
     with pytest.raises(ConfigError, match="row 0: no text in nothing .*it has a"):
         data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
         sample_traces.main(sample_traces.Settings("mini", str(data), out, prompt="nothing"))
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=f"limit={limit}: must be positive"):
+            sample_traces.main(sample_traces.Settings("mini", str(data), out, limit=limit))
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"row": 1}', '{"row": "1", "chain": 0}', '{"row": 1, "chain": -1}'])
