@@ -13,6 +13,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from dms_jax.config import ConfigError
 from experiments import sandbox
 from experiments.tasks import programs
 from experiments.tasks.base import Record, Row
@@ -210,12 +211,19 @@ def load(source: str, release: str, start: str, end: str) -> LiveCodeBenchTask:
     """The problems of a release whose contests took place from `start` to `end`, both included (2024-08-01).
 
     Raises:
-      ValueError: a date that is none.  DataError: data that is missing, or not of LiveCodeBench's form.
+      ConfigError: a date that is none.  DataError: data that is missing, or not of LiveCodeBench's form.
     """
     name = f"{source}, {release}, contests of {start} to {end}"
-    days = datetime.date.fromisoformat(start), datetime.date.fromisoformat(end)
+    days = _date("start", start), _date("end", end)
     held = (pair for path in files(source, release) for pair in _between(path, *days))
     return LiveCodeBenchTask(name, collect(held, name))
+
+
+def _date(key: str, text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}={text!r}: is no date ({error})") from None
 
 
 def _between(path: Path, first: datetime.date, last: datetime.date) -> Iterator[tuple[str, Record]]:

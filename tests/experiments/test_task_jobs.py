@@ -135,7 +135,7 @@ def test_programs_give_pass_at_k(start, monkeypatch, capsys):
     assert "pass@all" in results["caption"] and "pass@1" in capsys.readouterr().out
 
 
-def test_livecodebench_names_release_and_dates(start):
+def test_livecodebench_names_release_and_dates(start, capsys):
     tests = json.dumps([{"input": "1", "output": "1"}])
     row = {
         "question_id": "q", "question_content": "Let a = 1.", "contest_date": "2024-12-01", "starter_code": "",
@@ -144,6 +144,8 @@ def test_livecodebench_names_release_and_dates(start):
     _, results = start(livecodebench, [row], "--release", "release_v5", "--end", "2024-12-31")
     assert "release_v5, contests of 2024-08-01 to 2024-12-31" in results["task"]
     assert results["config"]["release"] == "release_v5" and results["problems"] == 1
+    start(livecodebench, [row], "--start", "2024-13-01", status=2, name="none")
+    assert "error: start='2024-13-01': is no date" in capsys.readouterr().err
 
 
 def test_an_error_of_the_judge_ends_the_run_and_keeps_what_was_judged(start, monkeypatch):
