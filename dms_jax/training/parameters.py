@@ -99,10 +99,10 @@ def merged_params(base: Params, trained: Params, model: ModelConfig, config: Ret
 
 def learning_rate(config: RetrofitConfig) -> optax.Schedule:
     """The learning rate: constant after warm-up, falling to 0 over `hold_steps`."""
-    last = optax.constant_schedule(config.learning_rate)
-    if config.hold_steps:
-        last = optax.linear_schedule(config.learning_rate, 0.0, config.hold_steps)
-    warm = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    rate = config.learning_rate
+    # Over no steps a linear schedule keeps its first value.
+    warm = optax.linear_schedule(0.0 if config.warmup_steps else rate, rate, config.warmup_steps)
+    last = optax.linear_schedule(rate, 0.0, config.hold_steps)
     return optax.join_schedules([warm, last], [config.total_steps - config.hold_steps])
 
 

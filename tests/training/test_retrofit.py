@@ -15,7 +15,7 @@ from dms_jax.models.gates import gate_of
 from dms_jax.training.config import LoraConfig, RetrofitConfig
 from dms_jax.training.data import Batch, Packed, batch_at, one_document
 from dms_jax.training.loss import distillation_loss
-from dms_jax.training.parameters import merged_params, overlay, scale_lora
+from dms_jax.training.parameters import learning_rate, merged_params, overlay, scale_lora
 from dms_jax.training.step import Distillation, MicroBatch, SoftEviction
 from tests.helpers.models import random_params
 from tests.helpers.training import CONFIG, MODEL, POOL, V, start
@@ -135,6 +135,18 @@ def test_schedule_of_a_run():
     assert CONFIG.total_steps == 60
     assert dataclasses.replace(CONFIG, dms=DMSConfig(gate="adapter")).retirement == 0
     assert RetrofitConfig().total_steps == 2000 + 700
+
+
+@pytest.mark.parametrize("warmup", (0, 1, 5))
+@pytest.mark.parametrize("hold", (0, 1, 10))
+def test_the_learning_rate(warmup, hold):
+    """Rises over the warm-up, if there is one, and falls over the hold, if there is one."""
+    config = dataclasses.replace(CONFIG, warmup_steps=warmup, hold_steps=hold)
+    rate, last = config.learning_rate, config.total_steps - hold
+    want = [rate * min(1, n / warmup if warmup else 1) for n in range(last)]
+    want += [rate * (1 - n / hold) for n in range(hold)]
+    got = jax.vmap(learning_rate(config))(jnp.arange(config.total_steps))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_with_gate_adds_a_gate_that_evicts_nothing():
