@@ -113,6 +113,16 @@ def test_saturated_soft_mask_is_the_hard_mask(gate, offset, sinks):
         np.testing.assert_allclose(count, (alpha & real).sum((0, 2)), rtol=1e-5)
 
 
+def test_a_layer_draws_one_decision():
+    """With per="layer" all heads evict the same tokens in training too, also where chance decides."""
+    config = DMSConfig(window=2, gate="adapter", scale=1.0, logit_bias=0.0, per="layer")
+    batch = jax.tree.map(jnp.asarray, one_document(Batch(np.zeros((3, 14), int), np.ones(3, int), np.full(3, 14))))
+    attend = SoftEviction(config, MicroBatch(batch, jax.random.split(jax.random.PRNGKey(0), 3)))
+    _, counts = apply(random_params(MODEL, config), config, attend)
+    for count in counts:
+        assert count[0] == count[1] and 0 < count[0] < 3 * 14
+
+
 def test_retirement_starts_at_the_teacher_and_ends_without_the_neuron():
     params = random_params(MODEL)
 
@@ -202,8 +212,8 @@ def test_what_is_trained():
 
     gates = {f"layers_{n}/attn/gate/{name}" for n in range(2) for name in ("norm/scale", "proj/kernel")}
     assert paths(mode="adapter", dms=ADAPTER) == gates
-    low = {f"layers_{n}/attn/v/lora/{name}" for n in range(2) for name in "ab"}
-    lora = LoraConfig(targets=("v",))
+    low = {f"layers_{n}/attn/q/lora/{name}" for n in range(2) for name in "ab"}
+    lora = LoraConfig(targets=("q",))
     assert paths(mode="lora", lora=lora) == low and paths(mode="lora", lora=lora, dms=ADAPTER) == low | gates
     assert paths(dms=ADAPTER) == paths() | gates and len(paths()) == 2 * 9 + 3
 
