@@ -174,6 +174,7 @@ def main(
     out = out or Path(f"runs/retrofit-cr{settings.max_cr:g}")
     with sharding.on_host():
         lm = dms_jax.load(settings.model, dtype=settings.compute)
+    require(lm.dms is None, "model", settings.model, "is retrofitted already: name the original, which is the teacher")
     stream = stream_of(settings, lm, pool, slip_rate)
     out.mkdir(parents=True, exist_ok=True)
     record_run(out, settings)

@@ -82,7 +82,7 @@ class Retrofit:
 
     def before_step(self, number: int, state: TrainState) -> TrainState:
         """Resets the retired neuron when the first eviction comes, and hands out members of the family."""
-        if 0 < number == self.config.retirement:
+        if number == self.config.retirement and self.config.gate.warms_up:
             state = state._replace(params=self._reset(state.params))
         cr = self.config.members().get(number)
         if cr is not None and self.on_member is not None:

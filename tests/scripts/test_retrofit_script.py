@@ -138,6 +138,8 @@ def undisturbed(monkeypatch):
 
 def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
     (folder / "file").write_text("")
+    model = dataclasses.replace(MODEL, num_layers=1)
+    dms_jax.save(dms_jax.LM(model, random_params(model), dms=DMSConfig(window=3)), folder / "member")
     config = config_file(folder)
     run = ("--config", config, "--model", folder / "mini", "--out")
     for arguments, message in (
@@ -148,6 +150,7 @@ def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
         ((*run, folder / "run", "--pool", "0"), "error: pool=0: expected a whole number from 1"),
         ((*run, folder / "run", "--data", folder / "nothing.jsonl"), "error: tokenizer=None: "),
         (("--config", config, "--model", folder / "nothing"), f"error: {folder / 'nothing'}: neither an HF folder"),
+        (("--config", config, "--model", folder / "member"), f"error: model='{folder / 'member'}': is retrofitted"),
         (("--config", folder / "nothing.yaml"), "error: [Errno 2] No such file or directory"),
     ):
         code, line = ended(capsys, monkeypatch, retrofit.main, *arguments)

@@ -101,6 +101,14 @@ def test_config_files_are_read_and_checked(tmp_path):
         assert str(file) in str(error.value)
 
 
+def test_a_low_rank_update_that_cannot_learn_to_evict():
+    """The query gate's logits are made by q; an adapter is trained beside whatever projections there are."""
+    lora = LoraConfig(targets=("k", "v"))
+    with pytest.raises(ConfigError, match=r"lora.targets=\('k', 'v'\): gate='query' is learnt by q alone"):
+        RetrofitConfig(mode="lora", lora=lora)
+    assert RetrofitConfig(mode="lora", lora=lora, dms=DMSConfig(gate="adapter")).lora == lora
+
+
 def test_members_of_a_family():
     config = dataclasses.replace(CONFIG, max_cr=4.0, steps_per_cr=100, hold_steps=50)
     assert config.members() == {120: 2, 220: 3, 370: 4}

@@ -83,6 +83,13 @@ def test_a_run_with_the_adapter_gate(tmp_path):
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, members.values()), strict=True))
 
 
+def test_a_run_without_retirement(tmp_path):
+    """The neuron is given up at once: what a random one holds evicts nothing."""
+    run(tmp_path, dataclasses.replace(CONFIG, retire_steps=0), until=2)
+    (line,) = log_of(tmp_path)
+    assert line["alpha"] < 0.05
+
+
 def test_a_run_on_latent_attention(tmp_path):
     """One decision a token and layer, of a gate from E to 1; the original's weights stay as they are."""
     latent = LatentConfig(kv_rank=6, nope_dim=4, rope_dim=4, value_dim=5)
