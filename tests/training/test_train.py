@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax import sharding
-from dms_jax.config import DMSConfig, LatentConfig
+from dms_jax.config import ConfigError, DMSConfig, LatentConfig
 from dms_jax.training import checkpoint, flops
 from dms_jax.training import train as training
 from dms_jax.training.checkpoint import Checkpoints
@@ -25,7 +25,9 @@ from tests.helpers.training import (
     CONFIG,
     MODEL,
     POOL,
+    TEACHER,
     Interrupted,
+    V,
     assert_same,
     log_of,
     log_without_speed,
@@ -195,6 +197,17 @@ def test_a_loss_of_nan_stops_the_run_and_spares_the_checkpoint(whole, tmp_path, 
     assert step == state.step == cursor == 40
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert_same(run(tmp_path), whole[1])
+
+
+def test_a_token_that_the_model_has_not_is_named(tmp_path):
+    """A tokenizer may know more tokens than the model has embeddings: those would be NaN."""
+
+    def batches(cursor):
+        for batch, after in stream(cursor):
+            yield batch._replace(tokens=batch.tokens + 2 * (after > 3)), after
+
+    with pytest.raises(ConfigError, match=rf"data={V + 1}: is no token of the model, which has {V}"):
+        training.train(TEACHER, MODEL, CONFIG, batches, tmp_path)
 
 
 def test_a_gradient_of_nan_is_not_saved(tmp_path):
