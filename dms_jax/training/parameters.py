@@ -52,10 +52,10 @@ def student_params(params: Params, model: ModelConfig, config: RetrofitConfig) -
 
 def trained_part(student: Params, config: RetrofitConfig) -> Params:
     """The part of a student's tree that is trained."""
-    kinds = {"full": (), "adapter": ("gate",), "lora": ("gate", "lora")}[config.mode]
+    gate = {("attn", *tensor.path.split("/")) for tensor in config.gate.tensors}
 
     def is_trained(path: tuple[str, ...]) -> bool:
-        return config.mode == "full" or path[-1] in ("a", "b") or "attn" in path and path[2] in kinds
+        return config.mode == "full" or "lora" in path or path[1:] in gate
 
     flat = traverse_util.flatten_dict(student)
     return traverse_util.unflatten_dict({path: x for path, x in flat.items() if is_trained(path)})
