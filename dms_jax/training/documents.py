@@ -157,7 +157,8 @@ class RenderedDocuments:
         """Token ids of each of the rows.
 
         Raises:
-          ConfigError: a row that cannot be read, rendered or encoded, or is empty; names file and row.
+          ConfigError: a row that cannot be read, rendered or encoded, or has no token; names file and row. (An empty
+            text has one where the tokenizer has an EOS.)
         """
         if not rows:
             return []
