@@ -47,6 +47,7 @@ def with_lora(params: Params, model: ModelConfig, config: RetrofitConfig) -> Par
 def student_params(params: Params, model: ModelConfig, config: RetrofitConfig) -> Params:
     """The student's whole tree at the start: an original model with the gate, and the low-rank updates if asked."""
     params = config.gate.with_gate(params, model)
+    require(config.gate.in_params(params), "gate", config.dms.gate, "its with_gate does not add its tensors")
     return with_lora(params, model, config) if config.mode == "lora" else params
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from dms_jax import dms
-from dms_jax.config import DMSConfig
+from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.models import transformer
 from dms_jax.models.gates import GATES, AdapterGate, GateTensor, gate_of
 from dms_jax.training.config import LoraConfig, RetrofitConfig
 from dms_jax.training.data import Batch, Packed, batch_at, one_document
 from dms_jax.training.loss import distillation_loss
-from dms_jax.training.parameters import learning_rate, merged_params, overlay, scale_lora, trained_part
+from dms_jax.training.parameters import learning_rate, merged_params, overlay, scale_lora, student_params, trained_part
 from dms_jax.training.step import Distillation, MicroBatch, SoftEviction
 from tests.helpers.models import random_params
-from tests.helpers.training import CONFIG, MODEL, POOL, V, start
+from tests.helpers.training import CONFIG, MODEL, POOL, TEACHER, V, start
 
 QUERY = CONFIG.dms
 
@@ -222,6 +222,8 @@ def test_a_gate_is_trained_wherever_its_tensors_are(monkeypatch):
     tensors = (GateTensor("own/kernel", "own.weight", "E | K"),)
     monkeypatch.setitem(GATES, "adapter", type("Own", (AdapterGate,), {"tensors": tensors}))
     config = dataclasses.replace(CONFIG, mode="adapter", dms=ADAPTER)
+    with pytest.raises(ConfigError, match="gate='adapter': its with_gate does not add its tensors"):
+        student_params(TEACHER, MODEL, config)
     layer = {"attn": {"own": {"kernel": 1}, "q": {"kernel": 2}}, "mlp": {"own": {"kernel": 3}}}
     assert trained_part({"layers_0": layer}, config) == {"layers_0": {"attn": {"own": {"kernel": 1}}}}
 
