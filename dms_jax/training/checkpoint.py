@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dms_jax.config import ConfigError
 from dms_jax.files import write_atomically
 from dms_jax.types import State
 
@@ -176,7 +177,7 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace):
         self.close()
-        if isinstance(error, KeyboardInterrupt | OSError):
+        if isinstance(error, KeyboardInterrupt | OSError | ConfigError):
             error.add_note(self._newest())
 
     def save(self, step: int, state: State, cursor: Any) -> None:

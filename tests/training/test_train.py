@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax import sharding
-from dms_jax.config import ConfigError, DMSConfig, LatentConfig
+from dms_jax.config import ConfigError, DMSConfig, LatentConfig, require
 from dms_jax.training import checkpoint, flops
 from dms_jax.training import train as training
 from dms_jax.training.checkpoint import Checkpoints
@@ -139,6 +139,23 @@ def test_interruptions_change_nothing(whole, tmp_path, capsys):
     assert log_without_speed(tmp_path) == log_without_speed(whole[0])
     dropped = "dropped damaged line 17; damaged line 18; damaged line 19; 6 lines of steps after 20, which run again"
     assert f"{tmp_path / 'log.jsonl'}: {dropped}" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_read_loses_no_work(whole, tmp_path):
+    """The steps before it are saved; once it is mended, the run goes on with it."""
+
+    def batches(cursor):
+        for batch, after in stream(cursor):
+            require(after != 34, "rows.jsonl, row 7", "", "cannot be read")
+            yield batch, after
+
+    with pytest.raises(ConfigError, match="row 7='': cannot be read") as stopped:
+        training.train(TEACHER, MODEL, CONFIG, batches, tmp_path)
+    assert stopped.value.__notes__ == [f"the newest whole checkpoint in {tmp_path / 'checkpoints'} is that of step 33"]
+    with pytest.raises(ConfigError, match="row 7"):
+        training.train(TEACHER, MODEL, CONFIG, batches, tmp_path)
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [33, 20], "and is not saved again"
+    assert_same(run(tmp_path), whole[1])
 
 
 def test_a_run_in_two_parts(whole, tmp_path):
