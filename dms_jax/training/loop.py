@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dms_jax.config import ConfigError
 from dms_jax.files import write_atomically
 from dms_jax.training.checkpoint import Checkpoints
 from dms_jax.training.data import Stream, prefetch
@@ -76,7 +77,7 @@ class Loop:
           before_step: called before each step, and at the end; may change the state (to snapshot or reset something).
           put: brings a batch to the devices.
         Raises:
-          What the stream raises, once the state before it is saved.
+          ConfigError: data that cannot be read. The state before it is saved.
           FloatingPointError: the loss or the gradient is not finite. Nothing is saved, and the batch is left in the
             folder.
           SystemExit: code 0, after SIGTERM and a checkpoint.
@@ -95,7 +96,7 @@ class Loop:
                 state = before_step(step, state)
                 try:
                     batch, on_device, cursor = next(batches)
-                except Exception:  # a row that cannot be read, say: no work is lost for it
+                except ConfigError:  # on every process, as all read the same rows
                     if step > saved:
                         self._check_finite(last, checkpoints)
                         checkpoints.save(step, state, cursor)

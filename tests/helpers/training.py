@@ -41,8 +41,8 @@ def random_pool(count: int = 64, seed: int = 0) -> Batch:
 POOL = random_pool()
 
 
-class Interrupted(BaseException):
-    """Ends a run as a kill would: what is an Exception of the data is waited for, and the state saved."""
+class Interrupted(Exception):
+    pass
 
 
 def stream(cursor, batch_size: int = CONFIG.batch_size, broken_at: int | None = None):
