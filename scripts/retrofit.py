@@ -23,6 +23,7 @@ from dms_jax import sharding
 from dms_jax.config import Share, Size, described, fits, require
 from dms_jax.config_files import from_saved, load_yaml
 from dms_jax.files import write_atomically
+from dms_jax.training.checkpoint import steps_in
 from dms_jax.training.config import RetrofitConfig, SourceConfig
 from dms_jax.training.data import PackedStream, PoolStream, Stream
 from dms_jax.training.documents import open_documents
@@ -126,13 +127,16 @@ def record_run(out: Path, settings: RetrofitConfig) -> None:
     """Writes the settings into the run's folder, once they were compared with those that it was started with.
 
     Raises:
-      ConfigError: names the first field that differs and may not.
+      ConfigError: names the first field that differs and may not, or a member that the run has gone past.
     """
     if (out / RUN).exists():
-        before = vars(read_run(out))
+        before = read_run(out)
         for key, value in vars(settings).items():
-            same = key in MAY_CHANGE or before[key] == value
-            require(same, key, value, f"the run in {out} was started with {before[key]!r}; choose another --out")
+            old = getattr(before, key)
+            same = key in MAY_CHANGE or old == value
+            require(same, key, value, f"the run in {out} was started with {old!r}; choose another --out")
+        added, now = settings.members().keys() - before.members().keys(), max(steps_in(out / "checkpoints"), default=0)
+        require(now <= min(added, default=now), "crs", settings.crs, f"the run in {out} is at step {now} already")
     if jax.process_index() == 0:
         write_atomically(out / RUN, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
 

@@ -91,6 +91,11 @@ def test_a_run_goes_on_with_what_may_change(folder):
     changed = dataclasses.replace(settings, crs=(1.5,), log_every=3)
     retrofit.record_run(folder, changed)
     assert retrofit.read_run(folder) == changed
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    retrofit.record_run(folder, changed)
+    with pytest.raises(ConfigError, match=r"crs=\(1.5, 2.0\): the run in .* is at step 5 already"):
+        retrofit.record_run(folder, dataclasses.replace(settings, crs=(1.5, 2.0)))
+    (folder / "checkpoints" / "5").rmdir()
     with pytest.raises(ConfigError, match=r"dms=.*window=4.* was started with .*window=3"):
         retrofit.record_run(folder, dataclasses.replace(settings, dms=DMSConfig(window=4)))
 
