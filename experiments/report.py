@@ -83,13 +83,13 @@ class ProgressBar:
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[problems]} problems, {task.fields[speed]:,.0f} tokens/s{task.fields[cache]}"),
+            TextColumn("{task.fields[done]}, {task.fields[speed]:,.0f} tokens/s{task.fields[cache]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("loading", total=seconds or sequences, problems=0, speed=0, cache="")
+        self.task = self.bar.add_task("loading", total=seconds or sequences, done=self._done(), speed=0, cache="")
 
     def __enter__(self):
         self.bar.start()
@@ -115,20 +115,24 @@ class ProgressBar:
         self.chains = chains
         self._update()
         if time.monotonic() - self.said > SECONDS_SILENT:
-            self._say(self.problems, chains)
+            self._say()
 
     def on_block(self, problems: int, chains: int) -> None:
         """A block is done; the totals so far. A log file gets a line where a terminal has the bar."""
         self.problems, self.chains = problems, chains
         self._update()
-        self._say(problems, chains)
+        self._say()
 
-    def _say(self, problems: int, chains: int) -> None:
+    def _done(self) -> str:
+        """Problems are counted at the end of a block, chains as they end."""
+        return (f"{self.problems} problems, " if self.problems else "") + f"{self.chains} chains"
+
+    def _say(self) -> None:
         self.said = time.monotonic()
         if not self.console.is_terminal:
             total = f"{self.seconds:.0f} s" if self.seconds else f"{self.sequences} chains"
-            done = f"{self._elapsed():.0f} s, {problems} problems, {chains} chains (of {total})"
-            self.console.print(f"{done}, {self._speed():,.0f} tokens/s", soft_wrap=True)
+            said = f"{self._elapsed():.0f} s, {self._done()} (of {total}), {self._speed():,.0f} tokens/s"
+            self.console.print(said, soft_wrap=True)
 
     def describe(self, text: str) -> None:
         """What is running now."""
@@ -145,7 +149,7 @@ class ProgressBar:
         self.bar.update(
             self.task,
             completed=completed,
-            problems=self.problems,
+            done=self._done(),
             speed=self._speed(),
             cache=self.cache,
         )

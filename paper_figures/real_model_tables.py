@@ -73,7 +73,8 @@ def family(name: str) -> str:
 def rivals(name: str) -> str:
     """One chain of every policy at the memory that each member of the family really held."""
     results = read(name)
-    single = [row for row in results["rows"] if row["chains"] == 1]
+    longest = results["rows"][0]["max_length"]
+    single = [row for row in results["rows"] if row["chains"] == 1 and row["max_length"] == longest]
     lines = [line(single[0], "vanilla")]
     order = {policy: n for n, policy in enumerate(style.POLICIES)}
     for cr in (2, 4, 8):
@@ -151,9 +152,14 @@ TABLES = {
     "math500_rivals": functools.partial(rivals, "math500_512"),
     "math500_draws": functools.partial(draws, "math500_512"),
     "humaneval": functools.partial(family, "humaneval_512"),
+    "humaneval_rivals": functools.partial(rivals, "humaneval_512"),
     "gsm8k_15b": functools.partial(family, "gsm8k_512_1.5b"),
+    "gsm8k_15b_draws": functools.partial(draws, "gsm8k_512_1.5b"),
     "gsm8k_15b_rivals": functools.partial(rivals, "gsm8k_512_1.5b"),
     "math500_15b": functools.partial(family, "math500_512_1.5b"),
+    "math500_15b_draws": functools.partial(draws, "math500_512_1.5b"),
     "math500_15b_rivals": functools.partial(rivals, "math500_512_1.5b"),
     "humaneval_15b": functools.partial(family, "humaneval_512_1.5b"),
+    "humaneval_15b_draws": functools.partial(draws, "humaneval_512_1.5b"),
+    "humaneval_15b_rivals": functools.partial(rivals, "humaneval_512_1.5b"),
 }

@@ -49,17 +49,18 @@ def retrofit() -> str:
         "s to compile",
     ]
     paths = sorted((style.RESULTS / "h100").glob("retrofit_qwen3_1.7b*.json"), key=lambda path: len(path.stem))
-    one, *more = (json.loads(path.read_text()) for path in paths)
-    lines = []
-    for record in (one, *more):
+    records = [json.loads(path.read_text()) for path in paths]
+    one, lines = records[0], []
+    for record in records:
         axes = [f"{axis}, {size} GPUs" for axis, size in record["mesh"].items() if size > 1]
         parts, rate = record["profile_ms"], record["tokens_per_second"]
+        alone = record.get("one_gpu_tokens_per_second", one["tokens_per_second"])  # on the same machine
         lines.append(
             [
                 ", ".join([*(axes or ["one GPU"]), *([record["variant"]] if "variant" in record else [])]),
                 f"{1000 * record['seconds_per_step']:.0f}",
                 f"{rate:,.0f}",
-                f"{rate / one['tokens_per_second']:.2f}x",
+                f"{rate / alone:.2f}x",
                 f"{record['mfu']:.0%}",
                 *(f"{parts[part]:.0f}" for part in ("busy", "collectives", "collectives_alone")),
                 f"{record['compile_seconds']:.0f}",
@@ -67,7 +68,8 @@ def retrofit() -> str:
         )
     note = (
         f"{one['model']}'s shape, adapter gate, {one['rows']} rows of {one['context']:,} tokens, {one['compute']}, "
-        f"random weights; medians of 10 steps, and milliseconds of a step by the profiler. "
+        f"random weights; medians of 10 steps, and milliseconds of a step by the profiler; of one GPU: "
+        f"of the same machine's. "
         f"{one['device'].removeprefix('1 x ')}, jax {one['jax']}."
     )
     return f"{markdown(header, lines)}\n\n{note}"

@@ -5,6 +5,7 @@ An interrupted run continues from its newest checkpoint. On several hosts every 
 
 examples:
   python -m scripts.retrofit --max-cr 8
+  python -m scripts.retrofit --max-cr 4 --branch-of runs/retrofit-cr8
   python -m scripts.retrofit --config configs/smollm2_adapter.yaml --model file.gguf --data a.jsonl b.jsonl
   python -m scripts.retrofit --config configs/qwen3_8b_release.yaml --mesh 1 8 1
 """
@@ -23,6 +24,7 @@ from dms_jax import sharding
 from dms_jax.config import Share, Size, described, fits, require
 from dms_jax.config_files import from_saved, load_yaml
 from dms_jax.files import write_atomically
+from dms_jax.training import checkpoint
 from dms_jax.training.config import RetrofitConfig, SourceConfig
 from dms_jax.training.data import PackedStream, PoolStream, Stream
 from dms_jax.training.documents import open_documents
@@ -34,6 +36,7 @@ from scripts import command, pretrain_mini
 
 RUN, FINISHED = "run.json", "finished"
 MAY_CHANGE = ("mesh", "save_every", "log_every", "remat", "loss_chunk", "crs")  # when a run is continued
+LATER = ("max_cr", "hold_steps")  # what the steps up to a lower ratio do not depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +125,49 @@ def read_run(out: Path) -> RetrofitConfig:
     return from_saved(RetrofitConfig, read_json(out / RUN), out / RUN)
 
 
+def check_same(before: RetrofitConfig, settings: RetrofitConfig, but: tuple[str, ...], reason: str) -> None:
+    """Raises ConfigError, naming the first field that differs and is not among `but`."""
+    for key, value in vars(settings).items():
+        was = getattr(before, key)
+        require(key in but or was == value, key, value, f"{reason} was started with {was!r}")
+
+
 def record_run(out: Path, settings: RetrofitConfig) -> None:
     """Writes the settings into the run's folder, once they were compared with those that it was started with.
 
     Raises:
-      ConfigError: names the first field that differs and may not.
+      ConfigError: names the first field that differs and may not, or a member that the run has gone past.
     """
     if (out / RUN).exists():
-        before = vars(read_run(out))
-        for key, value in vars(settings).items():
-            same = key in MAY_CHANGE or before[key] == value
-            require(same, key, value, f"the run in {out} was started with {before[key]!r}; choose another --out")
+        before, now = read_run(out), max(checkpoint.steps_in(out / "checkpoints"), default=0)
+        check_same(before, settings, MAY_CHANGE, f"choose another --out: the run in {out}")
+        added = settings.members().keys() - before.members().keys()
+        require(now <= min(added, default=now), "crs", settings.crs, f"the run in {out} is at step {now} already")
     if jax.process_index() == 0:
         write_atomically(out / RUN, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+
+
+def branch(run: Path, settings: RetrofitConfig, out: Path) -> None:
+    """Lets a run that is not begun go on from where the schedule of another reached max_cr.
+
+    A family's members are copies on the way, at the full learning rate, but for the highest, which ends with a hold. A
+    branch holds at a lower ratio; its steps are those of a run to that ratio from the start.
+
+    Raises:
+      ConfigError: the other run differs in a field that its first steps depend on, or has no checkpoint there.
+    """
+    if (out / RUN).exists():
+        return
+    before = read_run(run)
+    check_same(before, settings, (*MAY_CHANGE, *LATER), f"branch_of: the run in {run}")
+    step = before.step_of(settings.max_cr)
+    kept = [cr for at, cr in before.members().items() if checkpoint.fault(run / "checkpoints" / str(at)) is None]
+    on_the_way = settings.max_cr < before.max_cr and settings.max_cr in kept
+    require(
+        on_the_way, "max_cr", settings.max_cr, f"the run in {run} keeps checkpoints of {kept} and ends at its highest"
+    )
+    if jax.process_index() == 0 and not (out / "checkpoints" / str(step)).exists():
+        checkpoint.copy(step, run / "checkpoints", out / "checkpoints")
 
 
 def write_member(cr: float, params: Params, lm: dms_jax.LM, settings: RetrofitConfig, out: Path) -> None:
@@ -151,6 +184,7 @@ def main(
     config: Path = Path("configs/mini_retrofit.yaml"),
     overrides: Annotated[Overrides, tyro.conf.arg(name="")] = Overrides(),  # noqa: B008 (frozen)
     out: Path | None = None,
+    branch_of: Path | None = None,
     watch_with: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.arg(name="watch")] = (),
     several: Annotated[Processes, tyro.conf.arg(name="")] = Processes(),  # noqa: B008 (frozen)
     pool: int = 200_000,
@@ -162,6 +196,7 @@ def main(
       config: YAML file with the fields of RetrofitConfig.
       out: folder for checkpoints, the log and the models; a run found there is continued.
         Default: runs/retrofit-cr8 (for max_cr 8).
+      branch_of: folder of another run to a higher max_cr; this one goes on from where that reached its own, and holds.
       watch_with: where the log goes besides OUT/log.jsonl.
       pool: how many training problems of the mini task are used, drawn with another seed than the base model saw.
       slip_rate: the share of their lines with a wrong digit, as in pretraining.
@@ -174,8 +209,11 @@ def main(
     out = out or Path(f"runs/retrofit-cr{settings.max_cr:g}")
     with sharding.on_host():
         lm = dms_jax.load(settings.model, dtype=settings.compute)
+    require(lm.dms is None, "model", settings.model, "is retrofitted already: name the original, which is the teacher")
     stream = stream_of(settings, lm, pool, slip_rate)
     out.mkdir(parents=True, exist_ok=True)
+    if branch_of is not None:
+        branch(branch_of, settings, out)
     record_run(out, settings)
     first = jax.process_index() == 0
     watchers = [watcher(name, out, dataclasses.asdict(settings)) for name in watch_with if first]

@@ -15,7 +15,7 @@ from dms_jax.policies.scored import ScoredPolicy
 
 @dataclass(frozen=True)
 class H2O(ScoredPolicy):
-    """`budget // 2` recent tokens, the rest heavy hitters."""
+    """`budget // 2` recent tokens (of budgets that differ, half of the smallest), the rest heavy hitters."""
 
     name: ClassVar[str] = "h2o"
     attention_from: ClassVar[str] = "all"

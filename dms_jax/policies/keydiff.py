@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dms_jax.policies.scored import ScoredPolicy
 from dms_jax.types import Slots, StoredKeys
@@ -25,11 +26,13 @@ class KeyDiff(ScoredPolicy):
     def rank(self, tokens):
         unit = normalised(tokens.k, tokens.pos)
         anchor = unit.sum(axis=2, keepdims=True)  # in the direction of the mean, and a cosine knows no length
-        anchor /= jnp.linalg.norm(anchor, axis=-1, keepdims=True)
-        return -(unit * anchor).sum(axis=-1)
+        return -(unit * _unit(anchor)).sum(axis=-1)
 
 
 def normalised(k: StoredKeys, pos: Slots) -> StoredKeys:
-    """Keys of length 1 in float32, 0 in empty slots."""
-    k = jnp.where((pos >= 0)[..., None], k.astype(jnp.float32), 0.0)
-    return k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    """Keys of length 1 in float32, 0 in empty slots and where a key is 0."""
+    return _unit(jnp.where((pos >= 0)[..., None], k.astype(jnp.float32), 0.0))
+
+
+def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

@@ -14,22 +14,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dms_jax.config import require
+from dms_jax.config import Size, require
 from dms_jax.policies.scored import Candidates, ScoredPolicy
 from dms_jax.types import Slots
 
 
 @dataclass(frozen=True)
 class Observing(ScoredPolicy):
-    """A token's score is the attention from the last `queries` queries, of those since the last eviction."""
+    """A token's score is the attention from the last `queries` queries, of those since the last eviction.
 
-    evict_every: int = 64
-    queries: int = 8
+    pooling: how many neighbours `pooled` takes together, an odd number.
+    """
+
+    evict_every: Size = 64
+    queries: Size = 8
+    pooling: Size = 7
     ranks_stored: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.queries >= 1, "queries", self.queries, "must be at least 1")
+        require(self.pooling % 2 == 1, "pooling", self.pooling, "must be odd: a token and as many on either side")
 
     @property
     def attention_from(self) -> int:

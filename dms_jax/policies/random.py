@@ -13,7 +13,8 @@ from dms_jax.types import Keys, Slots
 
 @dataclass(frozen=True)
 class Random(ScoredPolicy):
-    """Every token draws a number when it is stored; the lowest is evicted. The same seed keeps the same tokens."""
+    """Every token draws a number when it is stored, the same in every layer; the lowest is evicted. The same seed keeps
+    the same tokens."""
 
     name: ClassVar[str] = "random"
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dms_jax.config import Share, Size
 from dms_jax.policies.keydiff import normalised
 from dms_jax.policies.scored import Candidates
 from dms_jax.policies.snapkv import SnapKV
@@ -25,9 +26,9 @@ TOKENS_AT_ONCE = 128  # rows of the S x S cosines that are alive together
 class RKV(SnapKV):
     """Keeps the last `queries` tokens, and those attended to and unlike others; an eviction reads all keys again."""
 
-    evict_every: int = 128
-    mix: float = 0.1
-    similar: float = 0.5
+    evict_every: Size = 128
+    mix: Share = 0.1
+    similar: Share = 0.5
     name: ClassVar[str] = "rkv"
     rereads: ClassVar[float] = 0.5
 

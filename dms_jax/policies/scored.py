@@ -64,8 +64,9 @@ class ScoredPolicy(Policy):
     def __post_init__(self):
         check(self)
         rows = ((self.budget,),) if isinstance(self.budget, int) else self.budget
-        require(len({len(row) for row in rows}) == 1, "budget", self.budget, "expected as many numbers for each layer")
-        smallest = min((least for row in rows for least in row), default=0)
+        even = len({len(row) for row in rows}) == 1 and rows[0] != ()
+        require(even, "budget", self.budget, "expected as many numbers for each layer")
+        smallest = min(min(row) for row in rows)
         held = f"policy {self.name!r} needs more than the {self.num_protected} it never evicts"
         require(smallest > self.num_protected, "budget", self.budget, held)
 

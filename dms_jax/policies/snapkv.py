@@ -15,7 +15,6 @@ from dms_jax.policies.observing import Observing, distribution, pooled
 class SnapKV(Observing):
     """Keeps the tokens of the last `queries` queries, and those that they attend to most."""
 
-    pooling: int = 7
     name: ClassVar[str] = "snapkv"
 
     @property

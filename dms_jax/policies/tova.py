@@ -10,15 +10,21 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from dms_jax.config import require
 from dms_jax.policies.scored import ScoredPolicy
 
 
 @dataclass(frozen=True)
 class TOVA(ScoredPolicy):
-    """Keeps the `budget` tokens with the largest weights of the last query."""
+    """Keeps the `budget` tokens with the largest weights of the last query; a layer's heads have the same budget."""
 
     name: ClassVar[str] = "tova"
     attention_from: ClassVar[int] = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        same = isinstance(self.budget, int) or all(len(set(row)) == 1 for row in self.budget)
+        require(same, "budget", self.budget, "the heads of a layer keep the same tokens, and so the same number")
 
     def update_score(self, score, attention):
         # All heads of a layer hold the same tokens in the same slots, so their weights can be averaged slot by slot.

@@ -11,6 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from dms_jax.config import Size
 from dms_jax.policies.observing import Observing, distribution, pooled
 from dms_jax.policies.random import uniform
 from dms_jax.policies.scored import ScoredPolicy, largest
@@ -26,8 +27,8 @@ class VaSEAttnV(Observing):
     are as wide but for rounding (see knorm.py).
     """
 
-    queries: int = 64
-    pooling: int = 5
+    queries: Size = 64
+    pooling: Size = 5
     name: ClassVar[str] = "vase_attnv"
     max_protected: ClassVar[int] = 4
 
@@ -50,8 +51,8 @@ class VaSEDKV(ScoredPolicy):
     It needs no attention; an eviction reads all keys and values again.
     """
 
-    evict_every: int = 64
-    rank_of_projection: int = 20
+    evict_every: Size = 64
+    rank_of_projection: Size = 20
     name: ClassVar[str] = "vase_dkv"
     ranks_stored: ClassVar[bool] = True
     rereads: ClassVar[float] = 1.0

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dms_jax.config import ConfigError
 from dms_jax.files import write_atomically
 from dms_jax.types import State
 
@@ -176,7 +177,7 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace):
         self.close()
-        if isinstance(error, KeyboardInterrupt | OSError):
+        if isinstance(error, KeyboardInterrupt | OSError | ConfigError):
             error.add_note(self._newest())
 
     def save(self, step: int, state: State, cursor: Any) -> None:
@@ -225,11 +226,16 @@ class Checkpoints:
     def restore(self, state: State, step: int | None = None) -> tuple[int, State, Any]:
         """A step, its state laid out like `state` (which may be abstract), and its data cursor.
 
+        The arrays of `state` are deleted first, as if they were donated: there may be no memory for two states.
+
         step: None is the newest whole one; where there is none, step 0, `state` itself and no cursor.
         """
         step = self.good if step is None else step
         if step is None:
             return 0, state, None
+        for x in jax.tree.leaves(state):
+            if isinstance(x, jax.Array):
+                x.delete()  # its shape and sharding remain
         found = _restored(self.manager, step, state, cursor=ocp.args.JsonRestore())
         return step, found["state"], found["cursor"]["cursor"]
 

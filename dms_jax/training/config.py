@@ -34,7 +34,7 @@ class SourceConfig:
     weight: its share of the documents, relative to the other sources.
     split, subset: of a hub data set.
     prompt, response: the fields with a user's turn and its answer; messages: a field with a whole chat; text: a
-      field with plain text. All empty: found by the usual names, see `documents.FIELDS`.
+      field with plain text. All empty: found by the usual names, see `documents.USUAL`.
     """
 
     path: str
@@ -62,7 +62,8 @@ class RetrofitConfig:
     model: what `dms_jax.load` takes.
     mode: what is trained: "full" every weight, "adapter" the adapter gate alone, "lora" low-rank updates and, with
       the adapter gate, the gate.
-    retire_steps: over how many steps the query gate's neuron is scaled from 1 to 0, before anything is evicted.
+    retire_steps: over how many steps the query gate's neuron is scaled from 1 to 0, before anything is evicted; 0 takes
+      it away at once.
     steps_per_cr, max_cr: the schedule CR(t) = 1 + t / steps_per_cr, held at max_cr.
     crs: the members of the family that are written besides the one at max_cr; none given: one at each whole CR.
     hold_steps: more steps at max_cr, during which the learning rate falls to 0.
@@ -110,6 +111,8 @@ class RetrofitConfig:
         check(self)
         trains = self.mode != "adapter" or bool(self.gate.tensors)
         require(trains, "mode", self.mode, f"there is no adapter to train with gate={self.dms.gate!r}")
+        learns = self.mode != "lora" or bool(self.gate.tensors) or "q" in self.lora.targets
+        require(learns, "lora.targets", self.lora.targets, f"gate={self.dms.gate!r} is learnt by q alone")
         require(self.max_cr > 1, "max_cr", self.max_cr, "must be above 1")
         require(self.max_cr <= self.context, "max_cr", self.max_cr, f"a row has only context={self.context} tokens")
         divides = self.batch_size % self.accumulate == 0

@@ -52,8 +52,7 @@ def batch_at(pool: Batch, step: int, batch_size: int, seed: int) -> Batch:
     Every epoch has its own permutation; a remainder smaller than a batch is left out of that epoch.
     """
     per_epoch = len(pool.tokens) // batch_size
-    if per_epoch == 0:
-        raise ValueError(f"batch_size={batch_size}: the pool holds only {len(pool.tokens)} sequences")
+    require(per_epoch > 0, "batch_size", batch_size, f"the pool holds only {len(pool.tokens)} sequences")
     epoch, index = divmod(step, per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(len(pool.tokens))
     rows = order[index * batch_size : (index + 1) * batch_size]

@@ -157,7 +157,8 @@ class RenderedDocuments:
         """Token ids of each of the rows.
 
         Raises:
-          ConfigError: a row that cannot be read, rendered or encoded, or is empty; names file and row.
+          ConfigError: a row that cannot be read, rendered or encoded, or has no token; names file and row. (An empty
+            text has one where the tokenizer has an EOS.)
         """
         if not rows:
             return []
@@ -170,8 +171,8 @@ class RenderedDocuments:
 
     def render(self, row: int) -> str:
         """The text of a row."""
-        where, end = f"{self.path}, row {row}", self.tokenizer.eos_token or ""
-        values = [_field(self.rows[row], name, where) for name in self.fields.names]
+        where, end, given = f"{self.path}, row {row}", self.tokenizer.eos_token or "", self.rows[row]
+        values = [_field(given, name, where) for name in self.fields.names]
         if self.fields.kind == "text":
             text = _string(values[0], f"{where}, {self.fields.names[0]}") + end
         else:

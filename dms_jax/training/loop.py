@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dms_jax.config import ConfigError
 from dms_jax.files import write_atomically
 from dms_jax.training.checkpoint import Checkpoints
 from dms_jax.training.data import Stream, prefetch
@@ -76,6 +77,7 @@ class Loop:
           before_step: called before each step, and at the end; may change the state (to snapshot or reset something).
           put: brings a batch to the devices.
         Raises:
+          ConfigError: data that cannot be read. The state before it is saved.
           FloatingPointError: the loss or the gradient is not finite. Nothing is saved, and the batch is left in the
             folder.
           SystemExit: code 0, after SIGTERM and a checkpoint.
@@ -89,10 +91,16 @@ class Loop:
             stack.enter_context(contextlib.closing(batches))
             log = Log(self.folder / "log.jsonl", start, self.steps, self.work, self.watchers)
             stack.enter_context(log)
-            last = None
+            last, saved = None, start
             for step in range(start, self.steps):
                 state = before_step(step, state)
-                batch, on_device, cursor = next(batches)
+                try:
+                    batch, on_device, cursor = next(batches)
+                except ConfigError:  # on every process, as all read the same rows
+                    if step > saved:
+                        self._check_finite(last, checkpoints)
+                        checkpoints.save(step, state, cursor)
+                    raise
                 state, metrics = step_fn(step, state, on_device)
                 self._check_finite(last, checkpoints)
                 last = Taken(step, batch, cursor, metrics)
@@ -104,6 +112,7 @@ class Loop:
                     log.write(done, metrics)
                 if saves or done in self.keep:
                     checkpoints.save(done, state, cursor)
+                    saved = done
                 log.bar.update()
                 if ends and done < self.steps:
                     checkpoints.wait()

@@ -47,15 +47,16 @@ def with_lora(params: Params, model: ModelConfig, config: RetrofitConfig) -> Par
 def student_params(params: Params, model: ModelConfig, config: RetrofitConfig) -> Params:
     """The student's whole tree at the start: an original model with the gate, and the low-rank updates if asked."""
     params = config.gate.with_gate(params, model)
+    require(config.gate.in_params(params), "gate", config.dms.gate, "its with_gate does not add its tensors")
     return with_lora(params, model, config) if config.mode == "lora" else params
 
 
 def trained_part(student: Params, config: RetrofitConfig) -> Params:
     """The part of a student's tree that is trained."""
-    kinds = {"full": (), "adapter": ("gate",), "lora": ("gate", "lora")}[config.mode]
+    gate = {("attn", *tensor.path.split("/")) for tensor in config.gate.tensors}
 
     def is_trained(path: tuple[str, ...]) -> bool:
-        return config.mode == "full" or path[-1] in ("a", "b") or "attn" in path and path[2] in kinds
+        return config.mode == "full" or "lora" in path or path[1:] in gate
 
     flat = traverse_util.flatten_dict(student)
     return traverse_util.unflatten_dict({path: x for path, x in flat.items() if is_trained(path)})
@@ -99,10 +100,10 @@ def merged_params(base: Params, trained: Params, model: ModelConfig, config: Ret
 
 def learning_rate(config: RetrofitConfig) -> optax.Schedule:
     """The learning rate: constant after warm-up, falling to 0 over `hold_steps`."""
-    last = optax.constant_schedule(config.learning_rate)
-    if config.hold_steps:
-        last = optax.linear_schedule(config.learning_rate, 0.0, config.hold_steps)
-    warm = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    rate = config.learning_rate
+    # Over no steps a linear schedule keeps its first value.
+    warm = optax.linear_schedule(0.0 if config.warmup_steps else rate, rate, config.warmup_steps)
+    last = optax.linear_schedule(rate, 0.0, config.hold_steps)
     return optax.join_schedules([warm, last], [config.total_steps - config.hold_steps])
 
 

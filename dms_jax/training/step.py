@@ -68,6 +68,8 @@ class SoftEviction:
         config, (batch, keys) = self.config, self.rows
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
         noisy = jax.vmap(dms.gumbel_sigmoid, (0, 0, None))(logit, own, config.tau)
+        if config.per == "layer":  # one decision, so one draw
+            noisy = jnp.broadcast_to(noisy[:, :1], noisy.shape)
         noisy = dms.shift_segments(noisy, config.decision_offset, batch.segments, MASK_VALUE)
         noisy = dms.protect_sinks(noisy, batch.positions, config.sinks, MASK_VALUE)
         log_keep_prob = dms.log_keep_prob(noisy)

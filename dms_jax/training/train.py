@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dms_jax import sharding
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig, require
 from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.data import Packed, Stream
@@ -45,7 +45,8 @@ def train(
       until: the step to stop at; None is the schedule's end.
       watchers: called with each line of the log.
     Raises:
-      ConfigError: a mesh that does not fit.  CheckpointError: a checkpoint cannot be saved, or none is whole.
+      ConfigError: a mesh that does not fit, or a token that the model has not.
+      CheckpointError: a checkpoint cannot be saved, or none is whole.
       FloatingPointError: the loss or the gradient is not finite.
     """
     model.check_length(config.context)
@@ -82,7 +83,7 @@ class Retrofit:
 
     def before_step(self, number: int, state: TrainState) -> TrainState:
         """Resets the retired neuron when the first eviction comes, and hands out members of the family."""
-        if 0 < number == self.config.retirement:
+        if number == self.config.retirement and self.config.gate.warms_up:
             state = state._replace(params=self._reset(state.params))
         cr = self.config.members().get(number)
         if cr is not None and self.on_member is not None:
@@ -93,6 +94,8 @@ class Retrofit:
         return state
 
     def put(self, batch: Packed) -> Packed:
+        largest, vocabulary = int(batch.tokens.max()), self.model.vocab_size
+        require(largest < vocabulary, "data", largest, f"is no token of the model, which has {vocabulary}")
         return sharding.place(batch, Packed(*[sharding.batch(self.mesh)] * 3))
 
     def _reset(self, params: Params) -> Params:

@@ -16,6 +16,7 @@ from dms_jax.cache import kv_cache, paged
 from dms_jax.config import CacheConfig
 from dms_jax.inference import decode
 from dms_jax.policies import dms as delayed
+from dms_jax.policies.scored import Candidates
 from tests.helpers.models import prefill, step
 from tests.helpers.policy_cases import (
     CAPACITY,
@@ -25,6 +26,7 @@ from tests.helpers.policy_cases import (
     PAGE,
     WITH_BUDGET,
     B,
+    D,
     K,
     L,
     N,
@@ -298,6 +300,15 @@ def test_a_protected_prompt_is_never_evicted(name):
         most[b] = np.maximum(most[b], held[b])
     least = np.maximum(budget, np.array(lengths) + policy.num_protected + 1)[:, None]
     assert (most == least + policy.evict_every - 1).all() and (held >= least).all()
+
+
+@pytest.mark.parametrize("name", ("keydiff", "rkv every 4"))
+def test_keys_that_are_zero_or_cancel_have_a_rank(name):
+    """As in a head that was pruned away; of NaNs none is the largest, and the head would lose all it has."""
+    k = jnp.zeros((1, 2, 4, D)).at[0, 1, :, 0].set(jnp.array([1.0, -1.0, 2.0, -2.0]))
+    pos = jnp.broadcast_to(jnp.arange(4), (1, 2, 4))
+    tokens = Candidates(k, k, pos, jnp.ones(pos.shape), jnp.full((1, 2), 3), jnp.asarray(keys(0)[:1]))
+    assert np.isfinite(CASES[name].build().rank(tokens)).all()
 
 
 def test_rings_of_many_rows_are_written_alike(rng, monkeypatch):

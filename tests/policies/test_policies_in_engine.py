@@ -57,10 +57,18 @@ def test_impossible_budgets(name, budget, message):
 def test_options_that_a_policy_has_not():
     with pytest.raises(ConfigError, match="evict_every=4: policy 'quest' has no such option"):
         policies.named("quest", None, 8, CAPACITY, PAGE, evict_every=4)
-    with pytest.raises(ConfigError, match="queries=0: must be at least 1"):
-        policies.RKV(16, queries=0)
-    with pytest.raises(ConfigError, match="evict_every=0: expected a whole number from 1"):
-        policies.named("tova", None, 16, evict_every=0)
+    for kind in (policies.TOVA, policies.SnapKV, policies.RKV, policies.VaSEAttnV, policies.VaSEDKV):
+        with pytest.raises(ConfigError, match="evict_every=0: expected a whole number from 1"):
+            kind(16, evict_every=0)
+    with pytest.raises(ConfigError, match="pooling=4: must be odd"):
+        policies.SnapKV(16, pooling=4)
+
+
+def test_budgets_for_each_head():
+    """TOVA averages over the heads of a layer slot by slot: they hold the same tokens."""
+    with pytest.raises(ConfigError, match=r"budget=\(\(8, 8\), \(9, 8\)\): the heads of a layer keep the same"):
+        policies.TOVA(((8, 8), (9, 8)))
+    assert policies.TOVA(((8, 8), (9, 9))).max_budget == policies.H2O(((8, 8), (9, 8))).max_budget == 9
 
 
 def test_a_share_is_rounded_up():

@@ -170,6 +170,22 @@ def test_attention_in_place_of_flash_attn():
         torch.testing.assert_close(out[6 * b + t, h], wanted)
 
 
+def test_fastdms_that_waits_forever_is_a_row_that_says_where(tmp_path):
+    """Its group of one process needs no network; what takes too long is given up."""
+    (tmp_path / "fastdms.py").write_text(
+        "import time, torch.distributed\n"
+        "class SamplingParams:\n    def __init__(self, **_): pass\n"
+        "class LLM:\n    def __init__(self, *_, **__):\n"
+        '        torch.distributed.init_process_group("gloo", "tcp://localhost:2333", world_size=1, rank=0)\n'
+        "        assert torch.distributed.get_world_size() == 1\n"
+        "        self.wait_for_godot()\n"
+        "    def wait_for_godot(self):\n        time.sleep(600)\n"
+    )
+    cell = fastdms_peer.Cell(str(tmp_path), "", "fastdms", batch=1, context=512, cr=2.0, seconds=10)
+    error = fastdms_peer.measure(cell, {"mode": "fastdms"})["error"]
+    assert error.startswith("Timeout") and "wait_for_godot" in error
+
+
 def test_fastdms_that_is_not_there_is_a_row(tmp_path):
     settings = small(tmp_path, cells=("2x32",), fastdms=tmp_path / "nothing", fastdms_modes=("fastdms_fp8",), cr=2.0)
     eager, fastdms = rows(settings)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tyro
@@ -91,8 +93,54 @@ def test_a_run_goes_on_with_what_may_change(folder):
     changed = dataclasses.replace(settings, crs=(1.5,), log_every=3)
     retrofit.record_run(folder, changed)
     assert retrofit.read_run(folder) == changed
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    retrofit.record_run(folder, changed)
+    with pytest.raises(ConfigError, match=r"crs=\(1.5, 2.0\): the run in .* is at step 5 already"):
+        retrofit.record_run(folder, dataclasses.replace(settings, crs=(1.5, 2.0)))
+    (folder / "checkpoints" / "5").rmdir()
     with pytest.raises(ConfigError, match=r"dms=.*window=4.* was started with .*window=3"):
         retrofit.record_run(folder, dataclasses.replace(settings, dms=DMSConfig(window=4)))
+
+
+def test_a_branch_ends_as_a_run_to_its_ratio_does(folder):
+    """Copied from a run to a higher one, held at its own: bit by bit what a run from the start gives."""
+    config = config_file(folder)
+    overrides = retrofit.Overrides(model=str(folder / "mini"), learning_rate=0.3, hold_steps=3)
+    retrofit.main(config, overrides, out=folder / "long", pool=16)
+    lower = dataclasses.replace(overrides, max_cr=2.0)
+    retrofit.main(config, lower, out=folder / "branch", branch_of=folder / "long", pool=16)
+    retrofit.main(config, lower, out=folder / "straight", pool=16)
+    steps = [json.loads(line)["step"] for line in (folder / "branch" / "log.jsonl").read_text().splitlines()]
+    assert steps and min(steps) > 4, "steps to warm up, retire the neuron and reach CR 2 are not taken again"
+    branched, straight, copied = (dms_jax.load(folder / run, cr=2).params for run in ("branch", "straight", "long"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, branched, straight))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, branched, copied))
+    retrofit.main(config, lower, out=folder / "branch", branch_of=folder / "long", pool=16)  # finished: nothing changes
+
+
+def test_what_no_branch_can_begin_with(folder):
+    config = config_file(folder)
+    overrides = retrofit.Overrides(model=str(folder / "mini"), learning_rate=0.3)
+    retrofit.main(config, overrides, out=folder / "long", pool=16)
+    for changes, message in (
+        ({"max_cr": 2.5}, r"max_cr=2.5: .*keeps checkpoints of \[2.0, 2.5\]"),
+        ({"max_cr": 1.5}, "max_cr=1.5: "),
+        ({"max_cr": 2.0, "seed": 3}, "seed=3: branch_of: the run in .*long was started with 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            retrofit.main(
+                config,
+                dataclasses.replace(overrides, **changes),
+                out=folder / "new",
+                branch_of=folder / "long",
+                pool=16,
+            )
+        assert not (folder / "new" / "checkpoints").exists()
+    shutil.rmtree(folder / "long" / "checkpoints" / "4")
+    with pytest.raises(ConfigError, match=r"keeps checkpoints of \[2.5\]"):
+        retrofit.main(
+            config, dataclasses.replace(overrides, max_cr=2.0), out=folder / "new", branch_of=folder / "long", pool=16
+        )
 
 
 def test_fields_of_the_eviction_are_replaced_too(folder):
@@ -138,6 +186,8 @@ def undisturbed(monkeypatch):
 
 def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
     (folder / "file").write_text("")
+    model = dataclasses.replace(MODEL, num_layers=1)
+    dms_jax.save(dms_jax.LM(model, random_params(model), dms=DMSConfig(window=3)), folder / "member")
     config = config_file(folder)
     run = ("--config", config, "--model", folder / "mini", "--out")
     for arguments, message in (
@@ -148,6 +198,7 @@ def test_mistakes_of_a_retrofit(folder, capsys, monkeypatch):
         ((*run, folder / "run", "--pool", "0"), "error: pool=0: expected a whole number from 1"),
         ((*run, folder / "run", "--data", folder / "nothing.jsonl"), "error: tokenizer=None: "),
         (("--config", config, "--model", folder / "nothing"), f"error: {folder / 'nothing'}: neither an HF folder"),
+        (("--config", config, "--model", folder / "member"), f"error: model='{folder / 'member'}': is retrofitted"),
         (("--config", folder / "nothing.yaml"), "error: [Errno 2] No such file or directory"),
     ):
         code, line = ended(capsys, monkeypatch, retrofit.main, *arguments)

@@ -57,6 +57,13 @@ def test_saved_and_restored(tmp_path):
     assert checkpoint.read(tmp_path, 2, state(0)).step == 2
 
 
+def test_a_restored_state_takes_the_place_of_the_one_given(tmp_path):
+    own = state(0)
+    with Checkpoints(three(tmp_path)) as checkpoints:
+        _, got, _ = checkpoints.restore(own)
+    assert got.step == 3 and all(x.is_deleted() for x in jax.tree.leaves(own)), "memory is for one state"
+
+
 def test_nothing_to_restore(tmp_path):
     own = state(0)
     with Checkpoints(tmp_path) as checkpoints:

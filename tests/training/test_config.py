@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.config_files import load_yaml
 from dms_jax.inference.scheduler import EngineConfig
-from dms_jax.policies import TOVA, Quest
+from dms_jax.policies import RKV, TOVA, Quest, RandomAttention, VaSEAttnV, VaSEDKV
 from dms_jax.training.config import LoraConfig, RetrofitConfig, SourceConfig
 from experiments.window_cells import Ablation
 from scripts import pretrain_mini
@@ -52,7 +52,7 @@ NUMBERS = (int, float, np.float32)
 @pytest.mark.parametrize(
     "config",
     [RetrofitConfig(), LoraConfig(), SourceConfig("a.jsonl"), EngineConfig(), PretrainConfig(), Ablation(), TOVA(9),
-     Quest(64)],
+     Quest(64), RKV(16), RandomAttention(16), VaSEAttnV(16), VaSEDKV(16)],
     ids=lambda config: type(config).__name__,
 )  # fmt: skip
 def test_every_field_with_every_kind_of_value(config):
@@ -65,7 +65,7 @@ def test_every_field_with_every_kind_of_value(config):
             except ConfigError as error:
                 key, related = (
                     str(error).partition("=")[0].split(".")[-1],
-                    {"accumulate", "pool", "max_cr", "text", "response"},
+                    {"accumulate", "pool", "max_cr", "text", "response", "budget"},
                 )
                 assert key in {field.name, *related}, f"{field.name}={value!r}: {error}"
                 continue
@@ -99,6 +99,14 @@ def test_config_files_are_read_and_checked(tmp_path):
         with pytest.raises(ConfigError, match=message) as error:
             load_yaml(RetrofitConfig, file)
         assert str(file) in str(error.value)
+
+
+def test_a_low_rank_update_that_cannot_learn_to_evict():
+    """The query gate's logits are made by q; an adapter is trained beside whatever projections there are."""
+    lora = LoraConfig(targets=("k", "v"))
+    with pytest.raises(ConfigError, match=r"lora.targets=\('k', 'v'\): gate='query' is learnt by q alone"):
+        RetrofitConfig(mode="lora", lora=lora)
+    assert RetrofitConfig(mode="lora", lora=lora, dms=DMSConfig(gate="adapter")).lora == lora
 
 
 def test_members_of_a_family():

@@ -67,7 +67,7 @@ def test_a_pool_as_a_stream():
 
 
 def test_too_small_a_pool():
-    with pytest.raises(ValueError, match=r"batch_size=5: the pool holds only 4 sequences"):
+    with pytest.raises(ConfigError, match=r"batch_size=5: the pool holds only 4 sequences"):
         batch_at(pool(4), 0, 5, 0)
     assert sorted(rows_of(batch_at(pool(4), 7, 4, 0))) == [0, 1, 2, 3]
 

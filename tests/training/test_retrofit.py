@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from dms_jax import dms
-from dms_jax.config import DMSConfig
+from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.models import transformer
-from dms_jax.models.gates import gate_of
+from dms_jax.models.gates import GATES, AdapterGate, GateTensor, gate_of
 from dms_jax.training.config import LoraConfig, RetrofitConfig
 from dms_jax.training.data import Batch, Packed, batch_at, one_document
 from dms_jax.training.loss import distillation_loss
-from dms_jax.training.parameters import merged_params, overlay, scale_lora
+from dms_jax.training.parameters import learning_rate, merged_params, overlay, scale_lora, student_params, trained_part
 from dms_jax.training.step import Distillation, MicroBatch, SoftEviction
 from tests.helpers.models import random_params
-from tests.helpers.training import CONFIG, MODEL, POOL, V, start
+from tests.helpers.training import CONFIG, MODEL, POOL, TEACHER, V, start
 
 QUERY = CONFIG.dms
 
@@ -113,6 +113,16 @@ def test_saturated_soft_mask_is_the_hard_mask(gate, offset, sinks):
         np.testing.assert_allclose(count, (alpha & real).sum((0, 2)), rtol=1e-5)
 
 
+def test_a_layer_draws_one_decision():
+    """With per="layer" all heads evict the same tokens in training too, also where chance decides."""
+    config = DMSConfig(window=2, gate="adapter", scale=1.0, logit_bias=0.0, per="layer")
+    batch = jax.tree.map(jnp.asarray, one_document(Batch(np.zeros((3, 14), int), np.ones(3, int), np.full(3, 14))))
+    attend = SoftEviction(config, MicroBatch(batch, jax.random.split(jax.random.PRNGKey(0), 3)))
+    _, counts = apply(random_params(MODEL, config), config, attend)
+    for count in counts:
+        assert count[0] == count[1] and 0 < count[0] < 3 * 14
+
+
 def test_retirement_starts_at_the_teacher_and_ends_without_the_neuron():
     params = random_params(MODEL)
 
@@ -135,6 +145,18 @@ def test_schedule_of_a_run():
     assert CONFIG.total_steps == 60
     assert dataclasses.replace(CONFIG, dms=DMSConfig(gate="adapter")).retirement == 0
     assert RetrofitConfig().total_steps == 2000 + 700
+
+
+@pytest.mark.parametrize("warmup", (0, 1, 5))
+@pytest.mark.parametrize("hold", (0, 1, 10))
+def test_the_learning_rate(warmup, hold):
+    """Rises over the warm-up, if there is one, and falls over the hold, if there is one."""
+    config = dataclasses.replace(CONFIG, warmup_steps=warmup, hold_steps=hold)
+    rate, last = config.learning_rate, config.total_steps - hold
+    want = [rate * min(1, n / warmup if warmup else 1) for n in range(last)]
+    want += [rate * (1 - n / hold) for n in range(hold)]
+    got = jax.vmap(learning_rate(config))(jnp.arange(config.total_steps))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_with_gate_adds_a_gate_that_evicts_nothing():
@@ -190,10 +212,20 @@ def test_what_is_trained():
 
     gates = {f"layers_{n}/attn/gate/{name}" for n in range(2) for name in ("norm/scale", "proj/kernel")}
     assert paths(mode="adapter", dms=ADAPTER) == gates
-    low = {f"layers_{n}/attn/v/lora/{name}" for n in range(2) for name in "ab"}
-    lora = LoraConfig(targets=("v",))
+    low = {f"layers_{n}/attn/q/lora/{name}" for n in range(2) for name in "ab"}
+    lora = LoraConfig(targets=("q",))
     assert paths(mode="lora", lora=lora) == low and paths(mode="lora", lora=lora, dms=ADAPTER) == low | gates
     assert paths(dms=ADAPTER) == paths() | gates and len(paths()) == 2 * 9 + 3
+
+
+def test_a_gate_is_trained_wherever_its_tensors_are(monkeypatch):
+    tensors = (GateTensor("own/kernel", "own.weight", "E | K"),)
+    monkeypatch.setitem(GATES, "adapter", type("Own", (AdapterGate,), {"tensors": tensors}))
+    config = dataclasses.replace(CONFIG, mode="adapter", dms=ADAPTER)
+    with pytest.raises(ConfigError, match="gate='adapter': its with_gate does not add its tensors"):
+        student_params(TEACHER, MODEL, config)
+    layer = {"attn": {"own": {"kernel": 1}, "q": {"kernel": 2}}, "mlp": {"own": {"kernel": 3}}}
+    assert trained_part({"layers_0": layer}, config) == {"layers_0": {"attn": {"own": {"kernel": 1}}}}
 
 
 NEAR = dataclasses.replace(ADAPTER, logit_bias=1.0)  # near the threshold, where gradients are large

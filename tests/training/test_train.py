@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax import sharding
-from dms_jax.config import DMSConfig, LatentConfig
+from dms_jax.config import ConfigError, DMSConfig, LatentConfig, require
 from dms_jax.training import checkpoint, flops
 from dms_jax.training import train as training
 from dms_jax.training.checkpoint import Checkpoints
@@ -25,7 +25,9 @@ from tests.helpers.training import (
     CONFIG,
     MODEL,
     POOL,
+    TEACHER,
     Interrupted,
+    V,
     assert_same,
     log_of,
     log_without_speed,
@@ -83,6 +85,13 @@ def test_a_run_with_the_adapter_gate(tmp_path):
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, members.values()), strict=True))
 
 
+def test_a_run_without_retirement(tmp_path):
+    """The neuron is given up at once: what a random one holds evicts nothing."""
+    run(tmp_path, dataclasses.replace(CONFIG, retire_steps=0), until=2)
+    (line,) = log_of(tmp_path)
+    assert line["alpha"] < 0.05
+
+
 def test_a_run_on_latent_attention(tmp_path):
     """One decision a token and layer, of a gate from E to 1; the original's weights stay as they are."""
     latent = LatentConfig(kv_rank=6, nope_dim=4, rope_dim=4, value_dim=5)
@@ -130,6 +139,23 @@ def test_interruptions_change_nothing(whole, tmp_path, capsys):
     assert log_without_speed(tmp_path) == log_without_speed(whole[0])
     dropped = "dropped damaged line 17; damaged line 18; damaged line 19; 6 lines of steps after 20, which run again"
     assert f"{tmp_path / 'log.jsonl'}: {dropped}" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_read_loses_no_work(whole, tmp_path):
+    """The steps before it are saved; once it is mended, the run goes on with it."""
+
+    def batches(cursor):
+        for batch, after in stream(cursor):
+            require(after != 34, "rows.jsonl, row 7", "", "cannot be read")
+            yield batch, after
+
+    with pytest.raises(ConfigError, match="row 7='': cannot be read") as stopped:
+        training.train(TEACHER, MODEL, CONFIG, batches, tmp_path)
+    assert stopped.value.__notes__ == [f"the newest whole checkpoint in {tmp_path / 'checkpoints'} is that of step 33"]
+    with pytest.raises(ConfigError, match="row 7"):
+        training.train(TEACHER, MODEL, CONFIG, batches, tmp_path)
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [33, 20], "and is not saved again"
+    assert_same(run(tmp_path), whole[1])
 
 
 def test_a_run_in_two_parts(whole, tmp_path):
@@ -188,6 +214,17 @@ def test_a_loss_of_nan_stops_the_run_and_spares_the_checkpoint(whole, tmp_path, 
     assert step == state.step == cursor == 40
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert_same(run(tmp_path), whole[1])
+
+
+def test_a_token_that_the_model_has_not_is_named(tmp_path):
+    """A tokenizer may know more tokens than the model has embeddings: those would be NaN."""
+
+    def batches(cursor):
+        for batch, after in stream(cursor):
+            yield batch._replace(tokens=batch.tokens + 2 * (after > 3)), after
+
+    with pytest.raises(ConfigError, match=rf"data={V + 1}: is no token of the model, which has {V}"):
+        training.train(TEACHER, MODEL, CONFIG, batches, tmp_path)
 
 
 def test_a_gradient_of_nan_is_not_saved(tmp_path):
