@@ -259,7 +259,7 @@ class _Run:
                 chain.reads_by_head = chain.reads_by_head + chunk.reads_by_head[row]
             self.scheduler.decoded(row, chunk.live[row])
             made += steps
-            if chunk.done[row] or self._ends(chain, steps):
+            if self._ends(chain, steps) or chunk.done[row]:  # asked first: a stop may stand before an EOS
                 ended.append((row, chain))
             elif not took[-1]:
                 starved.append(row)

@@ -49,7 +49,7 @@ def jobs(prompts=PROMPTS, chains=3):
 
 def build(lm, **options):
     engine = {"max_num_seqs": 4, "steps": 8, **options.pop("engine", {})}
-    callbacks = {name: options.pop(name) for name in ("on_tokens", "on_progress") if name in options}
+    callbacks = {name: options.pop(name) for name in ("on_tokens", "on_progress", "chain_end") if name in options}
     config = GenerationConfig(temperature=1.0, stop=STOP, page_size=4, engine=EngineConfig(**engine), **options)
     return generation.build(lm, 70 + NEW, config, **callbacks)
 
@@ -263,6 +263,20 @@ def test_a_chain_preempted_before_its_first_token_is_known_ends_once(lm):
     run.scheduler.fits = run.runner.fits
     assert len(run.scheduler.running) == 1, "the younger is preempted"
     assert sorted(result.name for result in run.results(None)) == [0, 1]
+
+
+def test_where_the_caller_ends_a_chain_does_not_depend_on_the_chunk(lm):
+    """Also where the model ends it later in the same chunk, or the length does."""
+
+    def first_low(tokens, new):
+        """Of the newest ones, behind the first below 20: a stop, as a text's would be."""
+        low = [n for n, token in enumerate(tokens, 1) if token < 20]
+        return low[0] if low and low[0] > len(tokens) - new else None
+
+    each, many = (by_name(build(lm, engine={"steps": steps}, chain_end=first_low).run(jobs())) for steps in (1, 8))
+    assert any(result.tokens[-1] < 20 and result.tokens[-1] not in STOP for result in each.values())
+    for key, result in many.items():
+        assert (result.tokens, result.use) == (each[key].tokens, each[key].use), key
 
 
 @pytest.mark.parametrize("model", ["lm", "latent_lm"])
