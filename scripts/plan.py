@@ -30,15 +30,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dms_jax import sharding
-from dms_jax.config import ConfigError, ModelConfig
+from dms_jax.config import ModelConfig, require
 from dms_jax.config_files import load_yaml
 from dms_jax.training import flops
 from dms_jax.training.config import RetrofitConfig
 from dms_jax.training.data import Packed
 from dms_jax.training.step import abstract_state, compiled_step, layout
+from scripts import command
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -83,7 +83,7 @@ def collectives(hlo: str, devices: int) -> dict[str, float]:
     def total(name: str) -> dict[str, float]:
         out = dict.fromkeys(COLLECTIVES, 0.0)
         for line in bodies.get(name, ()):
-            if found := re.search(r"= (.*?) (all-[a-z]+|reduce-scatter|collective-permute)(-start)?\(", line):
+            if found := re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line):
                 out[found[2]] += sent(found[2], shape_bytes(found[1]), group_size(line, devices))
             times = 1
             if found := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
@@ -259,9 +259,11 @@ def main(
       depths: how many layers the two models have that are compiled.
       out: JSON file to write.
     """
+    require(0 < efficiency <= 1, "efficiency", efficiency, "must lie in (0, 1]")
+    require(0 < depths[0] < depths[1], "depths", depths, "expected two numbers of layers, the smaller one first")
     settings = load_yaml(RetrofitConfig, config)
     changes = {"mesh": mesh, "accumulate": accumulate}
-    settings = dataclasses.replace(settings, **{key: value for key, value in changes.items() if value})
+    settings = dataclasses.replace(settings, **{k: value for k, value in changes.items() if value is not None})
     shape = load_yaml(ModelConfig, model or Path("configs/models") / config.name)
     plan = {"config": config.name, **planned(shape, settings, depths, device, efficiency)}
     _show(plan)
@@ -326,7 +328,4 @@ def _show(plan: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ConfigError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command.run(main)

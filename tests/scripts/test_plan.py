@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,8 @@ def test_collectives_of_nested_loops():
     assert got["reduce-scatter"] == 5 * 7 * 16
     assert got["all-gather"] == 5 * 3 * (32 * 3 / 4 + (8 + 32) / 2)
     assert got["all-to-all"] == 0
+    exchange = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %e = f32[8]{0} all-to-all(%p), replica_groups=[2,4]<=[8]\n}\n"
+    assert plan.collectives(exchange, 8)["all-to-all"] == 32 * 3 / 4
 
 
 CONFIG = RetrofitConfig(batch_size=8, context=16, mesh=(8, 1, 1), loss_chunk=16, dms=DMSConfig(window=2))
@@ -165,8 +168,6 @@ def test_a_roofline():
 
 def test_every_config_is_read():
     """Each file of configs/ that is a retrofit, with the shape of its model beside it."""
-    from pathlib import Path
-
     others = {"mini_pretrain.yaml", "ablate_window.yaml", "aime_sweep.yaml", "mini_baselines.yaml"}
     names = {path.name for path in Path("configs").glob("*.yaml")} - others
     assert {"qwen3_8b.yaml", "smollm2_adapter.yaml", "llama3.2_1b.yaml", "qwen_r1_32b.yaml"} <= names
@@ -185,3 +186,12 @@ def test_a_mesh_that_the_batch_does_not_fit():
     assert sharding.batch_ways(mesh) == 4
     with pytest.raises(ConfigError, match="batch_size=3: its micro-batches of 3 rows go over 4 devices"):
         layout(TINY, config, mesh)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"efficiency": 0.0}, "efficiency=0.0"), ({"depths": (2, 2)}, "depths="), ({"accumulate": 0}, "accumulate=0")],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan.main(Path("configs/smollm2_adapter.yaml"), **options)
