@@ -12,9 +12,10 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import tyro
-
 from dms_jax.config import require
+from experiments.tasks.data import rows
+from experiments.tasks.ruler import read_text
+from scripts import command
 
 FIELDS = (("problem", "solution"), ("question", "answer"))
 
@@ -45,11 +46,9 @@ class Settings:
 def turns(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
     """Every problem with its solution."""
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines()):
-            row = json.loads(line)
-            fields = next((names for names in FIELDS if all(name in row for name in names)), None)
-            require(fields is not None, f"{path}, row {number}", list(row), "has neither problem nor question")
-            yield row[fields[0]], row[fields[1]]
+        for row in rows(str(path)):
+            problem, solution = FIELDS["problem" not in row.fields]
+            yield row.text(problem), row.text(solution)
 
 
 def chats(settings: Settings) -> Iterator[dict]:
@@ -68,7 +67,7 @@ def chats(settings: Settings) -> Iterator[dict]:
 def passages(settings: Settings) -> Iterator[dict]:
     """Pieces of the first part of each text file: each a chat of one turn, or as it is."""
     for path in settings.texts:
-        text = path.read_text()
+        text = read_text(path, "texts")
         text = text[: round(len(text) * (1 - settings.held_out))]
         for start in range(0, len(text), settings.characters):
             piece = text[start : start + settings.characters]
@@ -77,11 +76,12 @@ def passages(settings: Settings) -> Iterator[dict]:
 
 
 def main(settings: Settings) -> None:
-    rows = [*chats(settings), *passages(settings)]
-    random.Random(settings.seed).shuffle(rows)
-    settings.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{settings.out}: {len(rows)} documents")
+    documents = [*chats(settings), *passages(settings)]
+    require(bool(documents), "characters", settings.characters, "more than all problems have")
+    random.Random(settings.seed).shuffle(documents)
+    settings.out.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    print(f"{settings.out}: {len(documents)} documents")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

@@ -10,10 +10,9 @@ example:
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import dms_jax
@@ -101,7 +100,7 @@ def results(lm: dms_jax.LM, prompts: dict[int, list[int]], config: GenerationCon
     return generation.build(lm, max(map(len, prompts.values())) + config.max_new_tokens, config).run(jobs)
 
 
-def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
+def main(settings: Settings) -> None:
     """Writes OUT, which scripts.retrofit takes as --data."""
     chains, config = settings.chains, settings.generation()
     require(settings.limit is None or settings.limit > 0, "limit", settings.limit, "must be positive")
@@ -132,4 +131,4 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, Settings)

@@ -59,18 +59,18 @@ class Form(NamedTuple):
     new_tokens: int  # that the model may generate
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
+def read_text(path: Path, option: str = "data") -> str:
+    """The text of a file that an option names.
 
     Raises:
       ConfigError: no such file, not text, or nothing in it.
     """
-    require(path.is_file(), "data", str(path), "no such file")
+    require(path.is_file(), option, str(path), "no such file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data={str(path)!r}: not a text in UTF-8 ({error})") from error
-    require(bool(text.strip()), "data", str(path), "the file is empty")
+        raise ConfigError(f"{option}={str(path)!r}: not a text in UTF-8 ({error})") from error
+    require(bool(text.strip()), option, str(path), "the file is empty")
     return text
 
 

@@ -13,6 +13,7 @@ bytes of the weights and of the live keys and values over the rate of a device c
 import dataclasses
 import functools
 import os
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -24,19 +25,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import traverse_util
 from jax.sharding import Mesh
 
 from dms_jax import sharding
 from dms_jax.cache import kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig
+from dms_jax.config import CacheConfig, DMSConfig, ModelConfig, RopeConfig, SamplingConfig, one_of, require
 from dms_jax.config_files import load_yaml
 from dms_jax.inference import decode
 from dms_jax.models import transformer
 from dms_jax.policies import DelayedEviction, Full
 from dms_jax.weights import table
 from experiments.run import environment
+from scripts import command
 from scripts.benchmarks.records import Record
 
 MODELS = {
@@ -269,14 +270,15 @@ def measure(settings: Settings, params, plan: Plan, pages: int, rate: float) -> 
 
 def parse(cell: str) -> tuple[str, int, float]:
     """BATCHxCONTEXTxCR, as in 8x8192x4 or maxx32768x8."""
-    batch, context, cr = cell.rsplit("x", 2)
-    if batch != "max" and not batch.isdigit():
-        raise SystemExit(f"cells={cell!r}: expected BATCHxCONTEXTxCR, BATCH a number or max")
+    found = re.fullmatch(r"(max|\d+)x(\d+)x(\d+(?:\.\d+)?)", cell)
+    require(found is not None, "cells", cell, "expected BATCHxCONTEXTxCR, BATCH a number or max")
+    batch, context, cr = found.groups()
     return batch, int(context), float(cr)
 
 
 def main(settings: Settings) -> None:
     cells = [parse(cell) for cell in settings.cells]
+    one_of("model", settings.model, tuple(MODELS))
     config = MODELS[settings.model]
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**30)
     memory = settings.memory or limit
@@ -303,4 +305,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

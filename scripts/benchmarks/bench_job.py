@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
 import dms_jax
 from dms_jax.config import ModelConfig
@@ -27,6 +26,7 @@ from dms_jax.inference.runner import Runner
 from dms_jax.inference.scheduler import EngineConfig, Job
 from dms_jax.models import transformer
 from experiments.run import environment, write_json
+from scripts import command
 from scripts.benchmarks.device_events import covered, recorded
 
 
@@ -181,4 +181,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

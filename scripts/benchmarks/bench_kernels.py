@@ -22,10 +22,10 @@ os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs some of the
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dms_jax import kernels
 from experiments.run import environment, version_of, write_json
+from scripts import command
 from scripts.benchmarks import kernel_cases as cases
 from scripts.benchmarks import kernel_peers as peers
 from scripts.benchmarks.device_events import Span, recorded
@@ -371,4 +371,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

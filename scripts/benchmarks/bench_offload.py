@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from scripts import command
 from scripts.benchmarks import bench_decode  # first: it sets how much of the GPU's memory JAX takes
 
 import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Int
 
 from dms_jax import kernels
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, one_of, require
 from dms_jax.models.transformer import Decoder
 from dms_jax.policies import DecodeStep, Quest
 from dms_jax.policies.quest import Summaries
@@ -232,12 +232,13 @@ def rows_of(settings: Settings, params, cell: tuple[int, int], rates: dict[str, 
 def parse(cell: str, page_size: int) -> tuple[int, int]:
     """BATCHxCONTEXT, as in 8x8192; the context is a whole number of pages."""
     batch, _, context = cell.partition("x")
-    if not (batch.isdigit() and context.isdigit() and int(context) % page_size == 0):
-        raise SystemExit(f"cells={cell!r}: expected BATCHxCONTEXT, CONTEXT a multiple of page_size={page_size}")
+    whole = batch.isdigit() and context.isdigit() and int(context) % page_size == 0
+    require(whole, "cells", cell, f"expected BATCHxCONTEXT, CONTEXT a multiple of page_size={page_size}")
     return int(batch), int(context)
 
 
 def main(settings: Settings) -> None:
+    one_of("model", settings.model, tuple(MODELS))
     cells = [parse(cell, settings.page_size) for cell in settings.cells]
     size = 2**22 if jax.default_backend() == "cpu" else 2**30
     rates = {"device": bench_decode.copy_rate(size), "link": link_rate(size)}
@@ -251,4 +252,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

@@ -12,15 +12,16 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from scripts import command
 from scripts.benchmarks import bench_decode  # first: it sets how much of the GPU's memory JAX takes
 
 import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dms_jax import sharding
 from dms_jax.cache import kv_cache
+from dms_jax.config import one_of, require
 from dms_jax.inference import decode
 from experiments.run import environment
 from scripts.benchmarks.bench_decode import GATE, MODELS, Plan, bytes_of
@@ -94,9 +95,10 @@ def measure(settings: Settings, params, plan: Plan, rate: float) -> dict:
 
 
 def main(settings: Settings) -> None:
+    one_of("model", settings.model, tuple(MODELS))
     cells, config = [bench_decode.parse(cell) for cell in settings.cells], MODELS[settings.model]
-    if settings.devices < 2 or config.num_kv_heads % settings.devices:
-        raise SystemExit(f"devices={settings.devices}: expected a divisor of the {config.num_kv_heads} KV heads, not 1")
+    shared = settings.devices > 1 and config.num_kv_heads % settings.devices == 0
+    require(shared, "devices", settings.devices, f"expected a divisor of the {config.num_kv_heads} KV heads, not 1")
     memory = settings.memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**30)
     rate = bench_decode.copy_rate(2**22 if jax.default_backend() == "cpu" else 2**30)
     run = {"settings": dataclasses.asdict(settings) | {"out": None}, "environment": environment()}
@@ -117,4 +119,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

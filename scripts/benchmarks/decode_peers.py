@@ -14,7 +14,6 @@ With --fastdms, the folder of a clone of FastDMS, that is timed too, in the mode
 scripts/benchmarks/small_batches.sh runs ours, transformers and FastDMS side by side.
 """
 
-import contextlib
 import dataclasses
 import gc
 import inspect
@@ -29,12 +28,12 @@ from typing import Literal
 
 import torch
 import transformers
-import tyro
 from transformers.initialization import no_init_weights
 
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, one_of, require
 from dms_jax.weights.huggingface import config_to_hf
 from experiments.run import environment
+from scripts import command
 from scripts.benchmarks import fastdms_peer
 from scripts.benchmarks.bench_decode import MODELS
 from scripts.benchmarks.records import Record
@@ -259,13 +258,14 @@ def fastdms_rows(settings: Settings, model: torch.nn.Module, cells: list[tuple[s
 
 def parse(cell: str) -> tuple[str, int]:
     """BATCHxCONTEXT, as in 8x8192 or maxx32768."""
-    batch, context = cell.rsplit("x", 1)
-    if batch != "max" and not batch.isdigit():
-        raise SystemExit(f"cells={cell!r}: expected BATCHxCONTEXT, BATCH a number or max")
+    batch, _, context = cell.partition("x")
+    whole = (batch == "max" or batch.isdigit()) and context.isdigit()
+    require(whole, "cells", cell, "expected BATCHxCONTEXT, BATCH a number or max")
     return batch, int(context)
 
 
 def main(settings: Settings) -> None:
+    one_of("model", settings.model, tuple(MODELS))
     cells = [parse(cell) for cell in settings.cells]
     on_gpu = settings.device == "cuda"
     memory = settings.memory or (torch.cuda.mem_get_info()[0] if on_gpu else 2**30)
@@ -288,5 +288,4 @@ if __name__ == "__main__":
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the environment asks jax for its devices; torch has the GPU
-    with contextlib.suppress(KeyboardInterrupt):
-        main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

@@ -16,13 +16,14 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from dms_jax import kernels
+from dms_jax.config import one_of
 from dms_jax.kernels import launch as launching
+from scripts import command
 
 # H, K, D, U; with U < D there is no kernel of flash attention
 SHAPES = {
@@ -133,6 +134,7 @@ def main(settings: Settings) -> None:
     console = Console(stderr=settings.out == "-")
     jobs = []
     for model in settings.models:
+        one_of("models", model, tuple(SHAPES))
         shape = SHAPES[model]
         for pages in ("bfloat16", "int8", "float8_e4m3fn") if model in QUANTIZED else ("bfloat16",):
             jobs += [(model, pages, launch) for launch in decode_launches(shape, settings.context, pages)]
@@ -158,4 +160,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    command.run(main, Settings)

@@ -9,17 +9,16 @@ example:
 """
 
 import dataclasses
-import sys
 import tempfile
 import types
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from dms_jax.config import require
 from experiments.run import environment, file_digest, write_json
 from experiments.tasks.data import rows
+from scripts import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +70,13 @@ def compare(config: Config) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Config, args=arguments, description=__doc__, prog="python -m scripts.benchmarks.lm_eval_parity")
+def main(config: Config) -> None:
     record = {"benchmark": "lm_eval_parity", "model_sha256": file_digest(config.model), **compare(config)}
     write_json(
         config.out, {**record, "max_length": config.max_length, "dtype": "float32", "environment": environment()}
     )
     print(record)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, Config)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from dms_jax.config import ConfigError
 from dms_jax.inference import decode
 from scripts.benchmarks import bench_decode
 from tests.helpers.models import tiny_latent
@@ -91,5 +92,5 @@ def test_an_error_is_a_row(tmp_path, monkeypatch):
 
 
 def test_a_cell_that_is_none():
-    with pytest.raises(SystemExit, match="BATCHxCONTEXTxCR"):
+    with pytest.raises(ConfigError, match="BATCHxCONTEXTxCR"):
         bench_decode.parse("allx8192x4")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax.cache import kv_cache
-from dms_jax.config import CacheConfig
+from dms_jax.config import CacheConfig, ConfigError
 from dms_jax.inference import decode
 from dms_jax.models.transformer import Decoder
 from dms_jax.policies import Full, Quest
@@ -97,5 +97,5 @@ def test_rows(tmp_path):
 
 
 def test_a_cell_that_is_none():
-    with pytest.raises(SystemExit, match="multiple of page_size=64"):
+    with pytest.raises(ConfigError, match="multiple of page_size=64"):
         bench_offload.parse("8x100", 64)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dms_jax.config import ConfigError
 from scripts.benchmarks import bench_decode, bench_tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,5 +36,5 @@ def test_rows(tmp_path):
 def test_devices_that_do_not_divide_the_heads():
     settings = bench_tensor.Settings(**SHAPE)
     for devices in (1, 3):
-        with pytest.raises(SystemExit, match="divisor of the 2 KV heads"):
+        with pytest.raises(ConfigError, match="divisor of the 2 KV heads"):
             bench_tensor.main(dataclasses.replace(settings, devices=devices))

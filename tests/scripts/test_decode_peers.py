@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from dms_jax.config import ConfigError
 from dms_jax.weights.huggingface import config_to_hf
 from scripts.benchmarks import decode_peers, fastdms_peer
 from scripts.benchmarks.bench_decode import MODELS
@@ -131,7 +132,7 @@ def test_memory_that_is_not_there_is_a_row(tmp_path, monkeypatch):
 
 
 def test_a_cell_that_is_none():
-    with pytest.raises(SystemExit, match="BATCHxCONTEXT"):
+    with pytest.raises(ConfigError, match="BATCHxCONTEXT"):
         decode_peers.parse("largex8192")
 
 

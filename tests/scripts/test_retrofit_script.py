@@ -14,8 +14,8 @@ import dms_jax
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.training.data import Batch
 from experiments import aime
-from scripts import command, generate, pretrain_mini, retrofit
-from scripts.benchmarks import bench_generate, bench_retrofit
+from scripts import command, generate, long_documents, pretrain_mini, retrofit
+from scripts.benchmarks import bench_decode, bench_generate, bench_job, bench_retrofit
 from tests.helpers.models import random_params
 from tests.helpers.training import MODEL, POOL
 
@@ -163,11 +163,11 @@ def test_damaged_settings_are_named(folder, text):
 # Mistakes end with one line
 
 
-def ended(capsys, monkeypatch, main, *arguments) -> tuple[int, str]:
+def ended(capsys, monkeypatch, main, *arguments, settings=None) -> tuple[int, str]:
     """Exit status and last line of a script that is run from a shell."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        command.run(main)
+        command.run(main, settings)
     *_, line = capsys.readouterr().err.splitlines()
     return stop.value.code, line
 
@@ -219,3 +219,17 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(ZeroDivisionError):
         command.run(main)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        (bench_decode, ("--model", "gpt"), "error: model='gpt': expected "),
+        (bench_decode, ("--model", "tiny", "--cells", "8x"), "error: cells='8x': expected BATCHxCONTEXTxCR"),
+        (bench_job, ("--model", "nosuch.yaml"), "error: [Errno 2] No such file or directory: 'nosuch.yaml'"),
+        (long_documents, ("--problems", "nosuch.jsonl"), "error: nosuch.jsonl: no such file"),
+    ],
+)
+def test_scripts_with_settings(script, arguments, message, capsys, monkeypatch):
+    status, line = ended(capsys, monkeypatch, script.main, *arguments, settings=script.Settings)
+    assert status == 1 and line.startswith(message)
