@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,22 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from dms_jax.config import ConfigError, SamplingConfig, require
+from dms_jax.config import Count, SamplingConfig, Size, check, require, take
 from dms_jax.inference import generation, sampling
 from dms_jax.inference.scheduler import Job
 from dms_jax.models.transformer import Decoder
 from dms_jax.weights.text import encode
 from experiments import variants
-from experiments.command import default_dtype
+from experiments.command import MISTAKES, default_dtype
 from experiments.fidelity import reference_hidden
 from experiments.forced import forced_logits
 from experiments.stops import StopStrings
 
 NEW_TOKENS = 256  # of a generation for which the task names no number, as in the harness's own models
 LOGITS = 2**27  # in memory at once
-LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens")
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+OPTIONS = (*LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p")
+CHANGES_NOTHING = {"num_beams": 1}  # asked for by some tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +60,19 @@ class Settings:
     gate: str | None = None
     window: int | None = None
     dtype: str | None = None
-    cache: str = "paged"
-    page_size: int = 64
-    batch_size: int | str = 16
-    max_length: int | None = None
-    seed: int = 0
+    cache: Literal["paged", "masked"] = "paged"
+    page_size: Size = 64
+    batch_size: Size | str = 16
+    max_length: Size | None = None
+    seed: Count = 0
     device: str | None = None
-    max_batch_size: int | None = None
+    max_batch_size: Any = None
+
+    def __post_init__(self):
+        check(self)
+        size = str(self.batch_size)
+        known = size.startswith("auto") or size.isdecimal() and int(size) > 0
+        require(known, "batch_size", self.batch_size, "expected a number, or auto")
 
     @property
     def rows(self) -> int:
@@ -97,6 +105,9 @@ class DmsLM(TemplateLM):
         chosen = variants.Variant(s.policy, s.cr, s.budget, s.protect_prompt, s.evict_every)
         (self.loaded,) = variants.load(s.model, [chosen], s.dtype or default_dtype(), s.gate, s.window)
         self.tokenizer = self.loaded.lm.tokenizer
+        storage = {"cache": s.cache, "page_size": s.page_size}
+        self.config = generation.GenerationConfig(**storage, max_num_seqs=s.rows, **self.loaded.options)
+        generation.resolve_policy(self.config, self.loaded.dms, self.max_length)  # also where scoring needs no cache
 
     # What the harness asks of a model.
 
@@ -221,23 +232,16 @@ class DmsLM(TemplateLM):
                 return
 
     def _generate(self, options: tuple, numbers: list[int], prompts: list[str]) -> Iterator[tuple[int, str]]:
-        lm, s = self.loaded.lm, self.settings
+        lm = self.loaded.lm
         stops, new_tokens, chosen = options
         room = self.max_length - new_tokens
         require(room > 0, "max_gen_toks", new_tokens, f"leaves nothing of {self.max_length} tokens for the prompt")
-        encoded = [self.tok_encode(prompt)[-room:] for prompt in prompts]
+        encoded = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
         ends = StopStrings(self.tokenizer, stops)
-        config = generation.GenerationConfig(
-            max_new_tokens=new_tokens,
-            cache=s.cache,
-            page_size=s.page_size,
-            max_num_seqs=s.rows,
-            **dataclasses.asdict(chosen),
-            **self.loaded.options,
-        )
+        config = dataclasses.replace(self.config, max_new_tokens=new_tokens, **dataclasses.asdict(chosen))
         ended = {"chain_end": ends.chain_end} if stops else {}
         engine = generation.build(lm, max(map(len, encoded)) + new_tokens, config, **ended)
-        keys = np.asarray(sampling.chain_keys(s.seed, numbers, [0] * len(numbers)))
+        keys = np.asarray(sampling.chain_keys(self.settings.seed, numbers, [0] * len(numbers)))
         jobs = [Job(ids, keys[n : n + 1], new_tokens, numbers[n]) for n, ids in enumerate(encoded)]
         for result in engine.run(sorted(jobs, key=lambda job: len(job.prompt))):
             yield result.name, ends.cut(self.tokenizer.decode(result.tokens, skip_special_tokens=True))
@@ -256,15 +260,25 @@ def groups(order: Sequence[int], buckets: Sequence[int], size: int) -> Iterator[
 
 
 def generation_options(given: dict[str, Any]) -> tuple[tuple[str, ...], int, SamplingConfig]:
-    """Stop strings, new tokens and sampling that a task asks for; greedy unless it says `do_sample`."""
+    """Stop strings, new tokens and sampling that a task asks for; greedy unless it says `do_sample` or a temperature.
+
+    Raises:
+      ConfigError: an option that is unknown or impossible.
+    """
     until = given.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(string for string in until if string)
-    lengths = [given[name] for name in LENGTH_NAMES if given.get(name)]
-    new_tokens = int(lengths[0]) if lengths else NEW_TOKENS
-    if not given.get("do_sample", bool(given.get("temperature"))):
-        return until, new_tokens, SamplingConfig(0.0)
-    options = {"temperature": float(given.get("temperature", 1.0)), "top_p": float(given.get("top_p") or 1.0)}
-    return until, new_tokens, SamplingConfig(top_k=int(given.get("top_k") or 0), **options)
+    until = until if isinstance(until, (list, tuple)) else (until,)
+    stops = tuple(str(string) for string in until if string not in ("", None))
+    # Numbers and truth values may be texts, as in the harness.
+    given = {name: utils.handle_arg_string(x) if isinstance(x, str) else x for name, x in given.items()}
+    for name, value in given.items():
+        known = name in OPTIONS or value is None or CHANGES_NOTHING.get(name) == value
+        require(known, name, value, f"no option of a generation here; there are {', '.join(OPTIONS)}")
+    length = next((name for name in LENGTH_NAMES if given.get(name) is not None), LENGTH_NAMES[0])
+    new_tokens = take(given, length, Size, NEW_TOKENS)
+    if not take(given, "do_sample", bool, bool(given.get("temperature"))):
+        return stops, new_tokens, SamplingConfig(0.0)
+    options = {key: take(given, key, float, 1.0) for key in ("temperature", "top_p")}
+    return stops, new_tokens, SamplingConfig(top_k=take(given, "top_k", int, 0), **options)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -289,7 +303,7 @@ def main() -> int:
 
     try:
         cli_evaluate()
-    except ConfigError as error:
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

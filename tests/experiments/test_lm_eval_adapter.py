@@ -153,18 +153,69 @@ def test_what_a_task_may_ask_for():
     assert list(groups([3, 1, 2, 0], [64, 64, 128, 64], 2)) == [[3, 1], [2], [0]]
 
 
+def test_what_a_task_may_ask_for_as_text():
+    """What the harness hands on of a command line, or of a YAML file with quotes."""
+    from experiments.lm_eval_adapter import generation_options
+
+    texts = {"until": 5, "do_sample": "False", "temperature": "0.7", "max_completion_tokens": "9", "num_beams": 1}
+    stops, tokens, sampling = generation_options(texts)
+    assert (stops, tokens, sampling.temperature) == (("5",), 9, 0.0)
+    _, _, sampling = generation_options({"temperature": "0.7", "top_p": "0.9", "top_k": "3"})
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.9, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.2},
+        {"num_beams": 4},
+        {"max_gen_toks": 0},
+        {"max_gen_toks": "many"},
+        {"temperature": "hot"},
+        {"do_sample": "perhaps"},
+        {"temperature": 1.0, "top_p": 0.0},
+    ],
+)
+def test_what_a_task_may_not_ask_for(options):
+    from experiments.lm_eval_adapter import generation_options
+
+    *_, name = options
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        generation_options(options)
+
+
+def test_an_empty_prompt(tiny, monkeypatch):
+    """Of a tokenizer that puts nothing before a text: what begins a text without a context begins the answer."""
+    lm = tiny()
+    encode = lm.tok_encode
+    monkeypatch.setattr(lm, "tok_encode", lambda text: encode(text, add_special_tokens=False))
+    (text,) = lm.generate_until(instances(("", {"max_gen_toks": 8})), disable_tqdm=True)
+    assert text == dms_jax.generate(lm.loaded.lm, [[lm.prefix_token_id]], 8).text[0][0]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"budgets": 1}, "budgets=1: no option of this model"),
         ({"policy": "nonsense"}, "policy='nonsense'"),
         ({"policy": "dms"}, "never retrofitted"),
-        ({"max_length": 10}, "leaves nothing of 10 tokens"),
+        ({"policy": "tova"}, "budget=None: policy 'tova' needs one"),
+        ({"budget": 0.5}, "budget=0.5: policy 'full' takes none"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "many"}, "batch_size='many'"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"cache": "x"}, "cache='x'"),
     ],
 )
 def test_impossible_options(tiny, options, message):
     with pytest.raises(ConfigError, match=message):
-        tiny(**options).generate_until(instances((PROBLEM, {"max_gen_toks": 10})), disable_tqdm=True)
+        tiny(**options)
+
+
+def test_no_room_for_a_prompt(tiny):
+    with pytest.raises(ConfigError, match="leaves nothing of 10 tokens"):
+        tiny(max_length=10).generate_until(instances((PROBLEM, {"max_gen_toks": 10})), disable_tqdm=True)
 
 
 def test_the_harness_finds_the_model(tiny):
