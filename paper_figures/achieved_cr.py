@@ -15,6 +15,8 @@ from paper_figures.accuracy_vs_cr import slice_of
 def draw(results: dict) -> Figure:
     """The figure of a sweep's results."""
     rows = [row for row in slice_of(results["rows"]) if row["cr"] is not None]
+    if not rows:
+        raise ValueError("no row has a compression ratio")
     ratios = [row["cr"] for row in rows]
     with style.theme():
         figure = style.new_figure(5.6, 4.2)

@@ -28,7 +28,9 @@ def draw(records: dict[str, list[dict]]) -> Figure:
     }
     contexts = sorted({row["context"] for rows in timed.values() for row in rows})
     # By ratio, then transformers by mode.
-    order = {series_of(row): (row.get("cr", float("inf")), row.get("mode")) for rows in timed.values() for row in rows}
+    order = {
+        series_of(row): (row.get("cr", float("inf")), row.get("mode", "")) for rows in timed.values() for row in rows
+    }
     looks = {name: style.look(n) for n, name in enumerate(sorted(order, key=order.get))}
     with style.theme():
         figure = style.new_figure(8, 2.6 * len(records))
@@ -76,12 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=style.RESULTS / "h200", help="of the records")
     parser.add_argument("out", type=Path, nargs="?", help="path without suffix; default: in the folder")
     options = parser.parse_args(arguments)
-    try:
-        records = read(options.folder)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    for path in style.save(draw(records), options.out or options.folder / "decode_speed"):
-        print(path)
+    with style.mistakes(parser, options.folder):
+        figure = draw(read(options.folder))
+        for path in style.save(figure, options.out or options.folder / "decode_speed"):
+            print(path)
 
 
 if __name__ == "__main__":

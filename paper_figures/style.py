@@ -1,5 +1,6 @@
 """What the figures share: colours, markers and lines that also tell the series apart in grey print, and files."""
 
+import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,7 @@ def ratio_ticks(axis, values: Sequence[float]) -> None:
 
 
 def read_results(path: Path, *keys: str) -> dict:
-    """A results file that must have `keys`, not empty.
+    """A results file that must have `keys`, not empty; "rows" are objects.
 
     Raises:
       ValueError: one that is no JSON object or lacks a key, with the file and the key.
@@ -156,7 +157,21 @@ def read_results(path: Path, *keys: str) -> dict:
     for key in keys:
         if not isinstance(results, dict) or not results.get(key):
             raise ValueError(f"{path}: has no {key!r}")
+    rows = results.get("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: its 'rows' are no list of objects")
     return results
+
+
+@contextlib.contextmanager
+def mistakes(parser: argparse.ArgumentParser, source: Path) -> Iterator[None]:
+    """Ends a script with one line where `source` is missing or not what its figure is drawn from."""
+    try:
+        yield
+    except KeyError as error:
+        parser.error(f"{source}: a part of it has no {error}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 def save(figure: Figure, base: Path) -> list[Path]:
@@ -170,15 +185,11 @@ def save(figure: Figure, base: Path) -> list[Path]:
 
 def main(name: str, draw, description: str, keys: Sequence[str], arguments: list[str] | None = None) -> None:
     """A figure script: reads a results file, writes the figure `name` beside it or where it is told."""
-    import argparse
-
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("results", type=Path, help="results file")
     parser.add_argument("out", type=Path, nargs="?", help="path without suffix; default: beside the results")
     options = parser.parse_args(arguments)
-    try:
-        results = read_results(options.results, *keys)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    for path in save(draw(results), options.out or options.results.parent / name):
-        print(path)
+    with mistakes(parser, options.results):
+        figure = draw(read_results(options.results, *keys))
+        for path in save(figure, options.out or options.results.parent / name):
+            print(path)

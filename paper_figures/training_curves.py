@@ -20,13 +20,29 @@ RESULTS = style.RESULTS / "mini"
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a log.
+
+    Raises:
+      ValueError: one that is no JSON object, with the file.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON Lines ({error})") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: its lines are not all objects")
+    return rows
 
 
 def column(rows: list[dict], key: str) -> tuple[list, list]:
-    """Steps and values of the rows that have `key`."""
+    """Steps and values of the rows that have `key`.
+
+    Raises:
+      ValueError: none has it.
+    """
     have = [row for row in rows if key in row]
+    if not have:
+        raise ValueError(f"no line of the log has {key!r}")
     return [row["step"] for row in have], [row[key] for row in have]
 
 
@@ -96,9 +112,10 @@ def main(arguments: list[str] | None = None) -> None:
     logs = options.logs or [RESULTS / "pretrain_log.jsonl", RESULTS / "retrofit_cr8_log.jsonl"]
     if len(logs) > 2:
         parser.error("give one log, or two, or none for the mini model's")
-    figure = draw(*map(read, logs)) if len(logs) == 2 else draw_run(read(logs[0]))
-    for path in style.save(figure, options.out):
-        print(path)
+    with style.mistakes(parser, logs[-1]):
+        figure = draw(*map(read, logs)) if len(logs) == 2 else draw_run(read(logs[0]))
+        for path in style.save(figure, options.out):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,14 @@ def test_scripts_write_both_files_and_the_same_ones_again(script, request, tmp_p
 
 
 @pytest.mark.parametrize(
-    "content, message", [("{", "not JSON"), ("[]", "has no 'rows'"), ('{"rows": []}', "has no 'rows'")]
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "has no 'rows'"),
+        ('{"rows": []}', "has no 'rows'"),
+        ('{"rows": {"a": 1}}', "its 'rows' are no list of objects"),
+        ('{"rows": [{"kv_reads": 1, "accuracy": {"mean": 0.5}}]}', "a part of it has no 'policy'"),
+    ],
 )
 def test_bad_results_are_named(tmp_path, capsys, content, message):
     path = tmp_path / "bad.json"
@@ -164,6 +171,33 @@ def test_bad_results_are_named(tmp_path, capsys, content, message):
     with pytest.raises(SystemExit):
         accuracy_vs_reads.main([str(path)])
     assert f"{path}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no line of the log has 'kl'"),
+        ("loss", "not JSON Lines"),
+        ("[1]", "its lines are not all objects"),
+        ('{"step": 1, "loss": 1.0}', "no line of the log has 'kl'"),
+        ('{"kl": 1.0}', "a part of it has no 'step'"),
+    ],
+)
+def test_bad_logs_are_named(tmp_path, capsys, content, message):
+    path = tmp_path / "log.jsonl"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        training_curves.main([str(path), "--out", str(tmp_path / "curves")])
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_without_ratios(sweep, tmp_path, capsys):
+    for one in sweep["rows"]:
+        one["cr"] = None
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    with pytest.raises(SystemExit):
+        achieved_cr.main([str(tmp_path / "sweep.json")])
+    assert "no row has a compression ratio" in capsys.readouterr().err
 
 
 def test_all_figures_that_have_results_are_drawn(sweep, tmp_path, monkeypatch):
@@ -187,11 +221,11 @@ def test_decode_speed_tells_the_series_apart(tmp_path):
     cell = {"batch": 8, "context": 8192, "seconds_per_step": 0.01, "tokens_per_second": 800.0}
     ours = [{**cell, "cr": 1.0}, {**cell, "cr": 8.0, "batch": 64}, {**cell, "cr": 8.0}]
     missing = {"batch": 64, "context": 8192, "cr": 1.0, "fits": False}
-    for name, rows in (("m", [*ours, missing]), ("peers_m", [{**cell, "mode": "eager"}])):
+    for name, rows in (("m", [*ours, missing]), ("peers_m", [{**cell, "mode": "eager"}, cell])):
         (tmp_path / f"decode_{name}.json").write_text(json.dumps({"rows": rows}))
     (axes,) = decode_speed.draw(decode_speed.read(tmp_path)).axes
     lines = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
-    assert lines == {"vanilla": [8], "DMS CR8": [8, 64], "transformers, eager": [8]}
+    assert lines == {"vanilla": [8], "DMS CR8": [8, 64], "transformers": [8], "transformers, eager": [8]}
     decode_speed.main([str(tmp_path), str(tmp_path / "drawn")])
     assert (tmp_path / "drawn.png").exists() and (tmp_path / "drawn.pdf").exists()
     with pytest.raises(ValueError, match="no decode_"):
