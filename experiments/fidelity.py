@@ -231,11 +231,15 @@ def load_windows(config: Any, tokenizer, prompt: int, chat: str | None = None) -
 
 
 def measure_all(config: Config, run: Run, models: list, windows: list[Window], bar) -> None:
-    """Measures what is missing; of a batch with a window missing, all are measured again."""
+    """Measures what is missing; of a batch with a window missing, all are measured again.
+
+    A budget that is a share is one of --length, of mini's problems of the model's context.
+    """
     done = {(s["variant"], s["id"]) for s in run.samples}
     length = max(len(window.tokens) for window in windows)
     for loaded, reference in models:
         name = loaded.variant.name
+        loaded = loaded.in_tokens(None if config.model == MINI else config.length)
         bar.describe(name)
         for group, padded in batches(list(enumerate(windows)), config.batch_size):
             if all((name, n) in done for n, _ in group):

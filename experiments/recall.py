@@ -14,7 +14,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from dms_jax import policies
 from dms_jax.config import one_of, require
 from dms_jax.inference import generation
 from dms_jax.inference import use_counts as metrics
@@ -133,15 +132,8 @@ def questions(experiment: Experiment, config: Config, encode: Encode) -> dict[tu
 
 
 def engine_for(config: Config, cell: Cell, longest: int, bar: report.ProgressBar) -> Engine:
-    """A greedy engine for questions of up to `longest` tokens.
-
-    A budget that is a share is one of the cell's length, or of the model's context where questions have their own:
-    how many questions are asked must not change it.
-    """
-    budget = cell.loaded.variant.budget
-    if budget is not None:
-        budget = policies.tokens_of(budget, cell.length or cell.loaded.lm.config.max_positions)
-    options = {**cell.loaded.options, "budget": budget}
+    """A greedy engine for questions of up to `longest` tokens."""
+    options = cell.loaded.in_tokens(cell.length).options
     chosen = GenerationConfig(**options, page_size=config.page_size, max_num_seqs=config.batch_size)
     return generation.build(cell.loaded.lm, longest, chosen, on_progress=bar.on_progress)
 

@@ -55,6 +55,16 @@ class Loaded(NamedTuple):
         """What `generate` is told of it."""
         return {"policy": self.variant.policy, "dms": self.dms, **self.variant.eviction}
 
+    def in_tokens(self, length: int | None) -> "Loaded":
+        """The same with a budget in tokens: a share is one of `length`, or of the model's context where that is None.
+
+        Else it would be one of the longest sequence, and how many there are must not change it.
+        """
+        if self.variant.budget is None:
+            return self
+        budget = policies.tokens_of(self.variant.budget, length or self.lm.config.max_positions)
+        return self._replace(variant=self.variant._replace(budget=budget))
+
 
 def variants(
     names: Sequence[str],

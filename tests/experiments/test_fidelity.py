@@ -177,3 +177,16 @@ def test_mini_windows_are_held_out_problems_with_their_chains(tiny_family):
         text = lm.tokenizer.decode(window.tokens, skip_special_tokens=True)
         prompt = lm.tokenizer.decode(window.tokens[: window.prompt], skip_special_tokens=True)
         assert prompt.endswith("modulo 1000.\n") and text.endswith("}.") and text.startswith(prompt)
+
+
+def test_a_share_does_not_depend_on_the_other_windows(tiny_family, tmp_path, monkeypatch):
+    """The mini model's problems differ in length; a run that goes on with more of them keeps its budget."""
+    monkeypatch.setattr(dms_jax, "load", tiny_family, raising=False)
+    budget = ["--policy", "tova", "--budget", "0.02", "--batch-size", "1"]
+    lengths = [len(window.tokens) for window in fidelity.mini_windows(tiny_family("mini").tokenizer, 4)]
+    assert max(lengths) > lengths[0] + 100
+    first = []
+    for limit in ("1", "4"):
+        assert fidelity.main([*budget, "--limit", limit, "--run-dir", str(tmp_path / limit)]) == 0
+        first.append(run.read_jsonl(tmp_path / limit / "samples.jsonl")[0]["kl"])
+    assert first[0] == pytest.approx(first[1], rel=1e-3)
