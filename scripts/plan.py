@@ -264,8 +264,9 @@ def main(
     settings = load_yaml(RetrofitConfig, config)
     changes = {"mesh": mesh, "accumulate": accumulate}
     settings = dataclasses.replace(settings, **{k: value for k, value in changes.items() if value is not None})
-    shape = load_yaml(ModelConfig, model or Path("configs/models") / config.name)
-    plan = {"config": config.name, **planned(shape, settings, depths, device, efficiency)}
+    model = model or Path("configs/models") / config.name
+    require(model.is_file(), "model", str(model), "no such file")
+    plan = {"config": config.name, **planned(load_yaml(ModelConfig, model), settings, depths, device, efficiency)}
     _show(plan)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,12 @@ def test_a_mesh_that_the_batch_does_not_fit():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"efficiency": 0.0}, "efficiency=0.0"), ({"depths": (2, 2)}, "depths="), ({"accumulate": 0}, "accumulate=0")],
+    [
+        ({"efficiency": 0.0}, "efficiency=0.0"),
+        ({"depths": (2, 2)}, "depths="),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({}, "model='configs/models/smollm2_adapter.yaml': no such file"),
+    ],
 )
 def test_impossible_options(options, message):
     with pytest.raises(ConfigError, match=message):
