@@ -33,7 +33,7 @@ from dms_jax.config_files import load_yaml
 from experiments import command, report, stats
 from experiments.command import metavar
 from experiments.run import RunError, environment, read_config, read_json, read_jsonl, write_json
-from experiments.window_cells import Ablation, Cell, finished, grid, prepare, run_cell
+from experiments.window_cells import Ablation, Cell, finished, grid, prepare, retrofit_config, run_cell
 from paper_figures.rows import percent
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate_window.yaml"
@@ -181,6 +181,7 @@ def execute(config: Config, console: Console, start: float) -> int:
     # Several processes share the GPU: none may take most of its memory when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cells = grid(settings)
+    retrofit_config(settings, cells[0].dms, cells[0].seed)  # refuses ratios that no step reaches, before all the work
     try:
         base = prepare(settings, out)
         run_cells(settings, [cell for cell in cells if not finished(settings, cell, out)], out, config.jobs)

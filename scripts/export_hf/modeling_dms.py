@@ -297,6 +297,6 @@ class DMSForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(x[:, last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         kept = {CACHE: cache} if use_cache is None or use_cache else {}
         return CausalLMOutputWithPast(loss, logits, **kept)

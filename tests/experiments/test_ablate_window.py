@@ -67,6 +67,12 @@ def job(tiny_family, tmp_path, monkeypatch):
     return start
 
 
+def test_ratios_that_no_step_reaches_are_refused_before_any_work(job, capsys):
+    folder, _ = job("--crs", "2.25", status=2)
+    assert "no whole step reaches it with steps_per_cr=2" in capsys.readouterr().err.replace("\n", " ")
+    assert not list(folder.iterdir())
+
+
 def test_the_ablation_from_end_to_end(job, monkeypatch, capsys):
     folder, results = job("--windows", "3", "--modes", "immediate", "--seeds", "1", "2")
     rows = [(r["window"], r["mode"], r["cr"]) for r in results["rows"]]

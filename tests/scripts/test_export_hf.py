@@ -140,6 +140,16 @@ def test_generate(pair, rng):
         model(ids, past_key_values=DynamicCache())
 
 
+@pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
+def test_the_loss_is_shared_by_micro_batches(pair, rng):
+    """A Trainer that accumulates gradients says how many tokens all its micro-batches have, and divides no more."""
+    _, model = pair
+    ids = torch.tensor(rng.integers(0, 53, (2, 20)))
+    whole = model(ids, labels=ids).loss
+    parts = sum(model(row[None], labels=row[None], num_items_in_batch=torch.tensor(2 * 19)).loss for row in ids)
+    torch.testing.assert_close(parts, whole)
+
+
 def test_a_model_without_a_gate_is_no_such_export(tmp_path):
     with pytest.raises(ConfigError, match="format='hf'"):
         write(random_lm(ModelConfig("llama", 53, 2, 24, 6, 2, 10, 40)), tmp_path, "hf")
