@@ -166,7 +166,7 @@ def planned(settings: Settings, cell: tuple[str, int, float], weights: int, memo
     return plan(B)
 
 
-def row_of(settings: Settings, plan: Plan) -> dict:
+def row_of(plan: Plan) -> dict:
     """The part of a row that is known beforehand."""
     cell = f"{'max' if plan.largest else plan.batch}x{plan.context}x{plan.cr:g}"
     about = {"cell": cell, "batch": plan.batch, "largest_batch": plan.largest, "context": plan.context}
@@ -290,7 +290,7 @@ def main(settings: Settings) -> None:
     plans = [planned(settings, cell, bytes_of(params), memory) for cell in cells]
     compiled = None
     for plan in plans:
-        row = row_of(settings, plan)
+        row = row_of(plan)
         if plan.fits:
             if compiled not in (None, plan.program):
                 jax.clear_caches()

@@ -108,7 +108,7 @@ def main(settings: Settings) -> None:
     with jax.set_mesh(mesh):
         for cell in cells:
             plan = bench_decode.planned(of_a_device(settings), cell, bytes_of(params) // settings.devices, memory)
-            row = bench_decode.row_of(settings, plan) | {"devices": settings.devices}
+            row = bench_decode.row_of(plan) | {"devices": settings.devices}
             if plan.fits:
                 jax.clear_caches()
                 try:
