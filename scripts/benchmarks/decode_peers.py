@@ -258,7 +258,7 @@ def fastdms_rows(settings: Settings, model: torch.nn.Module, cells: list[tuple[s
 
 def parse(cell: str) -> tuple[str, int]:
     """BATCHxCONTEXT, as in 8x8192 or maxx32768."""
-    batch, _, context = cell.partition("x")
+    batch, _, context = cell.rpartition("x")
     whole = (batch == "max" or batch.isdigit()) and context.isdigit()
     require(whole, "cells", cell, "expected BATCHxCONTEXT, BATCH a number or max")
     return batch, int(context)
