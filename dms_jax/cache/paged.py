@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dms_jax import kernels
 from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View, compacted
-from dms_jax.config import CacheConfig, ModelConfig
+from dms_jax.config import CacheConfig, ModelConfig, require
 from dms_jax.kernels import quant
 from dms_jax.types import Counts, Layer, NewKeys, NewValues, Positions, SlotFlags, Slots
 
@@ -60,6 +60,7 @@ class PagedCache(KVCache):
         return self.table_width * self.config.page_size
 
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> PagedArrays:
+        require(pages > 0, "pages", pages, "a paged cache needs a pool")
         L, K, D, N, page = model.num_layers, model.num_kv_heads, model.head_dim, pages, self.config.page_size
         own = 0 if model.latent else page
         quantized = self.config.quant != "none"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dms_jax import dms
 from dms_jax.cache import DecodeQuery, kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, LatentConfig, ModelConfig
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, LatentConfig, ModelConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import EvictionMask, attention
 from dms_jax.models import layers, transformer
@@ -118,6 +118,10 @@ def test_what_a_page_is_in_each_storage():
     store = made["paged"]
     free, pages, page_bytes = store.pool(store.grow(store.allocate(MODEL, B, jnp.float32, 2), 5))
     assert (free.tolist(), pages, page_bytes) == ([5], 5, 3 * (2 * D * 4 + 4))
+    cache = store.allocate(MODEL, B, jnp.float32, 2)
+    assert store.pool(store.grow(cache, 2)) == store.pool(cache)
+    with pytest.raises(ConfigError, match="pages=0: a paged cache needs a pool"):
+        store.allocate(MODEL, B, jnp.float32)
 
 
 @pytest.mark.parametrize("quant, number, scales", [("none", 2, 0), ("int8", 1, 8)])
