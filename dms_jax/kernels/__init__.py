@@ -8,7 +8,7 @@ caches. docs/kernels.md explains the kernels.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.config import require
+from dms_jax.config import MAX_GROUP, MAX_LATENT_GROUP, require
 from dms_jax.kernels import attention, blocked, reference
 from dms_jax.kernels.attention import EvictionMask, OrderedKeys, OrderedValues
 from dms_jax.kernels.launch import choose
@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
-MAX_GROUP, MAX_LATENT_GROUP = 16, 128
 
 
 def paged_decode_attention(
