@@ -48,7 +48,7 @@ def paged_decode_attention(
 
     Raises ConfigError for shapes or dtypes that do not fit, and for a named implementation that cannot run.
     """
-    pages.check(q.shape[0], q.shape[2])
+    pages.check(q.shape)
     _check_queries(q, pages.table.shape[1], pages.latent)
     shape = None if readable is None else readable.shape
     require(shape in {None, pages.table.shape}, "readable", shape, f"expected {pages.table.shape}")
@@ -80,7 +80,7 @@ def paged_decode_attention_update(
 
     Returns: DecodeAttention, and the pages with what was written.
     """
-    pages.check(q.shape[0], q.shape[2], layer)
+    pages.check(q.shape, layer)
     require(pages.k_scale is None, "pages.k", str(pages.k.dtype), "quantized pages are not updated here")
     L, B, K, _ = pages.table.shape
     _check_queries(q, K, pages.latent)
@@ -122,6 +122,7 @@ def flash_attention(
 
     Raises ConfigError for shapes that do not fit, and for a named implementation that cannot run.
     """
+    require(q.ndim == 4, "q", q.shape, "expected [B, T, H, D]")
     (B, T, _, D), (S, K) = q.shape, k.shape[1:3]
     latent = v.shape[-1] < D
     fits = k.shape == (B, S, K, D) and v.shape == (B, S, K, min(v.shape[-1], D))

@@ -312,6 +312,8 @@ def test_bad_arguments_are_named(rng):
     changes = {
         "pages.k_scale=None": {"k_scale": None},
         "pages.table=": {"table": pages.table[None]},
+        "pages.table='float32': expected int32": {"table": pages.table.astype(jnp.float32)},
+        "pages.lengths='float32'": {"lengths": pages.lengths.astype(jnp.float32)},
         "pages.lengths=": {"lengths": pages.lengths[:, :1]},
         "pages.k, pages.v=": {"v": pages.v[:, :, :4]},
         "'int16'": {"k": pages.k.astype(jnp.int16), "v": pages.v.astype(jnp.int16)},
@@ -319,6 +321,9 @@ def test_bad_arguments_are_named(rng):
     for message, change in changes.items():
         with pytest.raises(ConfigError, match=message):
             call(q, pages._replace(**change))
+    for bad, message in ((q[0], r"q=\(6, 10\): expected \[B, H, D\]"), (q[None], r"q=\(1, 1, 6, 10\)")):
+        with pytest.raises(ConfigError, match=message):
+            call(bad, pages)
     with pytest.raises(ConfigError, match="readable="):
         call(q, pages, readable=jnp.ones((1, 2), bool))
     with pytest.raises(ConfigError, match="D and U must be even"):

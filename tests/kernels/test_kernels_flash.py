@@ -242,6 +242,8 @@ def test_bad_arguments_are_named(rng):
     for window in (-1, np.int32(-1)):
         with pytest.raises(ConfigError, match=re.escape(f"window={window!r}")):
             kernels.flash_attention(q, k, v, mask._replace(window=window))
+    with pytest.raises(ConfigError, match=r"q=\(5, 6, 10\): expected \[B, T, H, D\]"):
+        kernels.flash_attention(q[0], k, v, mask)
     with pytest.raises(ConfigError, match="give both or neither"):
         kernels.flash_attention(q, k, v, mask._replace(query_segments=None))
     with pytest.raises(ConfigError, match="q's dtype"):
