@@ -40,6 +40,7 @@ class Within(NamedTuple):
     most: float
 
 
+MAX_GROUP, MAX_LATENT_GROUP = 16, 128  # query heads to a KV head
 HUGE, TINY = 3e38, 1.2e-38  # what float32 holds
 Count = Annotated[int, Within(0, 2**31 - 2)]  # positions are int32
 Size = Annotated[int, Within(1, 2**31 - 2)]
@@ -142,6 +143,16 @@ def members(kind: Any) -> tuple:
     return members(arguments[0]) if origin is Annotated else (kind,)
 
 
+_YARN = ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+ROPE_FIELDS = {  # what a kind of RoPE reads beside theta
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
+    "yarn": (*_YARN, "truncate"),
+    "longrope": ("short_factor",),
+}
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding; the field names are those of HF's `rope_parameters`.
@@ -166,6 +177,9 @@ class RopeConfig:
 
     def __post_init__(self):
         check(self, "rope.")
+        for each in fields(self)[2:]:
+            value, used = getattr(self, each.name), each.name in ROPE_FIELDS[self.kind]
+            require(used or value == each.default, f"rope.{each.name}", value, f"{self.kind} RoPE does not use it")
         if self.kind in ("llama3", "yarn"):
             n = self.original_max_positions
             require(n > 0, "rope.original_max_positions", n, f"{self.kind} needs it")
@@ -174,6 +188,8 @@ class RopeConfig:
             require(high > low, "rope.high_freq_factor", high, f"must be above low_freq_factor={low}")
         if self.kind == "yarn":
             require(self.theta > 1, "rope.theta", self.theta, "yarn needs more than 1")
+            slow, fast = self.beta_slow, self.beta_fast
+            require(fast >= slow, "rope.beta_fast", fast, f"must not be below beta_slow={slow}")
 
 
 @dataclass(frozen=True)
@@ -243,6 +259,8 @@ class ModelConfig:
             require(inside, key, value, f"is outside the vocabulary of {self.vocab_size} tokens")
         divides = self.num_heads % self.num_kv_heads == 0
         require(divides, "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
+        most = self.num_kv_heads * (MAX_LATENT_GROUP if self.latent else MAX_GROUP)
+        require(self.num_heads <= most, "num_heads", self.num_heads, f"at most {most} with so many KV heads")
         factors, pairs = self.rope.short_factor, (self.latent.rope_dim if self.latent else self.head_dim) // 2
         fits = len(factors) == (pairs if self.rope.kind == "longrope" else 0)
         require(fits, "rope.short_factor", factors, f"longrope, and no other, needs {pairs} of them")
@@ -252,6 +270,7 @@ class ModelConfig:
         require(
             self.num_kv_heads == 1, "num_kv_heads", self.num_kv_heads, "latent attention has one entry for all heads"
         )
+        require(not self.qk_norm, "qk_norm", self.qk_norm, "latent attention has norms of its own")
         width = self.latent.kv_rank + self.latent.rope_dim
         require(self.head_dim == width, "head_dim", self.head_dim, f"an entry has kv_rank + rope_dim = {width} numbers")
 

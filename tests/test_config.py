@@ -13,6 +13,7 @@ from dms_jax.config import (
     ConfigError,
     Count,
     DMSConfig,
+    LatentConfig,
     ModelConfig,
     RopeConfig,
     SamplingConfig,
@@ -72,10 +73,14 @@ NAN, INF = float("nan"), float("inf")
         (DMSConfig, {}, "gate", ("none", None, 1)),
         (RopeConfig, {}, "theta", (0, -1.0, NAN, INF, None)),
         (RopeConfig, {"kind": "linear"}, "factor", (0.5, NAN, INF, "2")),
-        (RopeConfig, {"kind": "yarn", "original_max_positions": 8}, "beta_fast", (0.0, -1.0, NAN)),
+        (RopeConfig, {"kind": "yarn", "original_max_positions": 8}, "beta_fast", (0.0, -1.0, 0.5, NAN)),
         (RopeConfig, {"kind": "yarn", "original_max_positions": 8}, "attention_factor", (0.0, NAN, INF)),
         (RopeConfig, {"kind": "yarn", "original_max_positions": 8}, "theta", (1,)),
         (RopeConfig, {"kind": "llama3", "original_max_positions": 8}, "high_freq_factor", (1.0, 0.5, NAN)),
+        (RopeConfig, {}, "factor", (8.0,)),
+        (RopeConfig, {"kind": "linear"}, "original_max_positions", (4096,)),
+        (RopeConfig, {"kind": "llama3", "original_max_positions": 8}, "mscale", (1.0,)),
+        (RopeConfig, {"kind": "yarn", "original_max_positions": 8}, "short_factor", ((1.0, 2.0),)),
         (ModelConfig, MODEL, "num_layers", (0, 10**18, 1.0)),
         (ModelConfig, MODEL, "vocab_size", (0, -1, 10**18)),
         (ModelConfig, MODEL, "norm_eps", (0.0, NAN, 2.0, -1e-6)),
@@ -84,6 +89,9 @@ NAN, INF = float("nan"), float("inf")
         (ModelConfig, MODEL, "bos_id", (9, -1, 1.0, True)),
         (ModelConfig, MODEL, "eos_ids", ((2, 9), (-1,), 2, [2], ("2",))),
         (ModelConfig, MODEL, "head_dim", (3,)),
+        (ModelConfig, MODEL, "num_heads", (17,)),
+        (ModelConfig, MODEL | {"latent": LatentConfig(2, 2, 2, 2)}, "num_heads", (129,)),
+        (ModelConfig, MODEL | {"latent": LatentConfig(2, 2, 2, 2)}, "qk_norm", (True,)),
         (CacheConfig, {}, "capacity", (0, 1.0, 10**18)),
         (SamplingConfig, {}, "temperature", (-1.0, NAN, INF)),
         (SamplingConfig, {}, "top_p", (0.0, 1.5, NAN)),
@@ -112,6 +120,12 @@ def test_a_neuron_outside_the_head_is_refused():
         with pytest.raises(ConfigError, match=f"neuron={neuron}: must be a dim of a head, -4 to 3"):
             transformer.init(jnp.zeros(2, jnp.uint32), model, DMSConfig(neuron=neuron))
     transformer.init(jnp.zeros(2, jnp.uint32), model, DMSConfig(gate="adapter", neuron=4))
+
+
+def test_an_unknown_remat_is_refused():
+    decoder, tokens = transformer.Decoder(ModelConfig(**MODEL), remat="blok"), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ConfigError, match="remat='blok': expected one of 'none', 'dots', 'block'"):
+        decoder.init(jnp.zeros(2, jnp.uint32), tokens, tokens, transformer.causal)
 
 
 @dataclasses.dataclass(frozen=True)

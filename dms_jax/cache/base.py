@@ -80,7 +80,7 @@ class KVCache(abc.ABC):
 
     @abc.abstractmethod
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> Arrays:
-        """An empty cache of `batch` rows; a paged one has `pages` pages in each device's pool."""
+        """An empty cache of `batch` rows; a paged one has `pages` pages, at least one, in each device's pool."""
 
     def center(self, cache: Arrays, offset: Float[Array, "L K D"]) -> Arrays:
         """The empty cache, whose quantized keys will be stored less this offset; of no meaning for others.

@@ -156,5 +156,8 @@ class MaskedCache(KVCache):
         return self.put_rows(cache, target, self.take_rows(cache, source))
 
     def free(self, cache: MaskedArrays, rows: Bool[Array, "B"]) -> MaskedArrays:
+        """Numbers are emptied, too: `attend` reads whole arrays, and 0 times NaN is NaN."""
         gone = rows[None, :, None]
-        return cache._replace(pos=jnp.where(gone[..., None], -1, cache.pos), used=jnp.where(gone, 0, cache.used))
+        k, v = (tuple(jnp.where(rows[:, None, None, None], 0, x) for x in xs) for xs in (cache.k, cache.v))
+        pos = jnp.where(gone[..., None], -1, cache.pos)
+        return MaskedArrays(k, v, pos, jnp.where(gone, 0, cache.used))

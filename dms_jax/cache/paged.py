@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dms_jax import kernels
 from dms_jax.cache.base import DecodeQuery, KVCache, Pool, View, compacted
-from dms_jax.config import CacheConfig, ModelConfig
+from dms_jax.config import CacheConfig, ModelConfig, require
 from dms_jax.kernels import quant
 from dms_jax.types import Counts, Layer, NewKeys, NewValues, Positions, SlotFlags, Slots
 
@@ -60,6 +60,7 @@ class PagedCache(KVCache):
         return self.table_width * self.config.page_size
 
     def allocate(self, model: ModelConfig, batch: int, dtype, pages: int = 0) -> PagedArrays:
+        require(pages > 0, "pages", pages, "a paged cache needs a pool")
         L, K, D, N, page = model.num_layers, model.num_kv_heads, model.head_dim, pages, self.config.page_size
         own = 0 if model.latent else page
         quantized = self.config.quant != "none"
@@ -123,20 +124,21 @@ class PagedCache(KVCache):
     def view(self, cache: PagedArrays, layer: Layer, width: int) -> View:
         page, (_, B, K, _) = page_size(cache), cache.table.shape
         P = pages_of(width, page)
-        ids = cache.table[layer, :, :, :P]
+        ids, live = cache.table[layer, :, :, :P], jnp.arange(width) < cache.length[layer][..., None]
 
-        def read(pool):
-            return jnp.take(pool, ids, axis=0, mode="clip").reshape(B, K, P * page, *pool.shape[2:])[:, :, :width]
+        def read(pool, fill=0):
+            x = jnp.take(pool, ids, axis=0, mode="clip").reshape(B, K, P * page, *pool.shape[2:])[:, :, :width]
+            return jnp.where(jnp.expand_dims(live, range(3, x.ndim)), x, jnp.asarray(fill, x.dtype))
 
         k_scale, v_scale = (None if x is None else read(x) for x in (cache.k_scale, cache.v_scale))
         U, D, latent = cache.v.shape[2], cache.k.shape[2], not cache.v.shape[1]
         if latent and k_scale is not None:
             k_scale = quant.joined(v_scale, k_scale, U, D)
-        pos = jnp.where(jnp.arange(width) < cache.length[layer][..., None], read(cache.pos), -1)
         dtype = cache.k.dtype if cache.k_scale is None else jnp.float32
         k = quant.decode(read(cache.k), k_scale, dtype)
         k = k if cache.k_offset is None else k + cache.k_offset[layer][:, None]
-        return View(k, k[..., :U] if latent else quant.decode(read(cache.v), v_scale, dtype), pos)
+        v = k[..., :U] if latent else quant.decode(read(cache.v), v_scale, dtype)
+        return View(k, v, read(cache.pos, -1))
 
     def write_prefill(
         self,
@@ -283,7 +285,7 @@ def _give_pages(cache: PagedArrays, pages: Int[Array, "..."], given: Bool[Array,
     rank = jnp.cumsum(given.reshape(-1), dtype=jnp.int32)
     index = jnp.where(given.reshape(-1), cache.top + rank - 1, len(cache.free))
     free = cache.free.at[index].set(pages.reshape(-1), mode="drop")
-    return cache._replace(free=free, top=cache.top + rank[-1])
+    return cache._replace(free=free, top=cache.top + given.sum(dtype=jnp.int32))
 
 
 def _page_of(cache: PagedArrays, table: Int[Array, "... P"], slot: Int[Array, "..."]) -> Int[Array, "..."]:

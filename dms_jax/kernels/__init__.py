@@ -8,7 +8,7 @@ caches. docs/kernels.md explains the kernels.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.config import require
+from dms_jax.config import MAX_GROUP, MAX_LATENT_GROUP, require
 from dms_jax.kernels import attention, blocked, reference
 from dms_jax.kernels.attention import EvictionMask, OrderedKeys, OrderedValues
 from dms_jax.kernels.launch import choose
@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
-MAX_GROUP, MAX_LATENT_GROUP = 16, 128
 
 
 def paged_decode_attention(
@@ -49,7 +48,7 @@ def paged_decode_attention(
 
     Raises ConfigError for shapes or dtypes that do not fit, and for a named implementation that cannot run.
     """
-    pages.check(q.shape[0], q.shape[2])
+    pages.check(q.shape)
     _check_queries(q, pages.table.shape[1], pages.latent)
     shape = None if readable is None else readable.shape
     require(shape in {None, pages.table.shape}, "readable", shape, f"expected {pages.table.shape}")
@@ -81,7 +80,7 @@ def paged_decode_attention_update(
 
     Returns: DecodeAttention, and the pages with what was written.
     """
-    pages.check(q.shape[0], q.shape[2], layer)
+    pages.check(q.shape, layer)
     require(pages.k_scale is None, "pages.k", str(pages.k.dtype), "quantized pages are not updated here")
     L, B, K, _ = pages.table.shape
     _check_queries(q, K, pages.latent)
@@ -123,6 +122,7 @@ def flash_attention(
 
     Raises ConfigError for shapes that do not fit, and for a named implementation that cannot run.
     """
+    require(q.ndim == 4, "q", q.shape, "expected [B, T, H, D]")
     (B, T, _, D), (S, K) = q.shape, k.shape[1:3]
     latent = v.shape[-1] < D
     fits = k.shape == (B, S, K, D) and v.shape == (B, S, K, min(v.shape[-1], D))

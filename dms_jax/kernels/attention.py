@@ -49,7 +49,7 @@ class EvictionMask(NamedTuple):
 
     def check(self, B: int, T: int, K: int, S: int) -> None:
         """ConfigError for shapes that do not fit T queries, S keys and K KV heads, and for a negative window."""
-        traced = not isinstance(self.window, int)  # without a value to check
+        traced = isinstance(self.window, Array)  # without a value to check
         require(traced or self.window >= 0, "window", self.window, "must not be negative")
         given = (self.query_segments is not None, self.key_segments is not None)
         require(given[0] == given[1], "query_segments, key_segments", given, "give both or neither")

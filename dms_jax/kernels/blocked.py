@@ -58,6 +58,7 @@ def paged_attention(
         p = jnp.where(valid[:, :, None], jnp.exp(scores - top[..., None]), 0.0)
         shrink = jnp.exp(sums.top - top)
         v = k[..., :U] if pages.latent else read(pages.v, (pages.v_scale,), ids)
+        v = jnp.where(valid[..., None], v, 0)  # a dead slot holds anything, and 0 times NaN is NaN
         added = jnp.einsum("BKGS,BKSU->BKGU", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
         kept = sums.scores
         if kept is not None:

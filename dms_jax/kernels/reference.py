@@ -43,8 +43,12 @@ class Pages(NamedTuple):
         """Those of one of L layers."""
         return self._replace(table=self.table[layer], lengths=self.lengths[layer])
 
-    def check(self, batch: int, head_dim: int, layer: int | None = None) -> None:
-        """ConfigError for shapes or dtypes that do not fit; tables of one layer, or with `layer` of all."""
+    def check(self, queries: tuple[int, ...], layer: int | None = None) -> None:
+        """ConfigError for shapes or dtypes that do not fit queries `[B, H, D]`; layer: of tables of all layers."""
+        require(len(queries) == 3, "q", queries, "expected [B, H, D]")
+        batch, _, head_dim = queries
+        for name, x in (("pages.table", self.table), ("pages.lengths", self.lengths)):
+            require(x.dtype == jnp.int32, name, str(x.dtype), "expected int32")
         table, letters = self.table, "B, K, P" if layer is None else f"L > {layer}, B, K, P"
         fits = table.ndim == 3 if layer is None else table.ndim == 4 and len(table) > layer >= 0
         fits = fits and table.shape[-3] == batch

@@ -20,9 +20,11 @@ def pages_of(
     """Index in the head's table, and id in the pool, of the pages under tile t: scalars where it lies in one page."""
     if PAGE % BLOCK == 0:
         page = tl.minimum(t * BLOCK // PAGE, PAGES - 1)  # t may be one past the last tile
-        if ORDERED:
-            page = tl.load(order + page)
-        page_id = tl.load(table + page)
+        if ORDERED:  # a head has a tile, too, where no page may be read
+            page = tl.load(order + page, mask=t * BLOCK < span, other=PAGES)
+            page_id = tl.load(table + page, mask=page < PAGES, other=0)
+        else:
+            page_id = tl.load(table + page)
     elif ORDERED:
         walked = t * BLOCK + within
         page = tl.load(order + walked // PAGE, mask=walked < span, other=PAGES)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Shaped
 
 from dms_jax import dms, kernels, sharding
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig, one_of
 from dms_jax.models import layers
 from dms_jax.models.attend import Attend, Scale
 from dms_jax.models.gates import Gate, gate_of
@@ -105,6 +105,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
+        one_of("remat", self.remat, ("none", *POLICIES))
         if self.gate is not None:
             self.gate.check(c)
         self.embed = nn.Embed(c.vocab_size, c.model_dim, embedding_init=layers.normal)

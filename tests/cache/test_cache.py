@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dms_jax import dms
 from dms_jax.cache import DecodeQuery, kv_cache, paged
-from dms_jax.config import CacheConfig, DMSConfig, LatentConfig, ModelConfig
+from dms_jax.config import CacheConfig, ConfigError, DMSConfig, LatentConfig, ModelConfig
 from dms_jax.dms import hard_log_keep_prob
 from dms_jax.kernels import EvictionMask, attention
 from dms_jax.models import layers, transformer
@@ -118,6 +118,10 @@ def test_what_a_page_is_in_each_storage():
     store = made["paged"]
     free, pages, page_bytes = store.pool(store.grow(store.allocate(MODEL, B, jnp.float32, 2), 5))
     assert (free.tolist(), pages, page_bytes) == ([5], 5, 3 * (2 * D * 4 + 4))
+    cache = store.allocate(MODEL, B, jnp.float32, 2)
+    assert store.pool(store.grow(cache, 2)) == store.pool(cache)
+    with pytest.raises(ConfigError, match="pages=0: a paged cache needs a pool"):
+        store.allocate(MODEL, B, jnp.float32)
 
 
 @pytest.mark.parametrize("quant, number, scales", [("none", 2, 0), ("int8", 1, 8)])
@@ -176,6 +180,32 @@ def test_pages_that_may_be_read_are_pages_of_the_configuration(kind):
     np.testing.assert_allclose(out, want[:, 0], atol=1e-5)
     assert weights.shape == (B, K, store.slots)
     np.testing.assert_array_equal(weights[0, 0] > 0, np.pad(pages, (0, store.slots - T)))
+
+
+@pytest.mark.parametrize("kind, quant, latent", [("masked", "none", 0), ("masked", "none", 1), ("paged", "none", 0),
+                                                 ("paged", "none", 1), ("paged", "int8", 0)])  # fmt: skip
+def test_numbers_of_a_sequence_that_was_freed_reach_no_other(kind, quant, latent, rng):
+    """A sequence whose keys and values are not finite, and then another in its slots: a chunk, the view and a step."""
+    store, T, model = kv_cache(CacheConfig(kind, 8, 4, quant)), 3, LATENT if latent else MODEL
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (K * G, K, K))
+    v = k[..., :U] if latent else v
+    position, one = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones(B, bool)
+
+    def read(cache, times):
+        keep = jnp.ones((B, K, T - 1), bool)
+        cache, _ = store.write_prefill(cache, 0, times * k[:, 1:], times * v[:, 1:], position[:, 1:], keep)
+        view = store.view(cache, 0, 4)
+        cache, slot = store.append(cache, 0, jnp.full(B, T), jnp.full((1, B, K), -1), one)
+        query = DecodeQuery(q[:, 0], times * k[:, 0], times * v[:, 0], slot)
+        cache, out, weights = store.attend(cache, 0, query, True)
+        return cache, (out, weights, *view)
+
+    cache, want = read(store.allocate(model, B, jnp.float32, B * K), 1.0)
+    cache, broken = read(store.free(cache, one), jnp.nan)
+    assert np.isnan(broken[0]).all()
+    cache, got = read(store.free(cache, one), 1.0)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_keys_far_from_zero_keep_their_precision_where_the_offset_is_known(rng):

@@ -213,6 +213,14 @@ def test_readable_pages(rng, few_programs, page, P):
     assert not np.asarray(got.weights).reshape(*readable.shape, page)[~readable].any()
 
 
+@pytest.mark.parametrize("page, P", [(24, 3), (256, 2)])
+def test_a_head_of_which_no_page_may_be_read(rng, few_programs, page, P):
+    """It gives 0; whether its tile lies in one page or not."""
+    readable = jnp.ones((1, 3, P), bool).at[0, 1].set(False)
+    got = compare(inputs(rng, [[page, 20, 5]], page=page, P=P), readable=readable, weights=True)
+    assert not got.out[:, 3:6].any() and np.isneginf(got.lse[:, 3:6]).all() and not got.weights[:, 1].any()
+
+
 def test_result_does_not_depend_on_the_split(rng, few_programs):
     """One program, some that merge their splits themselves, and more programs than tiles."""
     arrays = inputs(rng, [[3, 200, 0], [17, 1, 48]], P=13)
@@ -304,6 +312,8 @@ def test_bad_arguments_are_named(rng):
     changes = {
         "pages.k_scale=None": {"k_scale": None},
         "pages.table=": {"table": pages.table[None]},
+        "pages.table='float32': expected int32": {"table": pages.table.astype(jnp.float32)},
+        "pages.lengths='float32'": {"lengths": pages.lengths.astype(jnp.float32)},
         "pages.lengths=": {"lengths": pages.lengths[:, :1]},
         "pages.k, pages.v=": {"v": pages.v[:, :, :4]},
         "'int16'": {"k": pages.k.astype(jnp.int16), "v": pages.v.astype(jnp.int16)},
@@ -311,6 +321,9 @@ def test_bad_arguments_are_named(rng):
     for message, change in changes.items():
         with pytest.raises(ConfigError, match=message):
             call(q, pages._replace(**change))
+    for bad, message in ((q[0], r"q=\(6, 10\): expected \[B, H, D\]"), (q[None], r"q=\(1, 1, 6, 10\)")):
+        with pytest.raises(ConfigError, match=message):
+            call(bad, pages)
     with pytest.raises(ConfigError, match="readable="):
         call(q, pages, readable=jnp.ones((1, 2), bool))
     with pytest.raises(ConfigError, match="D and U must be even"):

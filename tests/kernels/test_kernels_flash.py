@@ -1,5 +1,7 @@
 """Delayed-eviction flash attention: Triton, in the interpreter, against the jnp reference, forward and backward."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,8 +239,11 @@ def test_bad_arguments_are_named(rng):
         bad = mask._replace(**{name: getattr(mask, name)[..., :4]})
         with pytest.raises(ConfigError, match=f"^{name}="):
             kernels.flash_attention(q, k, v, bad)
-    with pytest.raises(ConfigError, match="window=-1"):
-        kernels.flash_attention(q, k, v, mask._replace(window=-1))
+    for window in (-1, np.int32(-1)):
+        with pytest.raises(ConfigError, match=re.escape(f"window={window!r}")):
+            kernels.flash_attention(q, k, v, mask._replace(window=window))
+    with pytest.raises(ConfigError, match=r"q=\(5, 6, 10\): expected \[B, T, H, D\]"):
+        kernels.flash_attention(q[0], k, v, mask)
     with pytest.raises(ConfigError, match="give both or neither"):
         kernels.flash_attention(q, k, v, mask._replace(query_segments=None))
     with pytest.raises(ConfigError, match="q's dtype"):
