@@ -155,17 +155,17 @@ def branch(run: Path, settings: RetrofitConfig, out: Path) -> None:
 
     Raises:
       ConfigError: the other run differs in a field that its first steps depend on, or has no checkpoint there.
+      CheckpointError: that one is not whole.
     """
     if (out / RUN).exists():
         return
     before = read_run(run)
     check_same(before, settings, (*MAY_CHANGE, *LATER), f"branch_of: the run in {run}")
-    step = before.step_of(settings.max_cr)
-    kept = [cr for at, cr in before.members().items() if checkpoint.fault(run / "checkpoints" / str(at)) is None]
+    step, there = before.step_of(settings.max_cr), checkpoint.steps_in(run / "checkpoints")
+    kept = [cr for at, cr in before.members().items() if at in there]
     on_the_way = settings.max_cr < before.max_cr and settings.max_cr in kept
-    require(
-        on_the_way, "max_cr", settings.max_cr, f"the run in {run} keeps checkpoints of {kept} and ends at its highest"
-    )
+    reason = f"the run in {run} keeps checkpoints of {kept} and ends at its highest"
+    require(on_the_way, "max_cr", settings.max_cr, reason)
     if jax.process_index() == 0 and not (out / "checkpoints" / str(step)).exists():
         checkpoint.copy(step, run / "checkpoints", out / "checkpoints")
 
